@@ -1,0 +1,26 @@
+# Each target makes the environment that it needs; `make` says what there is.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint
+help:
+	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
+	@echo "make test   run the whole test suite"
+	@echo "make lint   check format, style and types"
+
+demo: $(VENV)/with-examples
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(VENV)/with-test
+	$(BIN)/pytest --numprocesses auto
+
+lint: $(VENV)/with-test $(VENV)/with-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/with-%: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@

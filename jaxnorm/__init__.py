@@ -1,0 +1,11 @@
+"""What is public? Normalization for JAX: pure functions over params and batch_stats."""
+
+from jaxnorm._moments import Moments as Moments
+from jaxnorm._moments import moments as moments
+from jaxnorm._running import update_batch_stats as update_batch_stats
+from jaxnorm.functional import batch_norm as batch_norm
+from jaxnorm.functional import instance_norm as instance_norm
+from jaxnorm.variables import Affine as Affine
+from jaxnorm.variables import BatchStats as BatchStats
+from jaxnorm.variables import init_batch_stats as init_batch_stats
+from jaxnorm.variables import init_params as init_params

@@ -1,0 +1,210 @@
+"""What can go wrong? The checks of the public functions, and what they say.
+
+All of it is decided while JAX traces, before anything runs. A symbolic size (of jax.export) passes
+every check that cannot be decided.
+"""
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnorm._layout import Layout
+from jaxnorm.variables import BatchStats
+
+Shape = tuple[int, ...]
+
+
+def float_array(function: str, x: Any) -> jax.Array:
+    """x as an array of a float dtype."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        hint = "write x.real and x.imag, and normalize each"
+    elif not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = "write x.astype(jnp.float32)"
+    else:
+        return x
+    raise ValueError(
+        f"{function}: x should have a float dtype, because y has x's, but has {x.dtype}; {hint}"
+    )
+
+
+def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
+    """The axes that an argument names, counted from 0, in its order."""
+    try:
+        given = (operator.index(axis),) if not isinstance(axis, Sequence) else tuple(axis)
+        found = tuple(operator.index(a) for a in given)
+    except TypeError:
+        raise ValueError(
+            f"{function}: {name} should be an int or a tuple of ints, but is {axis!r}"
+        ) from None
+    if not all(-ndim <= a < ndim for a in found):
+        raise ValueError(
+            f"{function}: {name} should lie between {-ndim} and {ndim - 1}, because x has {ndim} "
+            f"axes, but is {axis}"
+        )
+    found = tuple(a % ndim for a in found)
+    if len(set(found)) != len(found):
+        raise ValueError(f"{function}: {name} should name each axis once, but is {axis}")
+    return found
+
+
+def layout(
+    function: str, ndim: int, channel_axis: int | Sequence[int], batch_axis: int | None = None
+) -> Layout:
+    """The channel axes and the batch axis exist and differ."""
+    if ndim < 2:
+        example = "(N, C)" if batch_axis is None else "(N, *space, C)"
+        raise ValueError(
+            f"{function}: x should have at least 2 axes, such as {example}, but has {ndim}"
+        )
+    channels = axes(function, "channel_axis", channel_axis, ndim)
+    if batch_axis is None:
+        return Layout(ndim, channels)
+    (batch,) = axes(function, "batch_axis", batch_axis, ndim)
+    if batch in channels:
+        raise ValueError(
+            f"{function}: batch_axis and channel_axis should differ, because every sample has all "
+            f"channels, but both name axis {batch} of x; write batch_axis=None for one sample "
+            f"without a batch axis"
+        )
+    return Layout(ndim, channels, batch)
+
+
+def mask(function: str, mask: Any, shape: Shape) -> jax.Array | None:
+    """The mask is bool, of x's rank, and broadcasts against x."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"{function}: mask should be bool, True where an entry counts, but is {mask.dtype}; "
+            f"write mask.astype(bool)"
+        )
+    if mask.ndim != len(shape):
+        missing = len(shape) - mask.ndim
+        hint = f"; write mask[..., {', '.join(['None'] * missing)}]" if missing > 0 else ""
+        raise ValueError(
+            f"{function}: mask should have x's rank, because an (N,) mask on (N, C) with N = C "
+            f"would silently mask channels, but has shape {mask.shape} for x of shape {shape}{hint}"
+        )
+    if not _broadcasts(mask.shape, shape):
+        raise ValueError(
+            f"{function}: mask should broadcast against x of shape {shape}, but has shape "
+            f"{mask.shape}"
+        )
+    return mask
+
+
+def params(
+    function: str, params: Mapping[str, Any] | None, shape: Shape, channels: Shape
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Scale and bias, each None, of the channels' shape, or of x's rank and broadcasting."""
+    params = {} if params is None else params
+    if not isinstance(params, Mapping) or not {"scale", "bias"}.issuperset(params):
+        found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(
+            f"{function}: params should be a dict of 'scale' and 'bias', but is {found}"
+        )
+    values = (params.get("scale"), params.get("bias"))
+    scale, bias = (None if a is None else jnp.asarray(a) for a in values)
+    for name, a in (("scale", scale), ("bias", bias)):
+        if a is None or _agrees(a.shape, channels):
+            continue
+        if a.ndim != len(shape) or not _broadcasts(a.shape, shape):
+            raise ValueError(
+                f"{function}: params[{name!r}] should have the channels' shape {channels}, or x's "
+                f"rank and broadcast against x of shape {shape}, but has shape {a.shape}"
+            )
+    return scale, bias
+
+
+def batch_stats(function: str, stats: Any, channels: Shape | None = None) -> BatchStats:
+    """The state is whole: mean and var of the channels' shape, and one count."""
+    keys = ("mean", "var", "count")
+    missing = [k for k in keys if not isinstance(stats, Mapping) or stats.get(k) is None]
+    if missing:
+        write = "init_batch_stats(num_features) makes a first state"
+        if missing == ["count"]:
+            write = "write {**batch_stats, 'count': jnp.int32(0)} for statistics without one"
+        found = sorted(stats) if isinstance(stats, Mapping) else type(stats).__name__
+        raise ValueError(
+            f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is "
+            f"{found}; {write}"
+        )
+    state = {key: jnp.asarray(stats[key]) for key in keys}
+    wanted = state["mean"].shape if channels is None else channels
+    for key, shape in (("mean", wanted), ("var", wanted), ("count", ())):
+        if not _agrees(state[key].shape, shape):
+            why = "it counts updates" if key == "count" else "it holds one number for each channel"
+            raise ValueError(
+                f"{function}: batch_stats[{key!r}] should have shape {shape}, because {why}, but "
+                f"has shape {state[key].shape}"
+            )
+    if not jnp.issubdtype(state["count"].dtype, jnp.integer):
+        raise ValueError(
+            f"{function}: batch_stats['count'] should be an integer, because it counts updates, "
+            f"but is {state['count'].dtype}"
+        )
+    return cast(BatchStats, state)
+
+
+def switches(
+    function: str, tracked: bool, use_running_average: Any, update_stats: Any
+) -> tuple[bool, bool]:
+    """Which statistics normalize, and whether the state moves."""
+    for name, switch in (
+        ("use_running_average", use_running_average),
+        ("update_stats", update_stats),
+    ):
+        if not isinstance(switch, bool | np.bool_ | None):
+            raise ValueError(
+                f"{function}: {name} should be a Python bool, because it chooses which program is "
+                f"compiled, but is {type(switch).__name__}; under jit, mark it static"
+            )
+    if update_stats is None:
+        update_stats = tracked and not use_running_average
+    if not tracked and (use_running_average or update_stats):
+        name = "use_running_average" if use_running_average else "update_stats"
+        raise ValueError(
+            f"{function}: {name}=True should come with batch_stats, but batch_stats is None; pass "
+            f"the trained state, or init_batch_stats(num_features) to begin with"
+        )
+    return bool(use_running_average), bool(update_stats)
+
+
+def several_values(function: str, shape: Shape, layout: Layout, devices: int) -> None:
+    """A channel's sample has more than one entry, or none, or a number not known yet."""
+    number = math.prod(shape[a] for a in layout.reduced) * devices
+    if isinstance(number, int) and number == 1:
+        kind = "value per channel" if layout.batch is None else "spatial element"
+        raise ValueError(
+            f"{function}: Expected more than 1 {kind} when training, got input size {shape}; the "
+            f"variance of one value is 0, and y would be the bias whatever x is"
+        )
+
+
+def moments_shape(function: str, shape: Shape, channels: Shape) -> None:
+    """The moments are of the state's channels, with or without a leading axis of samples."""
+    if not _agrees(shape, channels) and not _agrees(shape[1:], channels):
+        raise ValueError(
+            f"{function}: moments should have the shape {channels} of the running statistics, or "
+            f"one row of it for each sample, but have shape {shape}"
+        )
+
+
+def _agrees(shape: Shape, wanted: Shape) -> bool:
+    return len(shape) == len(wanted) and not any(map(_differ, shape, wanted))
+
+
+def _broadcasts(shape: Shape, wanted: Shape) -> bool:
+    """Whether an array of x's rank broadcasts against x."""
+    return not any(n != 1 and _differ(n, m) for n, m in zip(shape, wanted, strict=True))
+
+
+def _differ(n: Any, m: Any) -> bool:
+    return isinstance(n, int) and isinstance(m, int) and n != m

@@ -1,0 +1,47 @@
+"""Which axis is which? Arrays of one number a channel, laid against x and taken off it again."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The axes of x: those of the channels, in the order of the parameters' axes, and the others.
+
+    Attributes:
+      ndim: x's rank.
+      channels: the channel axes, not negative; the parameters have x's shape over them.
+      batch: the axis of the samples that are kept apart, or None.
+    """
+
+    ndim: int
+    channels: tuple[int, ...]
+    batch: int | None = None
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The axes that one sample's statistics are taken over."""
+        return tuple(a for a in range(self.ndim) if a != self.batch and a not in self.channels)
+
+    @property
+    def one_sample(self) -> "Layout":
+        """The layout of x without its batch axis."""
+        if self.batch is None:
+            return self
+        return Layout(self.ndim - 1, tuple(a - (a > self.batch) for a in self.channels))
+
+    def spread(self, a: jax.Array) -> jax.Array:
+        """An array of the channels' shape in x's rank; one of x's rank already as it is."""
+        if a.ndim != len(self.channels):
+            return a
+        order = sorted(range(a.ndim), key=self.channels.__getitem__)
+        others = tuple(i for i in range(self.ndim) if i not in self.channels)
+        return lax.expand_dims(jnp.transpose(a, order), others)
+
+    def collect(self, a: jax.Array) -> jax.Array:
+        """An array of x's rank, of size 1 on the reduced axes, in the channels' shape."""
+        order = (*self.channels, *self.reduced)
+        return lax.squeeze(jnp.transpose(a, order), range(len(self.channels), self.ndim))

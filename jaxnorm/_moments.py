@@ -1,0 +1,216 @@
+"""What is measured? The moments of a sample: the entries of x that share one mean."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm import _checks
+from jaxnorm._devices import HERE, AxisName, Devices, devices
+from jaxnorm.variables import statistics_dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """How many entries a sample has, their mean, and their biased variance.
+
+    The three fields have one shape, such as (C,), and one float dtype, float32 or wider: a count
+    in int32 would overflow. An empty sample has count 0, mean 0 and variance 0.
+
+    Attributes:
+      count: how many entries count: all of them, or those where the mask is True.
+      mean: their mean, in units of x.
+      var: their biased variance (divided by count, not count - 1), in units of x squared.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> m = jaxnorm.moments(jnp.array([[1.0, 5.0], [3.0, 5.0]]), axis=0)
+      >>> print(m.count, m.mean, m.var)
+      [2. 2.] [2. 5.] [1. 0.]
+    """
+
+    # Annotated loosely: JAX rebuilds the class with tracers, None and other things in its fields.
+    count: Any
+    mean: Any
+    var: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The entries that share one mean: the reduced axes of x, and the devices that hold the rest.
+
+    Attributes:
+      axes: the reduced axes of x, not negative.
+      devices: those that the sample is spread over.
+    """
+
+    axes: tuple[int, ...]
+    devices: Devices = HERE
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Sums over this device's entries; the reduced axes stay, with size 1."""
+        return jnp.sum(x, self.axes, keepdims=True)
+
+    def count(self, x: jax.Array, mask: jax.Array | None, dtype: Any) -> jax.Array:
+        """Counts this device's entries, in the shape of their sum."""
+        shape = tuple(1 if a in self.axes else n for a, n in enumerate(x.shape))
+        if mask is None:
+            count = jnp.asarray(math.prod(x.shape[a] for a in self.axes), dtype)
+        else:  # the mask in its own shape: an axis that it broadcasts along multiplies
+            repeats = math.prod(x.shape[a] for a in self.axes if mask.shape[a] == 1)
+            kept = tuple(a for a in self.axes if mask.shape[a] != 1)
+            count = jnp.sum(mask, kept, dtype, keepdims=True) * jnp.asarray(repeats, dtype)
+        return jnp.broadcast_to(count, shape)
+
+
+def widen(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """x in the dtype of the arithmetic: float32, or the widest of x and the others."""
+    return x.astype(statistics_dtype(x.dtype, *(other.dtype for other in others)))
+
+
+def select(mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """x where the mask is True, and 0 elsewhere, be x NaN or Inf there."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+# ---- x -> moments ----
+
+
+def moments(
+    x: ArrayLike,
+    axis: int | Sequence[int],
+    *,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    r"""Measures the count, the mean and the biased variance of x over the given axes.
+
+    .. math::
+        m = E[x], \quad d = x - m, \quad e = E[d], \quad mean = m + e, \quad var = E[d^2] - e^2
+
+    The corrected two-pass algorithm: as accurate for temperatures in kelvin, or at an offset of
+    1e6, as for data around zero, and exactly 0 for constants. Differentiable to any order.
+
+    Args:
+      x: the data, of any shape and any float dtype.
+      axis: the axes to reduce.
+      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
+        reaches the moments nor their gradients, be it NaN or Inf.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the sample is spread; the
+        devices' moments are pooled exactly, weighted by count, in one collective.
+      axis_index_groups: lists of indices along axis_name that are pooled together.
+
+    Returns:
+      Moments whose fields have x's shape without the reduced axes, in float32 or wider.
+
+    Raises:
+      ValueError: if x is not of a float dtype, an axis does not exist or repeats, or the mask is
+        not bool, of x's rank, and broadcasting.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> x = jnp.array([[1.0, 3.0, jnp.nan], [4.0, 4.0, 4.0]])
+      >>> m = jaxnorm.moments(x, axis=1, mask=jnp.isfinite(x))
+      >>> print(m.count, m.mean, m.var)
+      [2. 3.] [2. 4.] [1. 0.]
+
+    References:
+      Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983: equation 1.7.
+    """
+    x = _checks.float_array("moments", x)
+    axes = _checks.axes("moments", "axis", axis, x.ndim)
+    mask = _checks.mask("moments", mask, x.shape)
+    sample = Sample(axes, devices("moments", axis_name, axis_index_groups))
+    shift, about_shift = measure(sample, x, mask)
+    return jax.tree.map(lambda a: jnp.squeeze(a, axes), about_zero(shift, about_shift))
+
+
+def about_zero(shift: jax.Array, about_shift: Moments) -> Moments:
+    """The moments of x, from those of x - shift."""
+    return dataclasses.replace(about_shift, mean=shift + about_shift.mean)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def measure(
+    sample: Sample, x: jax.Array, mask: jax.Array | None = None
+) -> tuple[jax.Array, Moments]:
+    """Measures a sample: a shift near its mean, and the moments of x - shift.
+
+    The mean is shift + moments.mean, kept as a pair: rounded to one number it would lose the
+    digits of y wherever the mean is large beside the standard deviation.
+    """
+    x = select(mask, widen(x))
+    count = sample.count(x, mask, x.dtype)
+    n = jnp.maximum(count, 1)
+    shift = sample.sum(x) / n
+    d = select(mask, x - shift)
+    mean = sample.sum(d) / n  # what rounding took from the shift
+    var = jnp.maximum(sample.sum(d * d) / n - mean * mean, 0)
+    if sample.devices.axis_name is None:
+        return shift, Moments(count, mean, var)
+    rows = sample.devices.rows(jnp.stack([shift, count, mean, var]))
+    shifts, *others = jnp.moveaxis(rows, 1, 0)
+    return pool(shifts, Moments(*others))
+
+
+@measure.defjvp
+def _measure_jvp(sample, primals, tangents):
+    x, mask = primals
+    x_dot, _ = tangents
+    shift, moments = measure(sample, x, mask)
+    # Checkpointed: what is kept for the backward pass is x as it came, not x - mean in float32.
+    drift = jax.checkpoint(functools.partial(moments_dot, sample), prevent_cse=False)
+    return (shift, moments), (jnp.zeros_like(shift), drift(x, mask, shift, moments, x_dot))
+
+
+def moments_dot(
+    sample: Sample,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    moments: Moments,
+    x_dot: jax.Array,
+) -> Moments:
+    """The tangent of the moments: mean_dot = E[x_dot] and var_dot = 2 E[(x - mean) x_dot].
+
+    The shift is a constant: moving it moves neither the mean nor the variance.
+    """
+    x_dot = select(mask, widen(x_dot))
+    n = jnp.maximum(moments.count, 1)
+    mean_dot, half_var_dot = sample.devices.sum(
+        sample.sum(x_dot) / n, sample.sum(centre(x, mask, shift, moments) * x_dot) / n
+    )
+    return Moments(jnp.zeros_like(n), mean_dot, 2 * half_var_dot)
+
+
+def centre(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments) -> jax.Array:
+    """x - mean, by way of the shift: the first difference is exact, the second is small."""
+    return (select(mask, widen(x, shift)) - shift) - moments.mean
+
+
+# ---- moments -> moments of the whole ----
+
+
+def pool(shifts: jax.Array, rows: Moments) -> tuple[jax.Array, Moments]:
+    """Pools disjoint samples, a row each on the leading axis, into the moments of their union.
+
+    Exact (Chan, Golub & LeVeque, 1979): within the samples plus between them. A row of count 0
+    weighs nothing.
+    """
+    first = jnp.argmax(rows.count > 0, axis=0, keepdims=True)
+    shift = jnp.take_along_axis(shifts, first, axis=0)[0]
+    means = (shifts - shift) + rows.mean
+    count = jnp.sum(rows.count, axis=0)
+    n = jnp.maximum(count, 1)
+    mean = jnp.sum(rows.count * means, axis=0) / n
+    within, between = rows.count * rows.var, rows.count * (means - mean) ** 2
+    return shift, Moments(count, mean, jnp.sum(within + between, axis=0) / n)

@@ -1,0 +1,97 @@
+"""What is computed? y = scale * x_hat + bias, and its derivative."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxnorm._moments import Moments, Sample, centre, measure, moments_dot, select
+
+
+def standardize(
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments, epsilon: jax.Array
+) -> jax.Array:
+    """x_hat = (x - mean) / sqrt(var + epsilon)."""
+    return centre(x, mask, shift, moments) * _rstd(moments, epsilon)
+
+
+def _rstd(moments, epsilon):
+    """1 / sqrt(var + epsilon)."""
+    return lax.rsqrt(moments.var + epsilon.astype(moments.var.dtype))
+
+
+def affine(x_hat: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    """scale * x_hat + bias; None leaves that half out."""
+    y = x_hat if scale is None else x_hat * scale.astype(x_hat.dtype)
+    return y if bias is None else y + bias.astype(x_hat.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def normalize(
+    sample: Sample,
+    dtype: Any,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    epsilon: jax.Array,
+    mask: jax.Array | None,
+    given: tuple[jax.Array, Moments] | None,
+) -> tuple[jax.Array, tuple[jax.Array, Moments]]:
+    """Normalizes x by its sample's moments, or by the given ones, which are constants.
+
+    Scale and bias have x's rank. Returns y in the given dtype, and the moments as `measure` does.
+    """
+    shift, moments = measure(sample, x, mask) if given is None else given
+    y = affine(standardize(x, mask, shift, moments, epsilon), scale, bias)
+    return select(mask, y).astype(dtype), (shift, moments)
+
+
+@functools.partial(normalize.defjvp, symbolic_zeros=True)
+def _normalize_jvp(sample, dtype, primals, tangents):
+    """The tangent of normalize, written so that JAX's transpose of it is the best backward pass.
+
+    With r = 1 / sqrt(var + epsilon), the tangent of y = scale * x_hat + bias is
+
+        y_dot = scale r x_dot + x_hat A + B
+        A = scale_dot - scale r^2 / 2 (var_dot + epsilon_dot)
+        B = bias_dot - scale r mean_dot
+
+    A and B are no larger than scale and the moments, so going backwards each is one reduction of
+    x's size, and the gradients of scale, of bias and of x are all made of these two.
+    """
+    x, scale, _, epsilon, mask, given = primals
+    moving = [None if isinstance(t, SymbolicZero) else t for t in tangents[:4]]
+    y, (shift, moments) = normalize(sample, dtype, *primals)
+
+    # Checkpointed: x_hat is made again from x, so that what is kept for the backward pass is x
+    # itself, in x's dtype. The moments get their true tangents, since second derivatives use them.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def linear(x_dot, scale_dot, bias_dot, epsilon_dot):
+        still = given is not None or x_dot is None
+        m_dot = None if still else moments_dot(sample, x, mask, shift, moments, x_dot)
+        mean_dot, var_dot = (None, None) if m_dot is None else (m_dot.mean, m_dot.var)
+        r = _rstd(moments, epsilon)
+        one = jnp.ones((), r.dtype)
+        w = one if scale is None else scale.astype(r.dtype)
+        a = _combine(
+            (one, scale_dot), (-w * r * r / 2, _combine((one, var_dot), (one, epsilon_dot)))
+        )
+        b = _combine((one, bias_dot), (-w * r, mean_dot))
+        x_hat = standardize(x, mask, shift, moments, epsilon)
+        y_dot = _combine((w * r, x_dot), (x_hat, a), (one, b))
+        y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only `given` moves
+        return jnp.broadcast_to(y_dot.astype(dtype), y.shape), m_dot
+
+    y_dot, m_dot = linear(*moving)
+    if m_dot is None:
+        m_dot = jax.tree.map(jnp.zeros_like, moments)
+    return (y, (shift, moments)), (y_dot, (jnp.zeros_like(shift), m_dot))
+
+
+def _combine(*terms):
+    """The sum of factor * tangent over the tangents that move; None if none does."""
+    products = [factor * t.astype(factor.dtype) for factor, t in terms if t is not None]
+    return functools.reduce(jnp.add, products) if products else None

@@ -1,0 +1,108 @@
+"""What is remembered? The running statistics, moved once by the moments of a batch."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm import _checks
+from jaxnorm._devices import HERE, Devices
+from jaxnorm._moments import Moments, widen
+from jaxnorm.variables import BatchStats, statistics_dtype
+
+
+def update_batch_stats(
+    batch_stats: BatchStats,
+    moments: Moments,
+    *,
+    momentum: ArrayLike | None = 0.1,
+    skip_nonfinite: bool = True,
+) -> BatchStats:
+    """Moves running statistics by the moments of a batch.
+
+    .. math::
+        mean \\leftarrow (1 - m)\\, mean + m\\, mean_{batch}, \\quad
+        var \\leftarrow (1 - m)\\, var + m\\, var_{batch} \\tfrac{n}{n - 1}
+
+    The momentum m weighs the new value, as in PyTorch; what is stored is the unbiased variance. A
+    channel whose sample has fewer than two entries keeps its state, and so, by default, does one
+    whose moments are not finite; the count moves when at least one channel has moved. With
+    momentum=None every batch weighs the same, m = 1 / count; a batch that would skip any channel
+    then moves nothing, because one count cannot weigh channels that have seen different batches.
+    Nothing here has a gradient.
+
+    Args:
+      batch_stats: the state, with mean and var of shape (C,) and count of shape ().
+      moments: the batch's moments, with fields of shape (C,), or (N, C) with one row a sample: the
+        rows' means and unbiased variances are then averaged first, as instance norm does.
+      momentum: how much the new value weighs, a float or None for the cumulative average.
+      skip_nonfinite: whether a channel with NaN or Inf in its moments keeps its state.
+
+    Returns:
+      The new state, in new arrays. It keeps the dtypes of the given one, except that half
+      precision is widened to float32.
+
+    Raises:
+      ValueError: if batch_stats lacks a key, or its shapes and those of the moments disagree.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> m = jaxnorm.moments(jnp.array([[1.0], [3.0]]), axis=0)
+      >>> new = jaxnorm.update_batch_stats(jaxnorm.init_batch_stats(1), m)
+      >>> print(new["mean"], new["var"], new["count"])
+      [0.2] [1.1] 1
+
+    References:
+      torch.nn.BatchNorm2d, PyTorch 2.13.
+    """
+    batch_stats = _checks.batch_stats("update_batch_stats", batch_stats)
+    _checks.moments_shape("update_batch_stats", jnp.shape(moments.mean), batch_stats["mean"].shape)
+    has_rows = jnp.ndim(moments.mean) > batch_stats["mean"].ndim
+    rows = moments if has_rows else jax.tree.map(lambda a: a[None], moments)
+    return advance(batch_stats, rows, momentum=momentum, skip_nonfinite=skip_nonfinite)
+
+
+def advance(
+    batch_stats: BatchStats,
+    rows: Moments,
+    *,
+    momentum: ArrayLike | None,
+    skip_nonfinite: bool,
+    devices: Devices = HERE,
+) -> BatchStats:
+    """Moves the state once, by rows of moments, one a sample; other devices may hold more rows."""
+    stats, rows = lax.stop_gradient((batch_stats, rows))
+    mean, var, enough = _average(rows, devices)
+    moves = enough
+    if skip_nonfinite:
+        moves &= jnp.isfinite(mean) & jnp.isfinite(var)
+    if momentum is None:  # the count is the weight: either every channel moves or none
+        momentum = 1 / (stats["count"].astype(mean.dtype) + 1)
+        moves = jnp.broadcast_to(jnp.all(moves), moves.shape)
+
+    def step(old, new):
+        old, new = widen(old, new), widen(new, old)
+        m = jnp.asarray(momentum).astype(old.dtype)
+        return jnp.where(moves, (1 - m) * old + m * new, old)
+
+    count = stats["count"]
+    moved = jnp.any(moves) & (count < jnp.iinfo(count.dtype).max)
+    return {
+        "mean": step(stats["mean"], mean).astype(statistics_dtype(stats["mean"].dtype)),
+        "var": step(stats["var"], var).astype(statistics_dtype(stats["var"].dtype)),
+        "count": count + moved.astype(count.dtype),
+    }
+
+
+def _average(rows, devices):
+    """The mean over the samples of their means and unbiased variances, and where there is one.
+
+    A sample of fewer than two entries has no unbiased variance; it does not count.
+    """
+    unbiased = rows.var * (rows.count / jnp.maximum(rows.count - 1, 1))
+    stacked = jnp.stack([rows.mean, unbiased, jnp.ones_like(unbiased)])
+    sums = jnp.sum(jnp.where(rows.count > 1, stacked, jnp.zeros_like(stacked)), axis=1)
+    mean, var, samples = devices.sum(*sums)
+    n = jnp.maximum(samples, 1)
+    return mean / n, var / n, samples > 0

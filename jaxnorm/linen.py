@@ -1,0 +1,327 @@
+"""Where do variables live? In Linen's collections: declare, call the function, write back."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import errors
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from jaxnorm import _layers, functional
+from jaxnorm._devices import AxisName
+from jaxnorm.variables import Affine, BatchStats, init_batch_stats
+
+
+class BatchNorm(nn.Module):
+    """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` as a layer.
+
+    Takes the place of flax.linen.BatchNorm: the same arguments, parameters and collection. What
+    differs: `momentum` weighs the new value, 0.1 of it unless given (Flax's momentum is `decay`
+    here); the running variance is the unbiased one; `batch_stats` has a `count` too; y has x's
+    dtype unless `dtype` says otherwise; the statistics are accurate at any offset.
+
+    Attributes:
+      use_running_average: normalize by the running statistics (evaluation), not by the batch's
+        (training); here or in the call.
+      axis: the channel axis or axes of x.
+      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread.
+      axis_index_groups: lists of indices along axis_name that are one batch each.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      force_float32_reductions: accepted, without effect: statistics are never below float32.
+      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
+      update_stats: whether the running statistics move; None means: in training.
+      track_running_stats: False: no running statistics; the batch's own always normalize.
+      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its running statistics.
+
+    Raises:
+      ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0; in
+        the call, as `jaxnorm.batch_norm`, or if the running statistics are missing, or should
+        move and cannot.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> layer = jaxnorm.linen.BatchNorm()
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+      >>> y, updates = layer.apply(
+      ...     variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> print(y[:, 0].round(3), updates["batch_stats"]["mean"])
+      [-1.  1.] [0.2]
+      >>> y = layer.apply(variables | updates, x, use_running_average=True)
+
+    References:
+      flax.linen.BatchNorm, flax 0.12; torch.nn.BatchNorm2d, PyTorch 2.13.
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float | None = _layers.MOMENTUM
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    decay: float | None = None
+    update_stats: bool | None = None
+    track_running_stats: bool = True
+    skip_nonfinite: bool = True
+
+    ranks: ClassVar[tuple[int, ...] | None] = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before there is an input."""
+        _layers.check_momentum(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        update_stats: bool | None = None,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x, and moves the running statistics in training.
+
+        Args:
+          x: the input, of shape (N, C) or (N, *space, C), any float dtype.
+          use_running_average: as the attribute; one of the two is to be given.
+          update_stats: as the attribute, which it overrides.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        _layers.check_rank(self, jnp.shape(x))
+        axes = _layers.channel_axes(self, "axis", self.axis, jnp.ndim(x))
+        return _tracked_norm(
+            self, functional.batch_norm, x, axes, use_running_average, update_stats, mask
+        )
+
+
+class InstanceNorm(nn.Module):
+    """Normalizes each channel of each sample: `jaxnorm.instance_norm` as a layer.
+
+    Takes the place of flax.linen.InstanceNorm: the same arguments and parameters. What differs: y
+    has x's dtype unless `dtype` says otherwise; the statistics are accurate at any offset;
+    `axis_name` spreads samples, not the entries of one; and with `track_running_stats=True` there
+    are running statistics as in PyTorch, in `batch_stats`, to evaluate with.
+
+    Attributes:
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      feature_axes: the channel axis or axes of x; axis 0 is the samples'.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are spread.
+      axis_index_groups: lists of indices along axis_name that move one state together.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      force_float32_reductions: accepted, without effect: statistics are never below float32.
+      use_running_average: normalize by the running statistics (evaluation), not by the samples'
+        own; here or in the call, where the layer tracks them.
+      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
+      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
+      update_stats: whether the running statistics move; None means: in training.
+      track_running_stats: whether there are running statistics.
+      skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its running statistics.
+
+    Raises:
+      ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0; in
+        the call, as `jaxnorm.instance_norm`, or if the running statistics are missing, or should
+        move and cannot.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])  # (N, L, C) = (2, 2, 1)
+      >>> layer = jaxnorm.linen.InstanceNorm()
+      >>> print(layer.apply(layer.init(jax.random.key(0), x), x)[:, :, 0].round(3))
+      [[-1.  1.]
+       [-1.  1.]]
+
+    References:
+      flax.linen.InstanceNorm, flax 0.12; torch.nn.InstanceNorm2d, PyTorch 2.13.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    feature_axes: int | Sequence[int] = -1
+    axis_name: AxisName | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    use_running_average: bool | None = None
+    momentum: float | None = _layers.MOMENTUM
+    decay: float | None = None
+    update_stats: bool | None = None
+    track_running_stats: bool = False
+    skip_nonfinite: bool = True
+
+    ranks: ClassVar[tuple[int, ...] | None] = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before there is an input."""
+        _layers.check_momentum(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        update_stats: bool | None = None,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x, and moves the running statistics, if tracked, in training.
+
+        Args:
+          x: the input, of shape (N, *space, C), any float dtype.
+          use_running_average: as the attribute; one of the two is to be given if the layer tracks.
+          update_stats: as the attribute, which it overrides.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        _layers.check_rank(self, jnp.shape(x))
+        batch_axis, axes = _layers.instance_axes(self, jnp.ndim(x))
+        norm = functools.partial(functional.instance_norm, batch_axis=batch_axis)
+        return _tracked_norm(self, norm, x, axes, use_running_average, update_stats, mask)
+
+
+class BatchNorm1d(BatchNorm):
+    """`BatchNorm` for (N, C) and (N, L, C) alone."""
+
+    ranks = (2, 3)
+
+
+class BatchNorm2d(BatchNorm):
+    """`BatchNorm` for (N, H, W, C) alone."""
+
+    ranks = (4,)
+
+
+class BatchNorm3d(BatchNorm):
+    """`BatchNorm` for (N, D, H, W, C) alone."""
+
+    ranks = (5,)
+
+
+class InstanceNorm1d(InstanceNorm):
+    """`InstanceNorm` for (N, L, C), and for one sample (L, C)."""
+
+    ranks = (2, 3)
+
+
+class InstanceNorm2d(InstanceNorm):
+    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C)."""
+
+    ranks = (3, 4)
+
+
+class InstanceNorm3d(InstanceNorm):
+    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C)."""
+
+    ranks = (4, 5)
+
+
+def _tracked_norm(module, norm, x, axes, use_running_average, update_stats, mask):
+    """Declares the variables, calls the norm, and writes the state back if it moved."""
+    channels = tuple(jnp.shape(x)[a] for a in axes)
+    initializing = module.is_initializing()
+    batch_stats = None
+    if module.track_running_stats:
+        use_running_average = nn.merge_param(
+            "use_running_average", module.use_running_average, use_running_average
+        )
+        batch_stats = _batch_stats(module, channels)
+    if update_stats is None:
+        update_stats = module.update_stats
+    y, new_batch_stats = norm(
+        x,
+        _params(module, channels),
+        batch_stats,
+        use_running_average=module.track_running_stats and use_running_average,
+        update_stats=False if initializing else update_stats,
+        channel_axis=axes,
+        **_layers.tracked_arguments(module, jnp.ndim(x), mask, initializing),
+    )
+    if new_batch_stats is not batch_stats:
+        _write_back(module, new_batch_stats)
+    return y
+
+
+def _params(module: nn.Module, shape: tuple[int, ...]) -> Affine:
+    """The layer's parameters, made while it is initialized."""
+    names = [name for name in ("scale", "bias") if getattr(module, f"use_{name}")]
+    try:
+        params = {
+            name: module.param(name, getattr(module, f"{name}_init"), shape, module.param_dtype)
+            for name in names
+        }
+    except errors.ScopeParamShapeError as error:
+        raise ValueError(
+            f"{type(module).__name__}: the parameters should have the channels' shape {shape}, but "
+            f"were made for another; {error}"
+        ) from error
+    return cast(Affine, params)
+
+
+def _batch_stats(module: nn.Module, shape: tuple[int, ...]) -> BatchStats:
+    """The layer's running statistics, made while it is initialized."""
+    if module.is_initializing():
+        first = init_batch_stats(shape, dtype=module.param_dtype)
+        for key, value in first.items():
+            module.variable("batch_stats", key, lambda value=value: value)
+    keys = ("mean", "var", "count")
+    found: dict[str, Any] = {key: module.get_variable("batch_stats", key) for key in keys}
+    if all(value is None for value in found.values()):
+        raise ValueError(
+            f"{type(module).__name__}: the variables should hold this layer's batch_stats, because "
+            f"it tracks running statistics, but do not; write model.apply({{'params': params, "
+            f"'batch_stats': batch_stats}}, ...) with the batch_stats that init made and training "
+            f"moved, or track_running_stats=False for a layer without them"
+        )
+    return cast(BatchStats, found)
+
+
+def _write_back(module: nn.Module, batch_stats: BatchStats) -> None:
+    """Stores the moved statistics in the collection, which is to be mutable."""
+    if not module.is_mutable_collection("batch_stats"):
+        raise ValueError(
+            f"{type(module).__name__}: batch_stats should be mutable, because the running "
+            f"statistics move in training, but it is not; write y, updates = model.apply("
+            f"variables, x, ..., mutable=['batch_stats']) and go on with updates['batch_stats'], "
+            f"or use_running_average=True to evaluate, or update_stats=False to leave them"
+        )
+    for key, value in batch_stats.items():
+        module.put_variable("batch_stats", key, value)

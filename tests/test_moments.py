@@ -1,0 +1,161 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+import jaxnorm
+from jaxnorm._moments import Moments, Sample, measure, pool
+
+pytestmark = pytest.mark.usefixtures("strict")
+RNG = np.random.default_rng(0)
+
+
+def assert_moments(found, x, axis, where=None, rtol=1e-6):
+    """Equal to float64 NumPy's within float32's rounding: of the values, for a mean near zero."""
+    x = np.asarray(x, np.float64)
+    where = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
+    np.testing.assert_allclose(found.count, where.sum(axis), rtol=0)
+    np.testing.assert_allclose(found.mean, x.mean(axis, where=where), rtol=rtol, atol=1e-6)
+    np.testing.assert_allclose(found.var, x.var(axis, where=where), rtol=rtol)
+
+
+@pytest.mark.parametrize("axis", [0, -1, (0, 2), (1, -1, 0), ()])
+def test_moments_are_numpys_over_any_axes(axis):
+    x = RNG.normal(3, 2, (4, 5, 6)).astype(np.float32)
+    assert_moments(jaxnorm.moments(x, axis), x, axis)
+
+
+@pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4, 1e5, 1e6])
+def test_variance_keeps_its_digits_at_any_offset(offset):
+    x = (RNG.standard_normal((64, 33)) + offset).astype(np.float32)
+    # Rounding the mean and var to float32 is all that is lost: a few units in the last place.
+    assert_moments(jax.jit(lambda x: jaxnorm.moments(x, 0))(x), x, 0, rtol=5e-7)
+
+
+@pytest.mark.parametrize("constant", [0.1, 1e3, 3.3333e9, 1e10])
+@pytest.mark.parametrize("n", [1, 3, 1000])
+def test_a_constant_has_variance_zero(constant, n):
+    m = jaxnorm.moments(jnp.full((n, 2), constant, jnp.float32), 0)
+    np.testing.assert_array_equal(m.var, 0)
+    np.testing.assert_array_equal(m.mean, np.float32(constant))
+
+
+@pytest.mark.parametrize("mask_shape", [(4, 5, 6), (4, 5, 1), (1, 5, 6), (4, 1, 1), (1, 1, 1)])
+def test_a_mask_of_any_broadcasting_shape_chooses_what_counts(mask_shape):
+    mask = RNG.random(mask_shape) < 0.7
+    mask.flat[0] = True
+    x = RNG.standard_normal((4, 5, 6)).astype(np.float32)
+    poisoned = np.where(mask, x, np.nan).astype(np.float32)
+    assert_moments(jaxnorm.moments(poisoned, (0, 1, 2), mask=mask), x, (0, 1, 2), mask, rtol=1e-5)
+
+
+def test_an_empty_sample_has_count_mean_and_var_zero():
+    nothing = Moments(*(np.zeros(3, np.float32),) * 3)
+    x = jnp.full((4, 3), jnp.nan)
+    for m in (
+        jaxnorm.moments(x, 0, mask=jnp.zeros((4, 1), bool)),
+        jaxnorm.moments(jnp.zeros((0, 3)), 0),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, m, nothing)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "statistics"),
+    [(jnp.float16, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32)],
+)
+def test_moments_are_never_below_float32(dtype, statistics):
+    for leaf in jax.tree.leaves(jaxnorm.moments(jnp.ones((2, 3), dtype), 0)):
+        assert leaf.dtype == statistics
+
+
+def test_moments_of_float64_stay_float64(x64):
+    for leaf in jax.tree.leaves(jaxnorm.moments(jnp.ones((2, 3), jnp.float64), 0)):
+        assert leaf.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_have_every_derivative(x64, masked):
+    x = jnp.asarray(RNG.standard_normal((5, 3)))
+    mask = jnp.asarray(RNG.random((5, 3)) < 0.6) if masked else None
+
+    def mean_and_var(x):
+        m = jaxnorm.moments(x, 0, mask=mask)
+        return m.mean, m.var
+
+    check_grads(mean_and_var, (x,), order=3)
+    check_grads(jax.jit(mean_and_var), (x,), order=2)
+
+
+def test_what_is_masked_out_has_gradient_zero_be_it_nan():
+    x = jnp.array([[1.0], [jnp.nan], [4.0], [jnp.inf]])
+    mask = jnp.array([[True], [False], [True], [False]])
+    gradient = jax.grad(lambda x: jnp.sum(jaxnorm.moments(x, 0, mask=mask).var))(x)
+    np.testing.assert_allclose(gradient[:, 0], [-1.5, 0, 1.5, 0])
+
+
+def test_x_itself_is_kept_for_the_backward_pass():
+    x = jnp.ones((64, 128), jnp.bfloat16)
+    _, vjp = jax.vjp(jax.jit(lambda x: jaxnorm.moments(x, 0)), x)
+    kept = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size > 128]
+    assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]
+
+
+def test_pooling_is_exact_for_any_split():
+    x = (RNG.standard_normal((100, 3)) + 1e5).astype(np.float32)
+    parts = np.split(x, [0, 7, 7, 60])  # two of the five are empty
+    rows = [measure(Sample((0,)), jnp.asarray(part)) for part in parts]
+    shifts, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    shift, pooled = pool(shifts, moments)
+    assert_moments(
+        Moments(pooled.count[0], (shift + pooled.mean)[0], pooled.var[0]), x, 0, rtol=5e-7
+    )
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]], [[0, 3], [1, 2]]])
+@pytest.mark.parametrize("masked", [False, True])
+def test_devices_pool_their_samples_and_gradients(x64, groups, masked):
+    x = jnp.asarray(RNG.standard_normal((4, 6, 2)) + 1e3)
+    mask = jnp.asarray(RNG.random((4, 6, 2)) < [[[0.2]], [[0.9]], [[0.0]], [[0.5]]])
+    mask = mask if masked else jnp.ones_like(mask)
+    members = groups or [[0, 1, 2, 3]]
+
+    def synced(x):
+        return jax.vmap(
+            lambda x, mask: jaxnorm.moments(
+                x, 0, mask=mask, axis_name="devices", axis_index_groups=groups
+            ),
+            axis_name="devices",
+        )(x, mask)
+
+    def whole(x):
+        per_device = [None] * 4
+        for group in members:
+            index = jnp.asarray(group)
+            m = jaxnorm.moments(x[index], (0, 1), mask=mask[index])
+            for k in group:
+                per_device[k] = m
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_device)
+
+    weights = jnp.asarray(RNG.standard_normal((4, 2)))
+    found, wanted = synced(x), whole(x)
+    # 1e-11: the variance is about 1 beside squares of 1e3, of which the shift cancels nearly all.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), found, wanted)
+    for f in (lambda m: m.mean, lambda m: m.var):
+        found, wanted = (
+            jax.grad(lambda x, g=g, f=f: jnp.sum(weights * f(g(x))))(x) for g in (synced, whole)
+        )
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_shard_map_gives_replicated_moments_under_its_default_checks():
+    x = jnp.asarray(RNG.standard_normal((8, 3)), jnp.float32)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    synced = jax.shard_map(
+        lambda x: jaxnorm.moments(x, 0, axis_name="d"),
+        mesh=mesh,
+        in_specs=P("d"),
+        out_specs=P(),
+    )
+    assert_moments(jax.jit(synced)(x), x, 0)

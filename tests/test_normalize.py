@@ -1,0 +1,145 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.test_util import check_grads
+
+from jaxnorm._moments import Moments, Sample
+from jaxnorm._normalize import normalize
+
+pytestmark = pytest.mark.usefixtures("x64")
+RNG = np.random.default_rng(1)
+X = RNG.standard_normal((3, 4, 2))  # made into float64 JAX arrays where that exists: in tests
+MASK = RNG.random((3, 4, 2)) < 0.6
+SAMPLES = {"batch norm": (0, 1), "instance norm": (1,), "layer norm": (2,), "all": (0, 1, 2)}
+PARAMS = {
+    "per channel": (1, 1, 2),
+    "per sample and channel": (3, 1, 2),
+    "per entry": (3, 4, 2),
+    "for all": (1, 1, 1),
+}
+
+
+def plain(axes, x, scale, bias, epsilon, mask):
+    """The same from JAX's own means and derivatives, in float64."""
+    mean = jnp.mean(x, axes, keepdims=True, where=mask)
+    var = jnp.mean((x - mean) ** 2, axes, keepdims=True, where=mask)
+    y = (x - mean) * lax.rsqrt(var + epsilon) * scale + bias
+    y = y if mask is None else jnp.where(mask, y, 0)
+    return y, mean, var
+
+
+def ours(axes, x, scale, bias, epsilon, mask):
+    y, (shift, m) = normalize(Sample(axes), x.dtype, x, scale, bias, epsilon, mask, None)
+    return y, shift + m.mean, m.var
+
+
+@pytest.mark.parametrize("axes", SAMPLES.values(), ids=SAMPLES)
+@pytest.mark.parametrize("shape", PARAMS.values(), ids=PARAMS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_y_and_moments_and_all_their_derivatives_are_those_of_the_plain_formula(
+    axes, shape, masked
+):
+    mask = MASK if masked else None
+    if masked:  # at least two entries in each sample, so that the plain formula has no 0 / 0
+        mask = mask | (jnp.arange(3)[:, None, None] < 1) | (jnp.arange(4)[:, None] < 2)
+    scale, bias = (jnp.asarray(RNG.standard_normal(shape)) for _ in range(2))
+    arguments = (jnp.asarray(X), scale, bias, jnp.asarray(0.3))
+    weights = [jnp.asarray(RNG.standard_normal(X.shape)) for _ in range(3)]
+
+    def loss(f):
+        return lambda *a: sum(
+            jnp.sum(w * jnp.sin(out)) for w, out in zip(weights, f(axes, *a, mask), strict=True)
+        )
+
+    def value_gradient_and_hessian(f):
+        every = (0, 1, 2, 3)
+        return lambda *a: (
+            jax.value_and_grad(loss(f), every)(*a),
+            jax.hessian(loss(f), every)(*a),
+        )
+
+    found, wanted = (jax.jit(value_gradient_and_hessian(f))(*arguments) for f in (ours, plain))
+    # 1e-10: second derivatives of sums of a hundred terms of size 1, in float64.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), found, wanted
+    )
+
+
+@pytest.mark.parametrize("missing", [(), ("scale",), ("bias",), ("scale", "bias")])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_derivative_to_order_three_in_any_mix_of_modes(missing, given):
+    x = jnp.asarray(X)
+    one_per_channel = {"scale": jnp.array([[[1.3, -0.7]]]), "bias": jnp.array([[[0.2, 0.5]]])}
+    params = {k: v for k, v in one_per_channel.items() if k not in missing}
+    _, statistics = normalize(Sample((0, 1)), x.dtype, 2 * x, None, None, jnp.ones(()), None, None)
+
+    def f(x, params, epsilon):
+        scale, bias = params.get("scale"), params.get("bias")
+        y, _ = normalize(
+            Sample((0, 1)), x.dtype, x, scale, bias, epsilon, MASK, statistics if given else None
+        )
+        return y
+
+    check_grads(f, (x, params, jnp.asarray(0.3)), order=3)
+
+
+def test_given_moments_are_constants():
+    x = jnp.asarray(X)
+
+    def y(mean):
+        given = (mean, Moments(mean, 0 * mean, 1 + mean))
+        return jnp.sum(
+            normalize(Sample((0, 1)), x.dtype, x, None, None, jnp.ones(()), None, given)[0]
+        )
+
+    np.testing.assert_array_equal(jax.grad(y)(jnp.ones((1, 1, 2))), 0)
+
+
+# ---- What does not depend on the machine is read from the compiled program. ----
+
+
+def kept(f, *args):
+    """(shape, dtype) of the large arrays that the backward pass of jit(f) gets from the forward."""
+    _, vjp = jax.vjp(jax.jit(f), *args)
+    return [(a.shape, str(a.dtype)) for a in jax.tree.leaves(vjp) if a.size > 256]
+
+
+def norm(x, scale, bias, *, given):
+    shape = (*(1 for _ in x.shape[:-1]), x.shape[-1])
+    zero, one = jnp.zeros(shape), jnp.ones(shape)
+    statistics = (zero, Moments(zero, zero, one)) if given else None
+    return normalize(
+        Sample((0, 1, 2)), x.dtype, x, scale, bias, jnp.asarray(1e-5), None, statistics
+    )[0]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_kept_for_the_backward_pass_is_x_itself(given, dtype):
+    f = functools.partial(norm, given=given)
+    x = jnp.ones((8, 6, 6, 64), dtype)
+    scale, bias = jnp.ones((2, 1, 1, 1, 64), jnp.float32)
+    itself = [(x.shape, str(x.dtype))]
+    assert kept(f, x, scale, bias) == itself
+    assert kept(lambda scale: f(x, scale, bias), scale) == itself
+    assert kept(lambda bias: f(x, scale, bias), bias) == []
+    # Of given statistics y is a multiple of x: not even x is needed.
+    assert kept(lambda x: f(x, scale, bias), x) == ([] if given else itself)
+
+
+def test_forward_and_backward_reduce_arrays_of_x_size_three_and_two_times():
+    x = jnp.ones((8, 6, 6, 64), jnp.float32)
+    scale, bias = jnp.ones((2, 1, 1, 1, 64), jnp.float32)
+
+    def step(x, scale, bias, g):
+        y, vjp = jax.vjp(functools.partial(norm, given=False), x, scale, bias)
+        return y, vjp(g)
+
+    compiled = jax.jit(step).lower(x, scale, bias, x).compile()
+    # Forward: the sums of x, of d and of d * d. Backward: those of g and of g * x_hat.
+    assert len(re.findall(r"= f32\[.*\]\S* reduce\(", compiled.as_text())) == 3 + 2
