@@ -7,10 +7,9 @@ It is also the reference for a training loop: params and batch_stats travel in o
 every step hands both on, and evaluation uses the statistics that training left behind.
 """
 
-# mypy: disable-error-code="import-untyped"  # of optax, scikit-learn and tqdm
+# mypy: disable-error-code="import-untyped"
 
 import argparse
-import dataclasses
 import functools
 import gzip
 import math
@@ -72,11 +71,12 @@ def load_mnist(folder: Path) -> tuple[Images, Images]:
     def load(part: str) -> Images:
         images = read_idx(folder, f"{part}-images-idx3-ubyte", ndim=3)
         labels = read_idx(folder, f"{part}-labels-idx1-ubyte", ndim=1)
-        if len(images) != len(labels) or labels.max() > 9:
+        largest = labels.max(initial=0)
+        if not 0 < len(images) == len(labels) or largest > 9:
             raise ValueError(
                 f"{folder}: the {part} files should hold a label from 0 to 9 for each image, but "
-                f"hold {len(images)} images and {len(labels)} labels up to {labels.max()}; take "
-                f"both from the same download of MNIST"
+                f"hold {len(images)} images and {len(labels)} labels up to {largest}; take both "
+                f"from the same download of MNIST"
             )
         return Images(images[..., None] / np.float32(255), labels.astype(np.int32))
 
@@ -142,7 +142,7 @@ class Classifier(nn.Module):
         # VALID, since padding with zeros would draw a dark frame around a brightened image.
         x = nn.Conv(16, (3, 3), padding="VALID")(x)
         x = nn.relu(normalize(x))
-        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.avg_pool(x, (2, 2), strides=(2, 2))
         x = nn.Conv(32, (3, 3))(x)
         x = nn.relu(normalize(x))
         return nn.Dense(10)(x.reshape(len(x), -1))
@@ -188,7 +188,7 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames="use_running_average")
 def predict(state: TrainState, images: jax.Array, *, use_running_average: bool = True) -> jax.Array:
-    """The most likely labels, by the running statistics or by the images' own."""
+    """The most likely labels, by the running statistics or by the images' own; moves none."""
     logits = state.apply_fn(
         {"params": state.params, "batch_stats": state.batch_stats},
         images,
@@ -198,8 +198,7 @@ def predict(state: TrainState, images: jax.Array, *, use_running_average: bool =
     return logits.argmax(-1)
 
 
-@dataclasses.dataclass
-class Run:
+class Run(NamedTuple):
     """One trained model, and how its training went."""
 
     state: TrainState
@@ -250,18 +249,17 @@ def table(runs: dict[str, Run], test: Images) -> str:
     changed = test._replace(images=change_contrast(test.images))
     blocks = ("as evaluated", "running statistics", "own statistics")
     head = ["test accuracy", *["clean", "changed"] * len(blocks), "seconds"]
+
+    def percentages(run: Run, *, use_running_average: bool) -> list[str]:
+        how = {"use_running_average": use_running_average}
+        return [f"{accuracy(run.state, data, **how):.1%}" for data in (test, changed)]
+
     rows = []
     for name, run in runs.items():
-        running, own = (
-            [
-                f"{accuracy(run.state, data, use_running_average=use):.1%}"
-                for data in (test, changed)
-            ]
-            for use in (True, False)
-        )
-        with_running = running if run.state.batch_stats else ["-", "-"]
-        with_own = own if NORMS[name] else ["-", "-"]
-        rows.append([name, *running, *with_running, *with_own, f"{run.seconds:.1f}"])
+        evaluated = percentages(run, use_running_average=True)
+        running = evaluated if run.state.batch_stats else ["-", "-"]
+        own = percentages(run, use_running_average=False) if NORMS[name] else ["-", "-"]
+        rows.append([name, *evaluated, *running, *own, f"{run.seconds:.1f}"])
     lines = [f"{row[0]:21}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in [head, *rows]]
     above = " " * 21 + "".join(f"{block:>20}" for block in blocks)
     return "\n".join([above, lines[0], "-" * len(lines[0]), *lines[1:], "", NOTES])
@@ -276,7 +274,8 @@ seconds: all epochs, with compilation and a test after each epoch."""
 
 def draw_curves(runs: dict[str, Run], path: Path) -> None:
     """The loss and the accuracy of each model after each epoch."""
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(10, 4))
+    figure.set_layout_engine("constrained", wspace=0.06)
     left, right = figure.subplots(1, 2)
     for (name, run), (color, line) in zip(runs.items(), STYLES, strict=True):
         epochs = range(1, len(run.losses) + 1)
@@ -297,17 +296,17 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
 
 def draw_mistakes(runs: dict[str, Run], test: Images, path: Path) -> None:
     """A row a model: the first test images that it gets wrong."""
-    figure = matplotlib.figure.Figure(figsize=(12, 1.7 * len(runs)))
-    rows = figure.subfigures(len(runs), 1)
+    figure = matplotlib.figure.Figure(figsize=(12, 1.45 * len(runs)))
+    rows = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
     for row, (name, run), (color, _) in zip(rows, runs.items(), STYLES, strict=True):
         predicted = np.asarray(predict(run.state, test.images))
         wrong = np.flatnonzero(predicted != test.labels)
         title = f"{name}: {len(wrong)} of {len(test.labels)} test images wrong"
         if len(wrong) > MISTAKES_SHOWN:
             title += f", the first {MISTAKES_SHOWN} of them"
-        row.suptitle(title, color=color, x=0.01, y=0.95, ha="left", weight="bold", size=11)
+        row.suptitle(title, color=color, x=0.01, y=0.92, ha="left", weight="bold", size=11)
         grid = row.subplots(1, MISTAKES_SHOWN)
-        row.subplots_adjust(left=0.01, right=0.99, top=0.62, bottom=0.0, wspace=0.3)
+        row.subplots_adjust(left=0.01, right=0.99, top=0.58, bottom=0.06, wspace=0.3)
         for axes in grid:
             axes.axis("off")
         for axes, i in zip(grid, wrong, strict=False):
@@ -328,6 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--epochs should be at least 1, but is {options.epochs}")
     try:
         train, test = load_mnist(options.mnist) if options.mnist else load_sklearn()
+        options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         sys.exit(f"digits.py: {error}")
 
@@ -335,7 +335,6 @@ def main(arguments: list[str] | None = None) -> None:
         name: fit(name, train, test, epochs=options.epochs, seed=options.seed) for name in NORMS
     }
     print(f"\n{table(runs, test)}\n")
-    options.out.mkdir(parents=True, exist_ok=True)
     draw_curves(runs, options.out / "curves.png")
     draw_mistakes(runs, test, options.out / "mistakes.png")
     print(f"wrote {options.out / 'curves.png'} and {options.out / 'mistakes.png'}")
