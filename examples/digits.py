@@ -7,8 +7,6 @@ It is also the reference for a training loop: params and batch_stats travel in o
 every step hands both on, and evaluation uses the statistics that training left behind.
 """
 
-# mypy: disable-error-code="import-untyped"
-
 import argparse
 import functools
 import gzip
@@ -211,7 +209,7 @@ def fit(name: str, train: Images, test: Images, *, epochs: int, seed: int) -> Ru
     """Trains the model with the norm of this name."""
     state = create_state(NORMS[name], train.images, seed)
     start = time.perf_counter()
-    batch_size = 32 if len(train.labels) < 10_000 else 128
+    batch_size = min(len(train.labels), 32 if len(train.labels) < 10_000 else 128)
     rng = np.random.default_rng(seed)
     losses, accuracies = [], []
     steps = epochs * (len(train.labels) // batch_size)

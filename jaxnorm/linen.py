@@ -24,6 +24,10 @@ class BatchNorm(nn.Module):
     here); the running variance is the unbiased one; `batch_stats` has a `count` too; y has x's
     dtype unless `dtype` says otherwise; the statistics are accurate at any offset.
 
+    In the call, `use_running_average=False` trains (apply then needs mutable=["batch_stats"]),
+    `use_running_average=True` evaluates, and `use_running_average=False, update_stats=False`
+    normalizes by the batch and leaves the running statistics.
+
     Attributes:
       use_running_average: normalize by the running statistics (evaluation), not by the batch's
         (training); here or in the call.
@@ -125,7 +129,10 @@ class InstanceNorm(nn.Module):
     Takes the place of flax.linen.InstanceNorm: the same arguments and parameters. What differs: y
     has x's dtype unless `dtype` says otherwise; the statistics are accurate at any offset;
     `axis_name` spreads samples, not the entries of one; and with `track_running_stats=True` there
-    are running statistics as in PyTorch, in `batch_stats`, to evaluate with.
+    are running statistics as in PyTorch, in `batch_stats`, and the calls are those of `BatchNorm`.
+    Without, each sample's own statistics always normalize, and `use_running_average` may be given
+    but has no effect. Evaluating by running statistics is another function than the one that was
+    trained, since what differs between the samples is no longer divided out; compare both.
 
     Attributes:
       epsilon: added to the variance, in units of x squared.

@@ -87,7 +87,10 @@ DAMAGES = {
     "header cut off": (idx(VALUES)[:7], "it should begin with the 12 bytes of an IDX header"),
     "empty": (b"", "but it begins with nothing; replace it by an intact copy"),
     "gzip cut off": (gzip.compress(idx(VALUES))[:-9], "it should be a whole gzip file, but"),
-    "gzip overwritten": (gzip.compress(idx(VALUES))[:12] + b"\xff" * 30, "a whole gzip file, but"),
+    "gzip overwritten": (
+        gzip.compress(b"")[:10] + b"\xff" * 30,
+        "be a whole gzip file, but Error -3",
+    ),
     "gzip with a wrong checksum": (
         gzip.compress(idx(VALUES))[:-8] + b"\0" * 8,
         "it should be a whole gzip file, but CRC check failed",
