@@ -21,6 +21,10 @@ FUNCTION = {"batch": jaxnorm.batch_norm, "instance": jaxnorm.instance_norm}
 both = pytest.mark.parametrize("kind", TRACKING)
 
 
+def names(options):
+    return (" ".join(options) or "defaults") if isinstance(options, dict) else str(options)
+
+
 # ---- A drop-in for Flax's own ----
 
 
@@ -37,7 +41,7 @@ both = pytest.mark.parametrize("kind", TRACKING)
         {"dtype": jnp.bfloat16},
         {"use_fast_variance": False, "force_float32_reductions": False},
     ],
-    ids=str,
+    ids=names,
 )
 @pytest.mark.parametrize("axes", [-1, 1, (1, 3), (-1, 2)])
 @pytest.mark.parametrize("name", ["BatchNorm", "InstanceNorm"])
@@ -319,7 +323,7 @@ def test_a_flax_momentum_is_refused_and_decay_named(kind, momentum):
         ({"decay": 0.99}, 0.01),
         ({"momentum": None}, 1.0),  # the first batch of a cumulative average
     ],
-    ids=str,
+    ids=names,
 )
 def test_momentum_weighs_the_new_value_and_decay_the_old(kind, options, weight):
     layer = TRACKING[kind](use_running_average=False, **options)
