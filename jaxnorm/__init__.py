@@ -4,7 +4,10 @@ from jaxnorm._moments import Moments as Moments
 from jaxnorm._moments import moments as moments
 from jaxnorm._running import update_batch_stats as update_batch_stats
 from jaxnorm.functional import batch_norm as batch_norm
+from jaxnorm.functional import group_norm as group_norm
 from jaxnorm.functional import instance_norm as instance_norm
+from jaxnorm.functional import layer_norm as layer_norm
+from jaxnorm.functional import rms_norm as rms_norm
 from jaxnorm.variables import Affine as Affine
 from jaxnorm.variables import BatchStats as BatchStats
 from jaxnorm.variables import init_batch_stats as init_batch_stats

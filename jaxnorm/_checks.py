@@ -75,6 +75,27 @@ def layout(
     return Layout(ndim, channels, batch)
 
 
+def group_layout(
+    shape: Shape, channel_axis: int, batch_axis: int | Sequence[int] | None, num_groups: int
+) -> tuple[Layout, Shape]:
+    """One channel axis, divided by the groups, and the batch axes, which are others."""
+    found = layout("group_norm", len(shape), channel_axis)
+    batch = () if batch_axis is None else axes("group_norm", "batch_axis", batch_axis, len(shape))
+    (channel,) = found.channels
+    if channel in batch:
+        raise ValueError(
+            f"group_norm: batch_axis and channel_axis should differ, because every sample has all "
+            f"channels, but both name axis {channel} of x"
+        )
+    channels = shape[channel]
+    if not isinstance(num_groups, int) or num_groups < 1 or _indivisible(channels, num_groups):
+        raise ValueError(
+            f"group_norm: num_groups should divide the channels of x, because all groups are of "
+            f"one size, but is {num_groups} for {channels} channels"
+        )
+    return found, batch
+
+
 def mask(function: str, mask: Any, shape: Shape) -> jax.Array | None:
     """The mask is bool, of x's rank, and broadcasts against x."""
     if mask is None:
@@ -204,6 +225,10 @@ def _agrees(shape: Shape, wanted: Shape) -> bool:
 def _broadcasts(shape: Shape, wanted: Shape) -> bool:
     """Whether an array of x's rank broadcasts against x."""
     return not any(n != 1 and _differ(n, m) for n, m in zip(shape, wanted, strict=True))
+
+
+def _indivisible(n: Any, parts: int) -> bool:
+    return isinstance(n, int) and n % parts != 0
 
 
 def _differ(n: Any, m: Any) -> bool:

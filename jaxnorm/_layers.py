@@ -1,15 +1,18 @@
-"""What do the Flax layers share? From a layer's attributes to the arguments of a function.
+"""What do the Flax layers share? From a layer's attributes to one call of a function.
 
-A layer is anything with the attributes of Flax's own classes. Where its variables live is the
-business of the face that it belongs to.
+A layer is a module of either face: it has the attributes of Flax's own classes. Where its variables
+live is the face's business; here are their shapes, and what the attributes mean.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from jaxnorm import _checks
+from jaxnorm import _checks, functional
+from jaxnorm._layout import Layout
+from jaxnorm.variables import Affine, BatchStats
 
 
 class Default(float):
@@ -17,6 +20,8 @@ class Default(float):
 
 
 MOMENTUM = Default(0.1)
+
+# ---- What is checked before there is an input ----
 
 
 def check_momentum(layer: Any) -> None:
@@ -35,18 +40,36 @@ def check_momentum(layer: Any) -> None:
         )
 
 
-def check_rank(layer: Any, shape: Sequence[int]) -> None:
-    """A layer for 1, 2 or 3 space axes takes only inputs of its ranks."""
-    if layer.ranks is not None and len(shape) not in layer.ranks:
-        ranks = " or ".join(str(rank) for rank in layer.ranks)
+def check_groups(layer: Any) -> None:
+    """The groups are said by their number or by their size."""
+    if (layer.num_groups is None) == (layer.group_size is None):
         raise ValueError(
-            f"{type(layer).__name__}: x should have {ranks} axes, but has shape {tuple(shape)}"
+            f"{type(layer).__name__}: one of num_groups and group_size should be given, because "
+            f"either gives the other, but has num_groups={layer.num_groups} and "
+            f"group_size={layer.group_size}; write num_groups=None beside a group_size"
         )
 
 
-def channel_axes(layer: Any, name: str, axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """The channel axes in rising order, as Flax lays its parameters out."""
-    return tuple(sorted(_checks.axes(type(layer).__name__, name, axis, ndim)))
+def number_of_groups(layer: Any, channels: int) -> int:
+    """Into how many groups the channels are divided, none left over."""
+    check_groups(layer)
+    said = "num_groups" if layer.group_size is None else "group_size"
+    divisor = getattr(layer, said)
+    if divisor < 1 or channels % divisor:
+        raise ValueError(
+            f"{type(layer).__name__}: {said} should divide the channels of x, because all groups "
+            f"are of one size, but is {divisor} for {channels} channels"
+        )
+    return divisor if said == "num_groups" else channels // divisor
+
+
+# ---- Which axes: in rising order, as Flax lays its parameters out ----
+
+
+def channel_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The channel axes of a batch norm, whose input has a rank that it takes."""
+    _check_rank(layer, ndim)
+    return _rising(layer, "axis", ndim)
 
 
 def instance_axes(layer: Any, ndim: int) -> tuple[int | None, tuple[int, ...]]:
@@ -54,32 +77,149 @@ def instance_axes(layer: Any, ndim: int) -> tuple[int | None, tuple[int, ...]]:
 
     The channel axes are said for a batch; one sample lacks the axis in front of them.
     """
-    name, batched = type(layer).__name__, ndim if layer.ranks is None else layer.ranks[-1]
-    axes = tuple(sorted(_checks.axes(name, "feature_axes", layer.feature_axes, batched)))
+    _check_rank(layer, ndim)
+    batched = ndim if layer.ranks is None else layer.ranks[-1]
+    axes = _rising(layer, "feature_axes", batched)
     if 0 in axes:
         raise ValueError(
-            f"{name}: feature_axes should not hold axis 0, because it is that of the samples, but "
-            f"is {layer.feature_axes}"
+            f"{type(layer).__name__}: feature_axes should not hold axis 0, because it is that of "
+            f"the samples, but is {layer.feature_axes}"
         )
     if ndim == batched:
         return 0, axes
     return None, tuple(a - 1 for a in axes)
 
 
-def tracked_arguments(layer: Any, ndim: int, mask: Any, initializing: bool) -> dict[str, Any]:
-    """The arguments of batch_norm and instance_norm that are attributes of the layer.
+def feature_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The axes that the parameters of a layer or RMS norm lie along."""
+    return _rising(layer, "feature_axes", ndim)
 
-    A layer is initialized with any input, on one device: one value per channel, or an axis name
-    that no one has bound, is harmless then. A mask says that the number of values is not known.
-    """
-    if initializing and mask is None:
-        mask = jnp.ones((1,) * ndim, bool)
+
+def _rising(layer: Any, attribute: str, ndim: int) -> tuple[int, ...]:
+    axes = getattr(layer, attribute)
+    return tuple(sorted(_checks.axes(type(layer).__name__, attribute, axes, ndim)))
+
+
+def _check_rank(layer: Any, ndim: int) -> None:
+    """A layer for 1, 2 or 3 space axes takes only inputs of its ranks."""
+    if layer.ranks is not None and ndim not in layer.ranks:
+        ranks = " or ".join(str(rank) for rank in layer.ranks)
+        raise ValueError(f"{type(layer).__name__}: x should have {ranks} axes, but has {ndim}")
+
+
+# ---- The call ----
+
+
+def batch_norm(
+    layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats | None, **call: Any
+) -> tuple[jax.Array, BatchStats | None]:
+    """`jaxnorm.batch_norm` as the layer's attributes and the call say."""
+    return functional.batch_norm(
+        x,
+        params,
+        batch_stats,
+        channel_axis=channel_axes(layer, jnp.ndim(x)),
+        **_tracked_options(layer, jnp.ndim(x), **call),
+    )
+
+
+def instance_norm(
+    layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats | None, **call: Any
+) -> tuple[jax.Array, BatchStats | None]:
+    """`jaxnorm.instance_norm` as the layer's attributes and the call say."""
+    batch_axis, channel_axis = instance_axes(layer, jnp.ndim(x))
+    return functional.instance_norm(
+        x,
+        params,
+        batch_stats,
+        channel_axis=channel_axis,
+        batch_axis=batch_axis,
+        **_tracked_options(layer, jnp.ndim(x), **call),
+    )
+
+
+def group_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Array:
+    """`jaxnorm.group_norm` as the layer's attributes and the call say."""
+    name, ndim, channels = type(layer).__name__, jnp.ndim(x), jnp.shape(x)[-1]
+    if layer.reduction_axes is None:
+        kept: tuple[int, ...] = (0,)
+    else:
+        reduced = _checks.axes(name, "reduction_axes", layer.reduction_axes, ndim)
+        if ndim - 1 not in reduced:
+            raise ValueError(
+                f"{name}: reduction_axes should hold the last axis, because it is that of the "
+                f"channels, but is {layer.reduction_axes}"
+            )
+        kept = tuple(a for a in range(ndim) if a not in reduced)
+    return functional.group_norm(
+        x,
+        params,
+        num_groups=number_of_groups(layer, channels),
+        batch_axis=kept,
+        **_options(layer, **call),
+    )
+
+
+def layer_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Array:
+    """`jaxnorm.layer_norm` as the layer's attributes and the call say."""
+    return functional.layer_norm(x, **_feature_options(layer, x, params, **call))
+
+
+def rms_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Array:
+    """`jaxnorm.rms_norm` as the layer's attributes and the call say."""
+    return functional.rms_norm(x, **_feature_options(layer, x, params, **call))
+
+
+# ---- What the attributes mean ----
+
+
+def _options(layer: Any, *, mask: ArrayLike | None, initializing: bool = False) -> dict[str, Any]:
+    """The arguments that every norm has. No axis name needs to be bound yet at initialization."""
     return {
-        "momentum": layer.momentum if layer.decay is None else 1 - layer.decay,
         "epsilon": layer.epsilon,
         "mask": mask,
         "axis_name": None if initializing else layer.axis_name,
         "axis_index_groups": None if initializing else layer.axis_index_groups,
-        "skip_nonfinite": layer.skip_nonfinite,
         "dtype": layer.dtype,
+    }
+
+
+def _tracked_options(
+    layer: Any,
+    ndim: int,
+    *,
+    use_running_average: bool | None,
+    update_stats: bool | None,
+    mask: ArrayLike | None,
+    initializing: bool = False,
+) -> dict[str, Any]:
+    """The arguments of a norm that may have a state.
+
+    A layer is initialized with any input, be it one value per channel: a mask says that the number
+    of values is not known. It does not move the state.
+    """
+    if update_stats is None:
+        update_stats = layer.update_stats
+    if initializing:
+        update_stats = False
+        mask = jnp.ones((1,) * ndim, bool) if mask is None else mask
+    return {
+        "use_running_average": layer.track_running_stats and use_running_average,
+        "update_stats": update_stats,
+        "momentum": layer.momentum if layer.decay is None else 1 - layer.decay,
+        "skip_nonfinite": layer.skip_nonfinite,
+        **_options(layer, mask=mask, initializing=initializing),
+    }
+
+
+def _feature_options(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> dict[str, Any]:
+    """The arguments of layer and RMS norm, whose parameters may lie along other axes."""
+    name, shape = type(layer).__name__, jnp.shape(x)
+    layout = Layout(len(shape), feature_axes(layer, len(shape)))
+    scale, bias = _checks.params(name, params, shape, layout.shape(x))
+    spread = {"scale": scale, "bias": bias}
+    return {
+        "params": {k: layout.spread(a) for k, a in spread.items() if a is not None},
+        "axis": layer.reduction_axes,
+        **_options(layer, **call),
     }

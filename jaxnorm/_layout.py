@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,10 @@ class Layout:
     ndim: int
     channels: tuple[int, ...]
     batch: int | None = None
+
+    def shape(self, x: ArrayLike) -> tuple[int, ...]:
+        """The shape of x over the channel axes."""
+        return tuple(jnp.shape(x)[a] for a in self.channels)
 
     @property
     def reduced(self) -> tuple[int, ...]:

@@ -48,15 +48,39 @@ class Sample:
 
     Attributes:
       axes: the reduced axes of x, not negative.
+      groups: the axis of x along which neighbours belong together, and how many groups they make;
+        it is not reduced: each of its entries gets the sum of its group.
+      centred: whether the mean is subtracted; without, it counts as 0, and var is E[x^2].
       devices: those that the sample is spread over.
     """
 
     axes: tuple[int, ...]
+    groups: tuple[int, int] | None = None
+    centred: bool = True
     devices: Devices = HERE
 
     def sum(self, x: jax.Array) -> jax.Array:
         """Sums over this device's entries; the reduced axes stay, with size 1."""
-        return jnp.sum(x, self.axes, keepdims=True)
+        return self._join(jnp.sum(x, self.axes, keepdims=True))
+
+    def mean(self, x: jax.Array, n: jax.Array) -> jax.Array:
+        """The mean of n entries, on this device; 0 where the sample is not centred."""
+        total = self.sum(x) if self.centred else jnp.zeros_like(n)
+        return total / n
+
+    def _join(self, sums: jax.Array) -> jax.Array:
+        """The sums of the groups, each given to all its members.
+
+        Joined after the sum over x, since a sum over a short part of an axis is slow: so a small
+        group costs no more than a large one, forward and, in the transpose, backward.
+        """
+        if self.groups is None:
+            return sums
+        axis, number = self.groups
+        size = sums.shape[axis] // number
+        split = sums.reshape(*sums.shape[:axis], number, size, *sums.shape[axis + 1 :])
+        joined = jnp.sum(split, axis + 1, keepdims=True)
+        return jnp.broadcast_to(joined, split.shape).reshape(sums.shape)
 
     def count(self, x: jax.Array, mask: jax.Array | None, dtype: Any) -> jax.Array:
         """Counts this device's entries, in the shape of their sum."""
@@ -67,7 +91,7 @@ class Sample:
             repeats = math.prod(x.shape[a] for a in self.axes if mask.shape[a] == 1)
             kept = tuple(a for a in self.axes if mask.shape[a] != 1)
             count = jnp.sum(mask, kept, dtype, keepdims=True) * jnp.asarray(repeats, dtype)
-        return jnp.broadcast_to(count, shape)
+        return self._join(jnp.broadcast_to(count, shape))
 
 
 def widen(x: jax.Array, *others: jax.Array) -> jax.Array:
@@ -129,7 +153,7 @@ def moments(
     x = _checks.float_array("moments", x)
     axes = _checks.axes("moments", "axis", axis, x.ndim)
     mask = _checks.mask("moments", mask, x.shape)
-    sample = Sample(axes, devices("moments", axis_name, axis_index_groups))
+    sample = Sample(axes, devices=devices("moments", axis_name, axis_index_groups))
     shift, about_shift = measure(sample, x, mask)
     return jax.tree.map(lambda a: jnp.squeeze(a, axes), about_zero(shift, about_shift))
 
@@ -151,9 +175,9 @@ def measure(
     x = select(mask, widen(x))
     count = sample.count(x, mask, x.dtype)
     n = jnp.maximum(count, 1)
-    shift = sample.sum(x) / n
+    shift = sample.mean(x, n)
     d = select(mask, x - shift)
-    mean = sample.sum(d) / n  # what rounding took from the shift
+    mean = sample.mean(d, n)  # what rounding took from the shift
     var = jnp.maximum(sample.sum(d * d) / n - mean * mean, 0)
     if sample.devices.axis_name is None:
         return shift, Moments(count, mean, var)
@@ -187,7 +211,7 @@ def moments_dot(
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
     mean_dot, half_var_dot = sample.devices.sum(
-        sample.sum(x_dot) / n, sample.sum(centre(x, mask, shift, moments) * x_dot) / n
+        sample.mean(x_dot, n), sample.sum(centre(x, mask, shift, moments) * x_dot) / n
     )
     return Moments(jnp.zeros_like(n), mean_dot, 2 * half_var_dot)
 

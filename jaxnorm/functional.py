@@ -1,18 +1,15 @@
 """Which sample? The norms, each a choice of the entries that share one mean."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _checks
-from jaxnorm._devices import HERE, AxisName, devices
-from jaxnorm._moments import Moments, Sample, about_zero, measure, widen
-from jaxnorm._normalize import normalize
-from jaxnorm._running import advance
+from jaxnorm._devices import AxisName, devices
+from jaxnorm._layout import Layout
+from jaxnorm._moments import Sample
+from jaxnorm._norm import tracked_norm, untracked_norm
 from jaxnorm.variables import Affine, BatchStats
 
 
@@ -95,7 +92,7 @@ def batch_norm(
       Ioffe & Szegedy, Batch Normalization, 2015. https://arxiv.org/abs/1502.03167
       torch.nn.BatchNorm2d, PyTorch 2.13.
     """
-    return _tracked_norm(
+    return tracked_norm(
         "batch_norm",
         x,
         params,
@@ -182,7 +179,7 @@ def instance_norm(
       Ulyanov, Vedaldi & Lempitsky, Instance Normalization, 2016. https://arxiv.org/abs/1607.08022
       torch.nn.InstanceNorm2d, PyTorch 2.13.
     """
-    return _tracked_norm(
+    return tracked_norm(
         "instance_norm",
         x,
         params,
@@ -200,83 +197,177 @@ def instance_norm(
     )
 
 
-def _tracked_norm(
-    function,
-    x,
-    params,
-    batch_stats,
+def group_norm(
+    x: ArrayLike,
+    params: Affine | None = None,
     *,
-    use_running_average,
-    update_stats,
-    momentum,
-    epsilon,
-    channel_axis,
-    batch_axis,
-    mask,
-    skip_nonfinite,
-    dtype,
-    entries_on=HERE,
-    samples_on=HERE,
-):
-    """Batch norm of each sample along batch_axis (None: x is one sample), and one update by all.
+    num_groups: int = 32,
+    epsilon: ArrayLike = 1e-5,
+    channel_axis: int = -1,
+    batch_axis: int | Sequence[int] | None = 0,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    r"""Normalizes each group of neighbouring channels of each sample, over the other axes too.
 
-    Other devices hold more entries of the same sample, or more samples.
+    .. math:: y_{ng} = scale \cdot \frac{x_{ng} - E[x_{ng}]}{\sqrt{Var[x_{ng}] + \epsilon}} + bias
+
+    One channel a group is instance norm; one group is layer norm over all but the batch axis.
+
+    Args:
+      x: the input, of shape (N, \*space, C), any float dtype.
+      params: {"scale", "bias"}, each of shape (C,), or of x's rank and broadcasting against x;
+        either or both may be missing.
+      num_groups: into how many groups the channels are divided.
+      epsilon: added to the variance, in units of x squared.
+      channel_axis: the axis of the channels.
+      batch_axis: the axis or axes that are kept apart; None is one sample without a batch axis.
+      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
+        reaches a statistic or a gradient, be it NaN or Inf, and y is 0 there.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is spread.
+      axis_index_groups: lists of indices along axis_name that hold one sample together.
+      dtype: y's dtype; None is x's.
+
+    Returns:
+      y, of x's shape.
+
+    Raises:
+      ValueError: if x is not of a float dtype; if params or the mask do not fit it; if an axis
+        does not exist or has two roles; if num_groups does not divide the channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+      >>> print(jaxnorm.group_norm(x, num_groups=2, epsilon=0.0))
+      [[-1.  1. -1.  1.]]
+
+    References:
+      Wu & He, Group Normalization, 2018. https://arxiv.org/abs/1803.08494
+      torch.nn.GroupNorm, PyTorch 2.13.
     """
-    x = _checks.float_array(function, x)
-    layout = _checks.layout(function, x.ndim, channel_axis, batch_axis)
-    channels = tuple(x.shape[a] for a in layout.channels)
-    scale, bias = _checks.params(function, params, x.shape, channels)
-    use_running_average, update_stats = _checks.switches(
-        function, batch_stats is not None, use_running_average, update_stats
+    x = _checks.float_array("group_norm", x)
+    layout, batch = _checks.group_layout(x.shape, channel_axis, batch_axis, num_groups)
+    (channel,) = layout.channels
+    sample = Sample(
+        tuple(a for a in layout.reduced if a not in batch),
+        groups=(channel, num_groups),
+        devices=devices("group_norm", axis_name, axis_index_groups),
     )
-    state = batch_stats and _checks.batch_stats(function, batch_stats, channels)
-    mask = _checks.mask(function, mask, x.shape)
-    if not use_running_average and mask is None:
-        _checks.several_values(function, x.shape, layout, entries_on.number())
-
-    per_channel = [scale, bias, *((state["mean"], state["var"]) if use_running_average else ())]
-    y, rows = _each_sample(
-        functools.partial(
-            _one_sample,
-            Sample(layout.one_sample.reduced, entries_on),
-            x.dtype if dtype is None else jnp.dtype(dtype),
-            jnp.asarray(epsilon, float),
-            update_stats,
-        ),
-        batch_axis,
-        x,
-        mask,
-        *(a if a is None else layout.spread(a) for a in per_channel),
-    )
-    if not update_stats:
-        return y, batch_stats
-    rows = jax.tree.map(jax.vmap(layout.one_sample.collect), rows)
-    return y, advance(
-        state, rows, momentum=momentum, skip_nonfinite=skip_nonfinite, devices=samples_on
+    return untracked_norm(
+        "group_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
     )
 
 
-def _one_sample(sample, dtype, epsilon, update_stats, x, mask, scale, bias, mean=None, var=None):
-    """y, and the moments to update the state by; mean and var are the state's, where it is used."""
-    if mean is None:
-        y, measured = normalize(sample, dtype, x, scale, bias, epsilon, mask, None)
-        return y, about_zero(*measured)
-    mean, var = widen(mean, x), widen(var, x)
-    given = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
-    y, _ = normalize(sample, dtype, x, scale, bias, epsilon, mask, given)
-    return y, about_zero(*measure(sample, x, mask)) if update_stats else None
+def layer_norm(
+    x: ArrayLike,
+    params: Affine | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    r"""Normalizes over the given axes, the features, for each entry of the others.
+
+    .. math:: y = scale \cdot \frac{x - E[x]}{\sqrt{Var[x] + \epsilon}} + bias
+
+    Args:
+      x: the input, of shape (\*batch, C), or any other; any float dtype.
+      params: {"scale", "bias"}, each of x's shape over `axis`, in its order, or of x's rank and
+        broadcasting against x; either or both may be missing.
+      axis: the axes that share one mean and variance, and that the parameters lie along.
+      epsilon: added to the variance, in units of x squared.
+      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
+        reaches a statistic or a gradient, be it NaN or Inf, and y is 0 there.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      dtype: y's dtype; None is x's.
+
+    Returns:
+      y, of x's shape.
+
+    Raises:
+      ValueError: if x is not of a float dtype; if params or the mask do not fit it; if an axis
+        does not exist or repeats.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> print(jaxnorm.layer_norm(jnp.array([[1.0, 3.0], [10.0, 30.0]]), epsilon=0.0))
+      [[-1.  1.]
+       [-1.  1.]]
+
+    References:
+      Ba, Kiros & Hinton, Layer Normalization, 2016. https://arxiv.org/abs/1607.06450
+      torch.nn.LayerNorm, PyTorch 2.13.
+    """
+    x = _checks.float_array("layer_norm", x)
+    layout = Layout(x.ndim, _checks.axes("layer_norm", "axis", axis, x.ndim))
+    sample = Sample(layout.channels, devices=devices("layer_norm", axis_name, axis_index_groups))
+    return untracked_norm(
+        "layer_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
+    )
 
 
-def _each_sample(step, batch_axis, x, *others):
-    """step for each sample of x, vmapped; what has one entry for all samples is shared."""
-    if batch_axis is None:
-        y, moments = step(x, *others)
-        return y, jax.tree.map(lambda a: a[None], moments)
-    # Shared means in_axes=None: an array of size 1 need not be sharded as x is.
-    shared = [a is None or a.shape[batch_axis] == 1 for a in others]
-    squeezed = [
-        lax.squeeze(a, (batch_axis,)) if one and a is not None else a
-        for a, one in zip(others, shared, strict=True)
-    ]
-    in_axes = (batch_axis, *(None if one else batch_axis for one in shared))
-    return jax.vmap(step, in_axes, out_axes=(batch_axis, 0))(x, *squeezed)
+def rms_norm(
+    x: ArrayLike,
+    params: Affine | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: ArrayLike = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    r"""Divides by the root of the mean square over the given axes; no mean is subtracted.
+
+    .. math:: y = scale \cdot \frac{x}{\sqrt{E[x^2] + \epsilon}} + bias
+
+    For torch.nn.RMSNorm with eps=None write epsilon=jnp.finfo(x.dtype).eps.
+
+    Args:
+      x: the input, of shape (\*batch, C), or any other; any float dtype.
+      params: {"scale", "bias"}, each of x's shape over `axis`, in its order, or of x's rank and
+        broadcasting against x; either or both may be missing, as the bias mostly is.
+      axis: the axes that share one mean square, and that the parameters lie along.
+      epsilon: added to the mean square, in units of x squared.
+      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
+        reaches a statistic or a gradient, be it NaN or Inf, and y is 0 there.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      dtype: y's dtype; None is x's.
+
+    Returns:
+      y, of x's shape.
+
+    Raises:
+      ValueError: if x is not of a float dtype; if params or the mask do not fit it; if an axis
+        does not exist or repeats.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> print(jaxnorm.rms_norm(jnp.array([[1.0, 7.0]]), epsilon=0.0))
+      [[0.2 1.4]]
+
+    References:
+      Zhang & Sennrich, Root Mean Square Layer Normalization, 2019.
+      https://arxiv.org/abs/1910.07467
+      torch.nn.RMSNorm, PyTorch 2.13.
+    """
+    x = _checks.float_array("rms_norm", x)
+    layout = Layout(x.ndim, _checks.axes("rms_norm", "axis", axis, x.ndim))
+    sample = Sample(
+        layout.channels,
+        centred=False,
+        devices=devices("rms_norm", axis_name, axis_index_groups),
+    )
+    return untracked_norm(
+        "rms_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
+    )

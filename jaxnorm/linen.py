@@ -1,6 +1,5 @@
 """Where do variables live? In Linen's collections: declare, call the function, write back."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -11,7 +10,7 @@ from flax import errors
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers, functional
+from jaxnorm import _layers
 from jaxnorm._devices import AxisName
 from jaxnorm.variables import Affine, BatchStats, init_batch_stats
 
@@ -116,10 +115,9 @@ class BatchNorm(nn.Module):
         Returns:
           y, of x's shape.
         """
-        _layers.check_rank(self, jnp.shape(x))
-        axes = _layers.channel_axes(self, "axis", self.axis, jnp.ndim(x))
+        axes = _layers.channel_axes(self, jnp.ndim(x))
         return _tracked_norm(
-            self, functional.batch_norm, x, axes, use_running_average, update_stats, mask
+            self, _layers.batch_norm, x, axes, use_running_average, update_stats, mask
         )
 
 
@@ -219,10 +217,208 @@ class InstanceNorm(nn.Module):
         Returns:
           y, of x's shape.
         """
-        _layers.check_rank(self, jnp.shape(x))
-        batch_axis, axes = _layers.instance_axes(self, jnp.ndim(x))
-        norm = functools.partial(functional.instance_norm, batch_axis=batch_axis)
-        return _tracked_norm(self, norm, x, axes, use_running_average, update_stats, mask)
+        _, axes = _layers.instance_axes(self, jnp.ndim(x))
+        return _tracked_norm(
+            self, _layers.instance_norm, x, axes, use_running_average, update_stats, mask
+        )
+
+
+class GroupNorm(nn.Module):
+    """Normalizes each group of channels of each sample: `jaxnorm.group_norm` as a layer.
+
+    Takes the place of flax.linen.GroupNorm: the same arguments and parameters. What differs: y has
+    x's dtype unless `dtype` says otherwise; the statistics are accurate at any offset.
+
+    Attributes:
+      num_groups: into how many groups the channels are divided; None where group_size says it.
+      group_size: how many channels a group has; instead of num_groups.
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that share one mean, the last among them; None: all but the first.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is spread.
+      axis_index_groups: lists of indices along axis_name that hold one sample together.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      force_float32_reductions: accepted, without effect: statistics are never below float32.
+
+    Raises:
+      ValueError: if not just one of num_groups and group_size is given; in the call, as
+        `jaxnorm.group_norm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+      >>> layer = jaxnorm.linen.GroupNorm(num_groups=2)
+      >>> print(layer.apply(layer.init(jax.random.key(0), x), x).round(3))
+      [[-1.  1. -1.  1.]]
+
+    References:
+      flax.linen.GroupNorm, flax 0.12; torch.nn.GroupNorm, PyTorch 2.13.
+    """
+
+    num_groups: int | None = 32
+    group_size: int | None = None
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    reduction_axes: int | Sequence[int] | None = None
+    axis_name: AxisName | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before there is an input."""
+        _layers.check_groups(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, of shape (N, *space, C), any float dtype.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        params = _params(self, jnp.shape(x)[-1:])
+        return _layers.group_norm(self, x, params, mask=mask, initializing=self.is_initializing())
+
+
+class LayerNorm(nn.Module):
+    """Normalizes over the features: `jaxnorm.layer_norm` as a layer.
+
+    Takes the place of flax.linen.LayerNorm: the same arguments and parameters. What differs: y has
+    x's dtype unless `dtype` says otherwise; the statistics are accurate at any offset.
+
+    Attributes:
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that share one mean and variance.
+      feature_axes: the axes that the parameters lie along.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      force_float32_reductions: accepted, without effect: statistics are never below float32.
+
+    Raises:
+      ValueError: in the call, as `jaxnorm.layer_norm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> x = jnp.array([[1.0, 3.0], [10.0, 30.0]])
+      >>> layer = jaxnorm.linen.LayerNorm()
+      >>> print(layer.apply(layer.init(jax.random.key(0), x), x).round(3))
+      [[-1.  1.]
+       [-1.  1.]]
+
+    References:
+      flax.linen.LayerNorm, flax 0.12; torch.nn.LayerNorm, PyTorch 2.13.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    reduction_axes: int | Sequence[int] = -1
+    feature_axes: int | Sequence[int] = -1
+    axis_name: AxisName | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, any float dtype.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        return _feature_norm(self, _layers.layer_norm, x, mask)
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square of the features: `jaxnorm.rms_norm` as a layer.
+
+    Takes the place of flax.linen.RMSNorm: the same arguments and parameters. What differs: y has
+    x's dtype unless `dtype` says otherwise.
+
+    Attributes:
+      epsilon: added to the mean square, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of the scale.
+      use_scale: whether there is a scale.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that share one mean square.
+      feature_axes: the axes that the scale lies along.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      use_fast_variance: accepted, without effect: there is only one way.
+      force_float32_reductions: accepted, without effect: statistics are never below float32.
+
+    Raises:
+      ValueError: in the call, as `jaxnorm.rms_norm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> x = jnp.array([[3.0, -3.0]])
+      >>> layer = jaxnorm.linen.RMSNorm()
+      >>> print(layer.apply(layer.init(jax.random.key(0), x), x).round(3))
+      [[ 1. -1.]]
+
+    References:
+      flax.linen.RMSNorm, flax 0.12; torch.nn.RMSNorm, PyTorch 2.13.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = nn.initializers.ones
+    reduction_axes: int | Sequence[int] = -1
+    feature_axes: int | Sequence[int] = -1
+    axis_name: AxisName | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, any float dtype.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        return _feature_norm(self, _layers.rms_norm, x, mask)
 
 
 class BatchNorm1d(BatchNorm):
@@ -263,33 +459,38 @@ class InstanceNorm3d(InstanceNorm):
 
 def _tracked_norm(module, norm, x, axes, use_running_average, update_stats, mask):
     """Declares the variables, calls the norm, and writes the state back if it moved."""
-    channels = tuple(jnp.shape(x)[a] for a in axes)
-    initializing = module.is_initializing()
+    shape = tuple(jnp.shape(x)[a] for a in axes)
     batch_stats = None
     if module.track_running_stats:
         use_running_average = nn.merge_param(
             "use_running_average", module.use_running_average, use_running_average
         )
-        batch_stats = _batch_stats(module, channels)
-    if update_stats is None:
-        update_stats = module.update_stats
+        batch_stats = _batch_stats(module, shape)
     y, new_batch_stats = norm(
+        module,
         x,
-        _params(module, channels),
+        _params(module, shape),
         batch_stats,
-        use_running_average=module.track_running_stats and use_running_average,
-        update_stats=False if initializing else update_stats,
-        channel_axis=axes,
-        **_layers.tracked_arguments(module, jnp.ndim(x), mask, initializing),
+        use_running_average=use_running_average,
+        update_stats=update_stats,
+        mask=mask,
+        initializing=module.is_initializing(),
     )
     if new_batch_stats is not batch_stats:
         _write_back(module, new_batch_stats)
     return y
 
 
+def _feature_norm(module, norm, x, mask):
+    """Declares the parameters and calls the norm."""
+    axes = _layers.feature_axes(module, jnp.ndim(x))
+    params = _params(module, tuple(jnp.shape(x)[a] for a in axes))
+    return norm(module, x, params, mask=mask, initializing=module.is_initializing())
+
+
 def _params(module: nn.Module, shape: tuple[int, ...]) -> Affine:
     """The layer's parameters, made while it is initialized."""
-    names = [name for name in ("scale", "bias") if getattr(module, f"use_{name}")]
+    names = [name for name in ("scale", "bias") if getattr(module, f"use_{name}", False)]
     try:
         params = {
             name: module.param(name, getattr(module, f"{name}_init"), shape, module.param_dtype)

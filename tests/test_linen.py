@@ -252,7 +252,7 @@ def test_a_layer_of_known_rank_refuses_other_ranks(layer, rank):
         layer(**options).init(KEY, x)
     else:
         ranks = " or ".join(map(str, RANKS[layer]))
-        message = f"{layer.__name__}: x should have {ranks} axes, but has shape {x.shape}"
+        message = f"{layer.__name__}: x should have {ranks} axes, but has {rank}"
         with pytest.raises(ValueError, match=re.escape(message)):
             layer(**options).init(KEY, x)
 

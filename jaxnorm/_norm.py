@@ -1,0 +1,117 @@
+"""How does a norm run? Check, lay out, normalize, and update where there is a state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnorm import _checks
+from jaxnorm._devices import HERE
+from jaxnorm._moments import Moments, Sample, about_zero, measure, widen
+from jaxnorm._normalize import normalize
+from jaxnorm._running import advance
+
+
+def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
+    """y of a norm without a state, whose parameters lie along the layout's channels."""
+    scale, bias, mask = _operands(function, x, params, mask, layout)
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    y, _ = normalize(sample, dtype, x, scale, bias, jnp.asarray(epsilon, float), mask, None)
+    return y
+
+
+def tracked_norm(
+    function,
+    x,
+    params,
+    batch_stats,
+    *,
+    use_running_average,
+    update_stats,
+    momentum,
+    epsilon,
+    channel_axis,
+    batch_axis,
+    mask,
+    skip_nonfinite,
+    dtype,
+    entries_on=HERE,
+    samples_on=HERE,
+):
+    """Batch norm of each sample along batch_axis (None: x is one sample), and one update by all.
+
+    Other devices hold more entries of the same sample, or more samples.
+    """
+    x = _checks.float_array(function, x)
+    layout = _checks.layout(function, x.ndim, channel_axis, batch_axis)
+    scale, bias, mask = _operands(function, x, params, mask, layout)
+    use_running_average, update_stats = _checks.switches(
+        function, batch_stats is not None, use_running_average, update_stats
+    )
+    given: tuple[jax.Array, ...] = ()
+    if batch_stats is not None:
+        state = _checks.batch_stats(function, batch_stats, layout.shape(x))
+        if use_running_average:
+            given = layout.spread(state["mean"]), layout.spread(state["var"])
+    if not use_running_average and mask is None:
+        _checks.several_values(function, x.shape, layout, entries_on.number())
+
+    step = functools.partial(
+        _one_sample,
+        Sample(layout.one_sample.reduced, devices=entries_on),
+        x.dtype if dtype is None else jnp.dtype(dtype),
+        jnp.asarray(epsilon, float),
+        update_stats,
+    )
+    y, rows = _each_sample(step, layout.batch, x, mask, scale, bias, *given)
+    if not update_stats:
+        return y, batch_stats
+    rows = jax.tree.map(jax.vmap(layout.one_sample.collect), rows)
+    return y, advance(
+        state, rows, momentum=momentum, skip_nonfinite=skip_nonfinite, devices=samples_on
+    )
+
+
+def _operands(function, x, params, mask, layout):
+    """Scale and bias, in x's rank, and the mask, all checked."""
+    mask = _checks.mask(function, mask, x.shape)
+    given = _checks.params(function, params, x.shape, layout.shape(x))
+    scale, bias = (
+        None if a is None else _seen(mask, layout.spread(a), a.ndim == x.ndim) for a in given
+    )
+    return scale, bias, mask
+
+
+def _seen(mask, a, of_x_rank):
+    """Entries of a call-time parameter that only masked entries of x see are 0, be they NaN."""
+    if mask is None or not of_x_rank:
+        return a
+    alone = tuple(i for i in range(a.ndim) if a.shape[i] == 1)
+    return jnp.where(jnp.any(mask, alone, keepdims=True), a, jnp.zeros((), a.dtype))
+
+
+def _one_sample(sample, dtype, epsilon, update_stats, x, mask, scale, bias, mean=None, var=None):
+    """y, and the moments to update the state by; mean and var are the state's, where it is used."""
+    if mean is None:
+        y, measured = normalize(sample, dtype, x, scale, bias, epsilon, mask, None)
+        return y, about_zero(*measured)
+    mean, var = widen(mean, x), widen(var, x)
+    given = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
+    y, _ = normalize(sample, dtype, x, scale, bias, epsilon, mask, given)
+    return y, about_zero(*measure(sample, x, mask)) if update_stats else None
+
+
+def _each_sample(step, batch_axis, x, *others):
+    """step for each sample of x, vmapped; what has one entry for all samples is shared."""
+    if batch_axis is None:
+        y, moments = step(x, *others)
+        return y, jax.tree.map(lambda a: a[None], moments)
+    # Shared means in_axes=None: an array of size 1 need not be sharded as x is.
+    shared = [a is None or a.shape[batch_axis] == 1 for a in others]
+    squeezed = [
+        lax.squeeze(a, (batch_axis,)) if one and a is not None else a
+        for a, one in zip(others, shared, strict=True)
+    ]
+    in_axes = (batch_axis, *(None if one else batch_axis for one in shared))
+    return jax.vmap(step, in_axes, out_axes=(batch_axis, 0))(x, *squeezed)

@@ -1,0 +1,490 @@
+"""Where do variables live? In NNX modules: declare, call the function, write back.
+
+An argument that is not described here means what it means in the layer of that name in
+`jaxnorm.linen`, and `promote_dtype` is accepted without effect: nothing needs to be promoted.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from jaxnorm import _layers
+from jaxnorm._devices import AxisName
+from jaxnorm.variables import init_batch_stats
+
+Axes = int | Sequence[int]
+Groups = Sequence[Sequence[int]]
+Metadata = Mapping[str, Any]
+NONE: Metadata = MappingProxyType({})
+ZEROS, ONES = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+
+
+class BatchNorm(nnx.Module):
+    """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` in NNX.
+
+    Takes the place of flax.nnx.BatchNorm: the same arguments, parameters and state, and a `count`
+    beside `mean` and `var`. `model.train()` and `model.eval()` choose the statistics. What differs
+    is said, and the other arguments are described, in `jaxnorm.linen.BatchNorm`.
+
+    Args:
+      num_features: the number of channels, or x's shape over the channel axes.
+      rngs: where the initializers' keys come from.
+      bias_metadata: metadata of the bias, an nnx.Param.
+      scale_metadata: metadata of the scale, an nnx.Param.
+
+    Raises:
+      ValueError: as `jaxnorm.linen.BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> print(layer(x)[:, 0].round(3), layer.mean[...], layer.count[...])
+      [-1.  1.] [0.2] 1
+      >>> layer.eval()
+      >>> print(layer(x).shape, layer.count[...])
+      (2, 1) 1
+
+    References:
+      flax.nnx.BatchNorm, flax 0.12; torch.nn.BatchNorm2d, PyTorch 2.13.
+    """
+
+    ranks: ClassVar[tuple[int, ...] | None] = None
+
+    def __init__(
+        self,
+        num_features: Axes,
+        *,
+        use_running_average: bool | None = False,
+        axis: Axes = -1,
+        momentum: float | None = _layers.MOMENTUM,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+        decay: float | None = None,
+        update_stats: bool | None = None,
+        track_running_stats: bool = True,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        _declare(self, locals())
+        _layers.check_momentum(self)
+        _declare_batch_stats(self)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        update_stats: bool | None = None,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x, and moves the running statistics in training.
+
+        Args:
+          x: the input, of shape (N, C) or (N, *space, C), any float dtype.
+          use_running_average: as the attribute, which it overrides.
+          update_stats: as the attribute, which it overrides.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        return _tracked_norm(self, _layers.batch_norm, x, use_running_average, update_stats, mask)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Serves nnx.view, which gives the statistics that normalize in the view."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class InstanceNorm(nnx.Module):
+    """Normalizes each channel of each sample: `jaxnorm.instance_norm` in NNX.
+
+    Takes the place of flax.nnx.InstanceNorm: the same arguments and parameters, and, with
+    `track_running_stats=True`, the state and the calls of `BatchNorm`. What differs is said, and
+    the other arguments are described, in `jaxnorm.linen.InstanceNorm`.
+
+    Args:
+      num_features: the number of channels, or x's shape over the channel axes.
+      rngs: where the initializers' keys come from.
+      bias_metadata: metadata of the bias, an nnx.Param.
+      scale_metadata: metadata of the scale, an nnx.Param.
+
+    Raises:
+      ValueError: as `jaxnorm.linen.InstanceNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])  # (N, L, C) = (2, 2, 1)
+      >>> print(jaxnorm.nnx.InstanceNorm(1, rngs=nnx.Rngs(0))(x)[:, :, 0].round(3))
+      [[-1.  1.]
+       [-1.  1.]]
+
+    References:
+      flax.nnx.InstanceNorm, flax 0.12; torch.nn.InstanceNorm2d, PyTorch 2.13.
+    """
+
+    ranks: ClassVar[tuple[int, ...] | None] = None
+
+    def __init__(
+        self,
+        num_features: Axes,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
+        feature_axes: Axes = -1,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+        use_running_average: bool | None = False,
+        momentum: float | None = _layers.MOMENTUM,
+        decay: float | None = None,
+        update_stats: bool | None = None,
+        track_running_stats: bool = False,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        _declare(self, locals())
+        _layers.check_momentum(self)
+        _declare_batch_stats(self)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        update_stats: bool | None = None,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x, and moves the running statistics, if tracked, in training.
+
+        Args:
+          x: the input, of shape (N, *space, C), any float dtype.
+          use_running_average: as the attribute, which it overrides.
+          update_stats: as the attribute, which it overrides.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        return _tracked_norm(
+            self, _layers.instance_norm, x, use_running_average, update_stats, mask
+        )
+
+    set_view = BatchNorm.set_view
+
+
+class GroupNorm(nnx.Module):
+    """Normalizes each group of channels of each sample: `jaxnorm.group_norm` in NNX.
+
+    Takes the place of flax.nnx.GroupNorm: the same arguments and parameters. What differs is said,
+    and the other arguments are described, in `jaxnorm.linen.GroupNorm`.
+
+    Args:
+      num_features: the number of channels.
+      num_groups: into how many groups the channels are divided; None where group_size says it.
+      group_size: how many channels a group has; instead of num_groups.
+      rngs: where the initializers' keys come from.
+      bias_metadata: metadata of the bias, an nnx.Param.
+      scale_metadata: metadata of the scale, an nnx.Param.
+
+    Raises:
+      ValueError: as `jaxnorm.linen.GroupNorm`, and if the groups do not divide the channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+      >>> print(jaxnorm.nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(x).round(3))
+      [[-1.  1. -1.  1.]]
+
+    References:
+      flax.nnx.GroupNorm, flax 0.12; torch.nn.GroupNorm, PyTorch 2.13.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
+        reduction_axes: Axes | None = None,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ) -> None:
+        _declare(self, locals())
+        _layers.number_of_groups(self, num_features)
+
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, of shape (N, *space, C), any float dtype.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        return _layers.group_norm(self, x, _params(self), mask=mask)
+
+
+class LayerNorm(nnx.Module):
+    """Normalizes over the features: `jaxnorm.layer_norm` in NNX.
+
+    Takes the place of flax.nnx.LayerNorm: the same arguments and parameters. What differs is said,
+    and the other arguments are described, in `jaxnorm.linen.LayerNorm`.
+
+    Args:
+      num_features: the number of features, or x's shape over feature_axes.
+      rngs: where the initializers' keys come from.
+      bias_metadata: metadata of the bias, an nnx.Param.
+      scale_metadata: metadata of the scale, an nnx.Param.
+
+    Raises:
+      ValueError: as `jaxnorm.linen.LayerNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> x = jnp.array([[1.0, 3.0], [10.0, 30.0]])
+      >>> print(jaxnorm.nnx.LayerNorm(2, rngs=nnx.Rngs(0))(x).round(3))
+      [[-1.  1.]
+       [-1.  1.]]
+
+    References:
+      flax.nnx.LayerNorm, flax 0.12; torch.nn.LayerNorm, PyTorch 2.13.
+    """
+
+    def __init__(
+        self,
+        num_features: Axes,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
+        reduction_axes: Axes = -1,
+        feature_axes: Axes = -1,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ) -> None:
+        _declare(self, locals())
+
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, any float dtype.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        return _layers.layer_norm(self, x, _params(self), mask=mask)
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square of the features: `jaxnorm.rms_norm` in NNX.
+
+    Takes the place of flax.nnx.RMSNorm: the same arguments and parameters. What differs is said,
+    and the other arguments are described, in `jaxnorm.linen.RMSNorm`.
+
+    Args:
+      num_features: the number of features, or x's shape over feature_axes.
+      rngs: where the initializers' keys come from.
+      scale_metadata: metadata of the scale, an nnx.Param.
+
+    Raises:
+      ValueError: as `jaxnorm.linen.RMSNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> print(jaxnorm.nnx.RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[3.0, -3.0]])).round(3))
+      [[ 1. -1.]]
+
+    References:
+      flax.nnx.RMSNorm, flax 0.12; torch.nn.RMSNorm, PyTorch 2.13.
+    """
+
+    def __init__(
+        self,
+        num_features: Axes,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_scale: bool = True,
+        scale_init: Initializer = ONES,
+        reduction_axes: Axes = -1,
+        feature_axes: Axes = -1,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        scale_metadata: Metadata = NONE,
+    ) -> None:
+        _declare(self, locals())
+
+    def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, any float dtype.
+          mask: bool, of x's rank, broadcasting against x; True counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        return _layers.rms_norm(self, x, _params(self), mask=mask)
+
+
+class BatchNorm1d(BatchNorm):
+    """`BatchNorm` for (N, C) and (N, L, C) alone."""
+
+    ranks = (2, 3)
+
+
+class BatchNorm2d(BatchNorm):
+    """`BatchNorm` for (N, H, W, C) alone."""
+
+    ranks = (4,)
+
+
+class BatchNorm3d(BatchNorm):
+    """`BatchNorm` for (N, D, H, W, C) alone."""
+
+    ranks = (5,)
+
+
+class InstanceNorm1d(InstanceNorm):
+    """`InstanceNorm` for (N, L, C), and for one sample (L, C)."""
+
+    ranks = (2, 3)
+
+
+class InstanceNorm2d(InstanceNorm):
+    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C)."""
+
+    ranks = (3, 4)
+
+
+class InstanceNorm3d(InstanceNorm):
+    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C)."""
+
+    ranks = (4, 5)
+
+
+def _declare(module: Any, arguments: dict[str, Any]) -> None:
+    """Keeps the constructor's arguments as attributes, as Flax does, and makes the parameters."""
+    making = ("self", "rngs", "scale_init", "bias_init", "scale_metadata", "bias_metadata")
+    for name, value in arguments.items():
+        if name not in making:
+            setattr(module, name, value)
+    for name in ("scale", "bias"):
+        if arguments.get(f"use_{name}"):
+            key, init = arguments["rngs"].params(), arguments[f"{name}_init"]
+            shape = _shape(module)
+            value = init(key, shape, module.param_dtype)
+            setattr(module, name, nnx.Param(value, **arguments[f"{name}_metadata"]))
+        else:
+            setattr(module, name, nnx.data(None))
+
+
+def _declare_batch_stats(module: Any) -> None:
+    if module.track_running_stats:
+        first = init_batch_stats(_shape(module), dtype=module.param_dtype)
+        for key, value in first.items():
+            setattr(module, key, nnx.BatchStat(value))
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    features = module.num_features
+    return (features,) if isinstance(features, int) else tuple(features)
+
+
+def _params(module: Any) -> Any:
+    variables = {name: getattr(module, name) for name in ("scale", "bias")}
+    return {name: v[...] for name, v in variables.items() if v is not None}
+
+
+def _tracked_norm(module, norm, x, use_running_average, update_stats, mask):
+    """Calls the norm on the variables, and writes the state back if it moved."""
+    if use_running_average is None:
+        use_running_average = module.use_running_average
+    batch_stats = None
+    if module.track_running_stats:
+        batch_stats = {key: getattr(module, key)[...] for key in ("mean", "var", "count")}
+        if use_running_average is None:
+            raise ValueError(
+                f"{type(module).__name__}: use_running_average should be given, to the constructor "
+                f"or to the call, because it says which statistics normalize, but is None; "
+                f"model.train() and model.eval() give it to all layers"
+            )
+    y, new_batch_stats = norm(
+        module,
+        x,
+        _params(module),
+        batch_stats,
+        use_running_average=use_running_average,
+        update_stats=update_stats,
+        mask=mask,
+    )
+    if new_batch_stats is not batch_stats:
+        for key, value in new_batch_stats.items():
+            getattr(module, key)[...] = value
+    return y
