@@ -413,10 +413,11 @@ def test_a_spread_batch_is_the_whole_batch(x64, norm, masked):
         in_specs=P("d"),
         out_specs=(P("d"), P()),
     )
-    found, expected = spread(x, mask), whole(x, mask)
+    found, expected = jax.jit(spread)(x, mask), whole(x, mask)
     chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-12)  # the state is float32
     found, expected = (
-        jax.grad(lambda x, f=f: jnp.sum(weights * f(x, mask)[0]))(x) for f in (spread, whole)
+        jax.jit(jax.grad(lambda x, f=f: jnp.sum(weights * f(x, mask)[0])))(x)
+        for f in (spread, whole)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -442,11 +443,13 @@ def test_a_sharded_batch_under_jit_needs_no_axis_name(norm, explicit):
 
 def test_one_value_a_device_is_several_values():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    f = jax.shard_map(
-        lambda x: jaxnorm.batch_norm(x, axis_name="d")[0],
-        mesh=mesh,
-        in_specs=P("d"),
-        out_specs=P("d"),
+    f = jax.jit(
+        jax.shard_map(
+            lambda x: jaxnorm.batch_norm(x, axis_name="d")[0],
+            mesh=mesh,
+            in_specs=P("d"),
+            out_specs=P("d"),
+        )
     )
     x = jnp.array([[1.0], [3.0], [1.0], [3.0]])
     np.testing.assert_allclose(f(x), [[-1], [1], [-1], [1]], rtol=1e-5)

@@ -11,15 +11,16 @@ import pytest
 
 import jaxnorm
 import jaxnorm.linen
+import jaxnorm.nnx
 
 ROOT = pathlib.Path(__file__).parent.parent
 FUNCTIONS = [f for _, f in inspect.getmembers(jaxnorm, inspect.isfunction)]
-LAYERS = [
-    layer
-    for _, layer in inspect.getmembers(jaxnorm.linen, inspect.isclass)
-    if layer.__module__ == "jaxnorm.linen"
-]
-NORMS = [jaxnorm.batch_norm, jaxnorm.instance_norm]
+LAYERS, NNX_LAYERS = (
+    [c for _, c in inspect.getmembers(face, inspect.isclass) if c.__module__ == face.__name__]
+    for face in (jaxnorm.linen, jaxnorm.nnx)
+)
+TRACKED = [jaxnorm.batch_norm, jaxnorm.instance_norm]
+NORMS = [*TRACKED, jaxnorm.group_norm, jaxnorm.layer_norm, jaxnorm.rms_norm]
 
 
 def python(code):
@@ -66,19 +67,32 @@ def test_one_argument_has_one_default_everywhere():
 
 
 def test_batch_and_instance_norm_take_the_same_arguments():
-    batch, instance = (set(inspect.signature(norm).parameters) for norm in NORMS)
+    batch, instance = (set(inspect.signature(norm).parameters) for norm in TRACKED)
     assert instance - batch == {"batch_axis"}
     assert batch - instance == set()
 
 
 def test_arrays_are_positional_and_options_keywords():
     for norm in NORMS:
-        kinds = [p.kind for p in inspect.signature(norm).parameters.values()]
-        positional, keyword = (
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.KEYWORD_ONLY,
-        )
-        assert kinds == [positional] * 3 + [keyword] * (len(kinds) - 3)
+        parameters = inspect.signature(norm).parameters.values()
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert positional == ["x", "params", "batch_stats"][: 3 if norm in TRACKED else 2]
+        assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters)[len(positional) :])
+
+
+def test_both_faces_have_the_same_layers_with_the_same_call():
+    assert {c.__name__ for c in LAYERS} == {c.__name__ for c in NNX_LAYERS}
+    for layer in NNX_LAYERS:
+        linen = getattr(jaxnorm.linen, layer.__name__)
+        # Flax's own: nnx.RMSNorm alone takes its mask by position.
+        if not issubclass(layer, jaxnorm.nnx.RMSNorm):
+            assert inspect.signature(layer.__call__) == inspect.signature(linen.__call__)
+
+
+def test_nothing_is_computed_in_a_face():
+    for face in ("linen", "nnx"):
+        text = (ROOT / "jaxnorm" / f"{face}.py").read_text()
+        assert not re.search(r"mean\(|rsqrt|astype|jnp\.(sum|where|sqrt)", text)
 
 
 def test_every_file_says_which_question_it_answers():
