@@ -67,6 +67,14 @@ def test_evaluation_subtracts_in_the_wide_dtype():
     assert y.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("offset", [0, 1e6])
+def test_y_is_as_accurate_for_a_large_batch(offset):
+    # A hundred thousand entries a channel: too many to be added one after the other.
+    x = (RNG.standard_normal((32, 56, 56, 2)) + offset).astype(np.float32)
+    y, _ = jax.jit(jaxnorm.batch_norm)(x)
+    np.testing.assert_allclose(y, normalized(jaxnorm.batch_norm, x), rtol=0, atol=2e-6)
+
+
 # ---- Layout ----
 
 
