@@ -216,10 +216,11 @@ def _feature_options(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> d
     """The arguments of layer and RMS norm, whose parameters may lie along other axes."""
     name, shape = type(layer).__name__, jnp.shape(x)
     layout = Layout(len(shape), feature_axes(layer, len(shape)))
+    reduced = _checks.axes(name, "reduction_axes", layer.reduction_axes, len(shape))
     scale, bias = _checks.params(name, params, shape, layout.shape(x))
     spread = {"scale": scale, "bias": bias}
     return {
         "params": {k: layout.spread(a) for k, a in spread.items() if a is not None},
-        "axis": layer.reduction_axes,
+        "axis": reduced,
         **_options(layer, **call),
     }

@@ -137,8 +137,8 @@ def test_groups_that_cannot_be_are_refused(face, options, message):
     [
         ({"feature_axes": (1, -3)}, "feature_axes should name each axis once, but is (1, -3)"),
         ({"feature_axes": 4}, "feature_axes should lie between -4 and 3, because x has 4 axes"),
-        ({"reduction_axes": 4}, "axis should lie between -4 and 3, because x has 4 axes"),
-        ({"reduction_axes": (3, -1)}, "axis should name each axis once, but is (3, -1)"),
+        ({"reduction_axes": 4}, "reduction_axes should lie between -4 and 3, because x has 4"),
+        ({"reduction_axes": (3, -1)}, "reduction_axes should name each axis once, but is (3, -1)"),
     ],
 )
 def test_axes_that_repeat_or_do_not_exist_are_refused(face, name, options, message):
