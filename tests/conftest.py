@@ -22,3 +22,10 @@ def strict():
     """No implicit change of dtype: each one in the library is on purpose."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    """What a file has compiled is of no use to the next, and stays in memory."""
+    yield
+    jax.clear_caches()

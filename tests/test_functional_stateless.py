@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 
 import jaxnorm
 
+torch.set_num_threads(1)  # with more, threads that wait for each other take most of the time
 pytestmark = pytest.mark.usefixtures("strict")
 RNG = np.random.default_rng(4)
 group_norm = functools.partial(jaxnorm.group_norm, num_groups=4)
