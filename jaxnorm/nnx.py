@@ -486,5 +486,5 @@ def _tracked_norm(module, norm, x, use_running_average, update_stats, mask):
     )
     if new_batch_stats is not batch_stats:
         for key, value in new_batch_stats.items():
-            getattr(module, key)[...] = value
+            getattr(module, key).set_value(value)  # not [...] =, which keeps a half's dtype
     return y

@@ -5,13 +5,26 @@ Flax's momentum of 0.9 is called decay in jaxnorm.
 """
 
 import functools
+import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 WIDTHS = (4, 8, 16, 32)  # narrow, so that the models compile fast
 CLASSES = 5
+
+# For programs that run a few times: compiling is what takes the time.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def kernel_init(key, shape, dtype=jnp.float32):
+    """A chirp whose phase is the key: as good as random, and its program compiles in no time."""
+    phase = jnp.sum(jax.random.key_data(key).astype(dtype)) / 2.0**31
+    i = jnp.arange(math.prod(shape), dtype=dtype).reshape(shape)
+    return jnp.sin(0.618 * i * i + jnp.pi * phase) * math.sqrt(2 / math.prod(shape[:-1]))
 
 
 def norm_maker(norms, kind, **options):
@@ -36,7 +49,9 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        conv = functools.partial(nn.Conv, use_bias=False, param_dtype=self.dtype)
+        conv = functools.partial(
+            nn.Conv, use_bias=False, kernel_init=kernel_init, param_dtype=self.dtype
+        )
         y = conv(self.features, (3, 3), strides=self.strides)(x)
         y = nn.relu(self.norm()(y))
         y = conv(self.features, (3, 3))(y)
@@ -58,13 +73,15 @@ class ResNet18(nn.Module):
     def __call__(self, x, train):
         options = {"use_running_average": not train} if self.kind == "BatchNorm" else {}
         norm = norm_maker(self.norms, self.kind, param_dtype=self.dtype, **options)
-        x = nn.Conv(WIDTHS[0], (3, 3), use_bias=False, param_dtype=self.dtype)(x)
+        x = nn.Conv(
+            WIDTHS[0], (3, 3), use_bias=False, kernel_init=kernel_init, param_dtype=self.dtype
+        )(x)
         x = nn.relu(norm()(x))
         for stage, features in enumerate(WIDTHS):
             for block in range(2):
                 strides = 2 if stage > 0 and block == 0 else 1
                 x = BasicBlock(norm, features, strides, self.dtype)(x)
-        return nn.Dense(CLASSES, param_dtype=self.dtype)(x.mean((1, 2)))
+        return nn.Dense(CLASSES, kernel_init=kernel_init, param_dtype=self.dtype)(x.mean((1, 2)))
 
 
 class Transformer(nn.Module):
@@ -77,10 +94,13 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
         norm = norm_maker(self.norms, self.kind, param_dtype=self.dtype)
-        dense = functools.partial(nn.Dense, param_dtype=self.dtype)
+        dense = functools.partial(nn.Dense, kernel_init=kernel_init, param_dtype=self.dtype)
+        attention = functools.partial(
+            nn.MultiHeadDotProductAttention, kernel_init=kernel_init, param_dtype=self.dtype
+        )
         x = dense(16)(x)
         for _ in range(2):
-            x = x + nn.MultiHeadDotProductAttention(2, param_dtype=self.dtype)(norm()(x))
+            x = x + attention(2)(norm()(x))
             x = x + dense(16)(nn.gelu(dense(32)(norm()(x))))
         return dense(CLASSES)(norm()(x).mean(1))
 
@@ -92,7 +112,9 @@ class NNXBasicBlock(nnx.Module):
     """As `BasicBlock`."""
 
     def __init__(self, norm, inputs, features, strides, dtype, rngs):
-        conv = functools.partial(nnx.Conv, use_bias=False, param_dtype=dtype, rngs=rngs)
+        conv = functools.partial(
+            nnx.Conv, use_bias=False, kernel_init=kernel_init, param_dtype=dtype, rngs=rngs
+        )
         self.conv_0 = conv(inputs, features, (3, 3), strides=strides)
         self.norm_0 = norm(features, rngs=rngs)
         self.conv_1 = conv(features, features, (3, 3))
@@ -115,8 +137,17 @@ class NNXResNet18(nnx.Module):
 
     def __init__(self, norms, kind="BatchNorm", dtype=jnp.float32, *, rngs):
         norm = norm_maker(norms, kind, param_dtype=dtype)
+        linear = functools.partial(
+            nnx.Linear, kernel_init=kernel_init, param_dtype=dtype, rngs=rngs
+        )
         self.conv = nnx.Conv(
-            3, WIDTHS[0], (3, 3), use_bias=False, param_dtype=dtype, rngs=rngs
+            3,
+            WIDTHS[0],
+            (3, 3),
+            use_bias=False,
+            kernel_init=kernel_init,
+            param_dtype=dtype,
+            rngs=rngs,
         )
         self.norm = norm(WIDTHS[0], rngs=rngs)
         inputs, blocks = WIDTHS[0], []
@@ -126,7 +157,7 @@ class NNXResNet18(nnx.Module):
                 blocks.append(NNXBasicBlock(norm, inputs, features, strides, dtype, rngs))
                 inputs = features
         self.blocks = nnx.List(blocks)
-        self.head = nnx.Linear(inputs, CLASSES, param_dtype=dtype, rngs=rngs)
+        self.head = linear(inputs, CLASSES)
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.conv(x)))
@@ -139,13 +170,16 @@ class NNXTransformerLayer(nnx.Module):
     """One pre-norm layer."""
 
     def __init__(self, norm, dtype, rngs):
+        linear = functools.partial(
+            nnx.Linear, kernel_init=kernel_init, param_dtype=dtype, rngs=rngs
+        )
         self.norm_0 = norm(16, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
-            2, 16, decode=False, param_dtype=dtype, rngs=rngs
+            2, 16, decode=False, kernel_init=kernel_init, param_dtype=dtype, rngs=rngs
         )
         self.norm_1 = norm(16, rngs=rngs)
-        self.wide = nnx.Linear(16, 32, param_dtype=dtype, rngs=rngs)
-        self.narrow = nnx.Linear(32, 16, param_dtype=dtype, rngs=rngs)
+        self.wide = linear(16, 32)
+        self.narrow = linear(32, 16)
 
     def __call__(self, x):
         x = x + self.attention(self.norm_0(x))
@@ -157,10 +191,13 @@ class NNXTransformer(nnx.Module):
 
     def __init__(self, norms, kind="LayerNorm", dtype=jnp.float32, *, rngs):
         norm = norm_maker(norms, kind, param_dtype=dtype)
-        self.embed = nnx.Linear(6, 16, param_dtype=dtype, rngs=rngs)
+        linear = functools.partial(
+            nnx.Linear, kernel_init=kernel_init, param_dtype=dtype, rngs=rngs
+        )
+        self.embed = linear(6, 16)
         self.layers = nnx.List(NNXTransformerLayer(norm, dtype, rngs) for _ in range(2))
         self.norm = norm(16, rngs=rngs)
-        self.head = nnx.Linear(16, CLASSES, param_dtype=dtype, rngs=rngs)
+        self.head = linear(16, CLASSES)
 
     def __call__(self, x):
         x = self.embed(x)

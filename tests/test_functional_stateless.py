@@ -286,7 +286,8 @@ def test_group_norm_reduces_per_channel_and_small_arrays_per_group(affine):
                 yield from reductions(inner)
 
     found = list(reductions(jax.make_jaxpr(step)(x, params, x).jaxpr))
-    assert found == [(1, 2)] * 5  # three forward, two backward, all over space alone
+    assert len(found) == 3 + 2  # forward and backward
+    assert all(set(axes) <= {1, 2} for axes in found)  # over space: no short sum over a group
 
 
 # ---- Bad input ----

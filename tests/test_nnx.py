@@ -73,6 +73,17 @@ def test_update_stats_is_independent_of_what_normalizes(kind):
     assert int(layer.count[...]) == 1
 
 
+@both
+def test_a_half_precision_state_is_widened_in_place(kind):
+    layer = TRACKING[kind]()
+    for key in ("mean", "var"):
+        getattr(layer, key).set_value(getattr(layer, key)[...].astype(jnp.bfloat16))
+    layer(X)
+    assert (layer.mean[...].dtype, layer.var[...].dtype) == (jnp.float32, jnp.float32)
+    _, expected = getattr(jaxnorm, f"{kind}_norm")(X, None, jaxnorm.init_batch_stats(8))
+    chex.assert_trees_all_close(state_of(layer), expected, rtol=1e-6)
+
+
 def test_the_variables_are_params_and_batch_stats():
     layer = TRACKING["batch"]()
     assert set(nnx.to_pure_dict(nnx.state(layer, nnx.Param))) == {"scale", "bias"}

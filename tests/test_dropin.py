@@ -1,0 +1,407 @@
+import functools
+import inspect
+
+import chex
+import flax.linen
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from models import quick_jit
+
+import jaxnorm.linen
+import jaxnorm.nnx
+
+KEY = jax.random.key(1)
+STEPS, BATCH = 5, 8
+FACES = {"linen": (flax.linen, jaxnorm.linen), "nnx": (flax.nnx, jaxnorm.nnx)}
+NETWORKS = [  # what differs between the faces, and the rest once
+    ("linen", "ResNet18", "BatchNorm"),
+    ("nnx", "ResNet18", "BatchNorm"),
+    ("linen", "ResNet18", "InstanceNorm"),
+    ("nnx", "ResNet18", "GroupNorm"),
+    ("linen", "Transformer", "LayerNorm"),
+    ("nnx", "Transformer", "LayerNorm"),
+    ("linen", "Transformer", "RMSNorm"),
+    ("nnx", "Transformer", "RMSNorm"),
+]
+NAMES = ["BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
+each_face = pytest.mark.parametrize("face", FACES)
+each_name = pytest.mark.parametrize("name", NAMES)
+# Float64, in which Flax's E[x^2] - E[x]^2 is accurate too: 15 digits, of which 18 layers and 5
+# steps lose a few.
+SAME = {"rtol": 1e-9, "atol": 1e-11}
+
+
+# ---- A model trains the same ----
+
+
+def data(network):
+    """A batch of images or of sequences, its labels, and another batch, in float64."""
+    rng = np.random.default_rng(5)
+    shape = (BATCH, 16, 16, 3) if network == "ResNet18" else (BATCH, 7, 6)
+    x, other = rng.normal(0.5, 1, (2, *shape))
+    return jnp.asarray(x), jnp.asarray(rng.integers(models.CLASSES, size=BATCH)), other
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def train_linen(norms, network, kind, dtype=jnp.float64):
+    """First variables, losses, last variables, and the evaluation function of variables and x."""
+    model = getattr(models, network)(norms, kind, dtype)
+    x, labels, _ = data(network)
+    first = quick_jit(functools.partial(model.init, train=False))(KEY, x)
+    first = jax.tree.map(widen, first)
+    optimizer = optax.sgd(0.05, momentum=0.9)
+
+    def step(carry):
+        variables, opt_state = carry
+
+        def loss(params):
+            logits, updates = model.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return cross_entropy(logits, labels), updates
+
+        (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        changes, opt_state = optimizer.update(grads, opt_state)
+        params = optax.apply_updates(variables["params"], changes)
+        return ({"params": params, **updates}, opt_state), value
+
+    carry, losses = run(step, (first, optimizer.init(first["params"])))
+    return first, losses, carry[0], quick_jit(functools.partial(model.apply, train=False))
+
+
+def train_nnx(norms, network, kind, dtype=jnp.float64):
+    """As `train_linen`; variables are pure dicts of the model's state."""
+    model = getattr(models, "NNX" + network)(norms, kind, dtype, rngs=nnx.Rngs(KEY))
+    nnx.update(model, jax.tree.map(widen, nnx.state(model, nnx.BatchStat)))
+    x, labels, _ = data(network)
+    first = variables_of(model)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.05, momentum=0.9), wrt=nnx.Param)
+    graph, state = nnx.split((model, optimizer))
+
+    def step(state):
+        model, optimizer = nnx.merge(graph, state)
+        value, grads = nnx.value_and_grad(lambda m: cross_entropy(m(x), labels))(model)
+        optimizer.update(model, grads)
+        return nnx.state((model, optimizer)), value
+
+    model.train()
+    state, losses = run(step, state)
+    model, _ = nnx.merge(graph, state)
+
+    model.eval()
+    graph, kept = nnx.split(model)
+
+    @quick_jit
+    def evaluate(variables, x):
+        model = nnx.merge(graph, kept, copy=True)
+        for values in variables.values():
+            nnx.update(model, nnx.State(values))
+        return model(x)
+
+    return first, losses, variables_of(model), evaluate
+
+
+def run(step, carry):
+    step, losses = quick_jit(step), []
+    for _ in range(STEPS):
+        carry, loss = step(carry)
+        losses.append(float(loss))
+    return carry, losses
+
+
+def widen(statistic):
+    """Flax's running statistics begin in float32 whatever param_dtype says."""
+    return statistic.astype(jnp.float64) if statistic.dtype == jnp.float32 else statistic
+
+
+def variables_of(model):
+    """The state of a model in the form of Linen's variables."""
+    return {
+        "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        "batch_stats": nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),
+    }
+
+
+def without_count(tree):
+    """The tree without its counts, and the list of these."""
+    flat = flax.traverse_util.flatten_dict(tree)
+    counts = [value for path, value in flat.items() if path[-1] == "count"]
+    kept = {path: value for path, value in flat.items() if path[-1] != "count"}
+    return flax.traverse_util.unflatten_dict(kept), counts
+
+
+def linen_shapes(norms, network, kind):
+    model = getattr(models, network)(norms, kind)
+    x = data(network)[0].astype(jnp.float32)
+    return jax.eval_shape(functools.partial(model.init, train=False), KEY, x)
+
+
+def nnx_shapes(norms, network, kind):
+    make = getattr(models, "NNX" + network)
+    return variables_of(nnx.eval_shape(lambda: make(norms, kind, rngs=nnx.Rngs(KEY))))
+
+
+SHAPES = {"linen": linen_shapes, "nnx": nnx_shapes}
+TRAIN = {"linen": train_linen, "nnx": train_nnx}
+
+
+@pytest.mark.parametrize(("face", "network", "kind"), NETWORKS)
+def test_a_model_trains_the_same_after_changing_the_import(x64, face, network, kind):
+    theirs, ours = (TRAIN[face](norms, network, kind) for norms in FACES[face])
+    first, losses, last, evaluate = ours
+    flax_first, flax_losses, flax_last, flax_evaluate = theirs
+
+    chex.assert_trees_all_equal(first["params"], flax_first["params"])
+    np.testing.assert_allclose(losses, flax_losses, **SAME)
+    assert losses[-1] < 0.9 * losses[0]  # it does train
+    chex.assert_trees_all_close(last["params"], flax_last["params"], **SAME)
+    if kind != "BatchNorm":
+        assert not first.get("batch_stats")
+        return
+
+    stats, counts = without_count(last["batch_stats"])
+    assert [int(count) for count in counts] == [STEPS] * 20
+    stats, flax_stats = (
+        flax.traverse_util.flatten_dict(t) for t in (stats, flax_last["batch_stats"])
+    )
+    assert stats.keys() == flax_stats.keys()
+    biased = {}
+    for path, value in stats.items():
+        if path[-1] == "var":  # an average of the first variance, 1, and unbiased ones
+            n = BATCH * (16 * models.WIDTHS[0] // len(value)) ** 2  # a stage halves what it doubles
+            value = 0.9**STEPS + (value - 0.9**STEPS) * (n - 1) / n
+        np.testing.assert_allclose(value, flax_stats[path], **SAME, err_msg=str(path))
+        biased[path] = value
+    for path in list(biased):
+        biased[*path[:-1], "count"] = jnp.int32(STEPS)
+
+    other = data(network)[2]
+    y = evaluate(
+        {"params": last["params"], "batch_stats": flax.traverse_util.unflatten_dict(biased)}, other
+    )
+    np.testing.assert_allclose(y, flax_evaluate(flax_last, other), **SAME)
+
+
+@each_face
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [
+        ("ResNet18", "BatchNorm"),
+        ("ResNet18", "InstanceNorm"),
+        ("ResNet18", "GroupNorm"),
+        ("Transformer", "LayerNorm"),
+        ("Transformer", "RMSNorm"),
+    ],
+)
+def test_a_model_has_flax_s_variables_by_name_shape_and_dtype_and_counts(face, network, kind):
+    theirs, ours = (SHAPES[face](norms, network, kind) for norms in FACES[face])
+    stats, counts = without_count(ours.pop("batch_stats", {}))
+    assert [(a.shape, a.dtype) for a in counts] == [((), jnp.int32)] * len(stats and counts)
+    assert len(counts) == (20 if kind == "BatchNorm" else 0)
+    described = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
+    assert described(stats) == described(theirs.pop("batch_stats", {}))
+    assert described(ours) == described(theirs)
+
+
+# ---- Every argument ----
+
+X = jnp.asarray(np.random.default_rng(6).normal(0.5, 1, (4, 5, 3, 6)), jnp.float32)
+EVERY = {
+    "defaults": {},
+    "no bias": {"use_bias": False},
+    "no scale": {"use_scale": False},
+    "neither": {"use_scale": False, "use_bias": False},
+    "epsilon": {"epsilon": 0.3},
+    "inits": {"scale_init": flax.nnx.initializers.normal(), "bias_init": nnx.initializers.normal()},
+    "bfloat16": {"dtype": jnp.bfloat16},
+    "param_dtype": {"param_dtype": jnp.float16, "dtype": jnp.float32},
+    "accurate": {"use_fast_variance": False},
+}
+FEATURES = [  # options, and num_features for NNX
+    ({"reduction_axes": (1, 2, 3)}, 6),
+    ({"reduction_axes": (-1, 1)}, 6),
+    ({"reduction_axes": 1, "feature_axes": 1}, 5),
+    ({"reduction_axes": (1, 2), "feature_axes": -1}, 6),
+    ({"reduction_axes": (2, 3), "feature_axes": 1}, 5),
+]
+OWN = {
+    "BatchNorm": [({"axis": 1}, 5), ({"axis": (-1,)}, 6)],
+    "InstanceNorm": [({"feature_axes": 1}, 5), ({"feature_axes": (-1,)}, 6)],
+    "GroupNorm": [
+        ({"num_groups": 2}, 6),
+        ({"num_groups": 6}, 6),
+        ({"num_groups": None, "group_size": 2}, 6),
+        ({"num_groups": 3, "reduction_axes": (1, 2, 3)}, 6),
+        ({"num_groups": 3, "reduction_axes": (-3, -2, -1)}, 6),
+    ],
+    "LayerNorm": FEATURES,
+    "RMSNorm": FEATURES,
+}
+SEVERAL = [
+    {"reduction_axes": (1, 3), "feature_axes": (1, 3)},
+    {"reduction_axes": (1, 2, 3), "feature_axes": (-1, 2)},
+]
+LINEN_OWN = {  # flax.nnx refuses these, or repeats the groups' means along another axis
+    "GroupNorm": [
+        {"num_groups": 3, "reduction_axes": (2, 3)},
+        {"num_groups": 1, "reduction_axes": (3,)},
+    ],
+    "LayerNorm": SEVERAL,
+    "RMSNorm": SEVERAL,
+}
+
+
+def arguments(name):
+    groups = {"num_groups": 3} if name == "GroupNorm" else {}
+    for case, options in EVERY.items():
+        if name == "RMSNorm":
+            options = {key: value for key, value in options.items() if "bias" not in key}
+        yield pytest.param(name, groups | options, 6, id=f"{name} {case}")
+    for options, features in OWN[name]:
+        yield pytest.param(name, options, features, id=f"{name} {options}")
+
+
+def linen_arguments(name):
+    yield from arguments(name)
+    for options in LINEN_OWN[name]:
+        yield pytest.param(name, options, None, id=f"{name} {options}")
+
+
+def made(module, name, options, **others):
+    """A layer of a namespace, in training; statistics move by a quarter."""
+    if name == "BatchNorm":
+        memory = "decay" if module.__name__.startswith("jaxnorm") else "momentum"
+        options = {"use_running_average": False, memory: 0.75, **options}
+    return functools.partial(getattr(module, name), **options, **others)
+
+
+def assert_same_outputs(y, y_flax):
+    assert y.dtype == y_flax.dtype
+    # Flax's variance loses a digit; in bfloat16 its x is rounded first, and y after each step.
+    tolerance = float(4 * jnp.finfo(y.dtype).eps) + 1e-5
+    y, y_flax = (a.astype(jnp.float32) for a in (y, y_flax))
+    np.testing.assert_allclose(y, y_flax, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "features"), [p for name in LINEN_OWN for p in linen_arguments(name)]
+)
+def test_linen_s_arguments_mean_what_they_mean_in_flax(name, options, features):
+    theirs, ours = (made(norms, name, options)() for norms in FACES["linen"])
+    variables = ours.init(KEY, X)
+    chex.assert_trees_all_equal(variables, theirs.init(KEY, X))
+    chex.assert_trees_all_equal_dtypes(variables, theirs.init(KEY, X))
+    # All entries differ, so that one on another's place is seen.
+    variables = jax.tree.map(lambda a: a + jnp.arange(a.size).reshape(a.shape) / 8, variables)
+    variables = jax.tree.map(lambda a: a.astype(ours.param_dtype), variables)
+    assert_same_outputs(ours.apply(variables, X), theirs.apply(variables, X))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "features"), [p for name in NAMES for p in arguments(name)]
+)
+def test_nnx_s_arguments_mean_what_they_mean_in_flax(name, options, features):
+    layers, draws = [], []
+    for norms in FACES["nnx"]:
+        rngs = nnx.Rngs(KEY)
+        layers.append(made(norms, name, options)(features, rngs=rngs))
+        draws.append(rngs.params())
+    theirs, ours = layers
+    assert draws[0] == draws[1]  # as many keys were used
+    params = nnx.state(ours, nnx.Param)
+    chex.assert_trees_all_equal(params, nnx.state(theirs, nnx.Param))
+    chex.assert_trees_all_equal_dtypes(params, nnx.state(theirs, nnx.Param))
+    for layer in layers:
+        for variable in (layer.scale, getattr(layer, "bias", None)):
+            if variable is not None:
+                variable[...] += (jnp.arange(variable.size) / 8).astype(variable.dtype)
+    assert_same_outputs(ours(X), theirs(X))
+    if name == "BatchNorm":
+        n = X.size / features
+        biased = 0.75 + (ours.var[...] - 0.75) * (n - 1) / n
+        # What Flax rounds x to, its mean may be off by.
+        tolerance = float(jnp.finfo(ours.dtype or X.dtype).eps) + 1e-5
+        np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(biased, theirs.var[...], rtol=tolerance)
+        assert (ours.mean.dtype, ours.var.dtype) == (theirs.mean.dtype, theirs.var.dtype)
+        assert int(ours.count[...]) == 1
+        ours.var[...] = theirs.var[...]
+        assert_same_outputs(ours(X, True), theirs(X, True))
+
+
+@each_name
+def test_nnx_s_parameters_carry_the_metadata(name):
+    options = {"scale_metadata": {"group": "norms"}}
+    if name != "RMSNorm":
+        options["bias_metadata"] = {"weight_decay": False}
+    options |= {"num_groups": 3} if name == "GroupNorm" else {}
+    theirs, ours = (made(norms, name, options)(6, rngs=nnx.Rngs(0)) for norms in FACES["nnx"])
+    assert ours.scale.get_metadata() == theirs.scale.get_metadata()
+    assert ours.scale.group == "norms"
+    if name != "RMSNorm":
+        assert ours.bias.get_metadata() == theirs.bias.get_metadata()
+        assert ours.bias.weight_decay is False
+
+
+def linen_call(layer):
+    variables = layer(axis_name=None).init(KEY, X[0])  # Flax needs the axis already here
+    return lambda x: layer().apply(variables, x, mutable=["batch_stats"])[0]
+
+
+def nnx_call(layer):
+    graph, state = nnx.split(layer(6, rngs=nnx.Rngs(KEY)))
+    return lambda x: nnx.merge(graph, state, copy=True)(x)
+
+
+CALL = {"linen": linen_call, "nnx": nnx_call}
+
+
+@each_face
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "InstanceNorm"])
+def test_an_axis_name_spreads_what_it_spreads_in_flax(face, name):
+    options = {"axis_name": "d"} | ({"num_groups": 3} if name == "GroupNorm" else {})
+    theirs, ours = (
+        quick_jit(jax.vmap(CALL[face](made(norms, name, options)), axis_name="d"))
+        for norms in FACES[face]
+    )
+    assert_same_outputs(ours(X), theirs(X))
+    assert float(abs(ours(X[:1]) - ours(X)[:1]).max()) > 0.01  # the others do count
+
+
+# ---- Names, order, defaults ----
+
+
+@each_face
+@each_name
+def test_the_constructor_has_flax_s_arguments_in_their_order_with_their_defaults(face, name):
+    # Not the class's, which NNX's metaclass hides.
+    theirs, ours = (inspect.signature(getattr(norms, name).__init__) for norms in FACES[face])
+    theirs = [p for p in theirs.parameters.values() if p.name not in ("parent", "name")]
+    ours = list(ours.parameters.values())[: len(theirs)]
+    assert len(theirs) > 10
+    assert [p.name for p in ours] == [p.name for p in theirs]
+    assert [p.kind for p in ours] == [p.kind for p in theirs]
+    # Momentum is 0.1 of the new value here, 0.01 of it there.
+    defaults = [{p.name: p.default for p in ps if p.name != "momentum"} for ps in (ours, theirs)]
+    assert defaults[0] == defaults[1]
+
+
+@each_face
+@each_name
+def test_the_call_takes_flax_s_arguments(face, name):
+    theirs, ours = (
+        {p.name: (p.kind, p.default) for p in inspect.signature(c).parameters.values()}
+        for c in (getattr(norms, name).__call__ for norms in FACES[face])
+    )
+    assert theirs.items() <= ours.items()
+    by_position = lambda ps: [n for n, (kind, _) in ps.items() if kind.name != "KEYWORD_ONLY"]  # noqa: E731
+    assert by_position(ours)[: len(by_position(theirs))] == by_position(theirs)
