@@ -1,7 +1,9 @@
 """What is public? Normalization for JAX: pure functions over params and batch_stats."""
 
 from jaxnorm._moments import Moments as Moments
+from jaxnorm._moments import merge_moments as merge_moments
 from jaxnorm._moments import moments as moments
+from jaxnorm._running import merge_batch_stats as merge_batch_stats
 from jaxnorm._running import update_batch_stats as update_batch_stats
 from jaxnorm.functional import batch_norm as batch_norm
 from jaxnorm.functional import group_norm as group_norm

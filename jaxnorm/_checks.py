@@ -146,6 +146,21 @@ def params(
 
 def batch_stats(function: str, stats: Any, channels: Shape | None = None) -> BatchStats:
     """The state is whole: mean and var of the channels' shape, and one count."""
+    return _state(function, stats, channels, ())
+
+
+def stacked_batch_stats(function: str, stats: Any) -> BatchStats:
+    """States with a leading axis: mean and var of one shape, and a count for each entry."""
+    mean = stats.get("mean") if isinstance(stats, Mapping) else None
+    if mean is not None and jnp.ndim(mean) < 1:
+        raise ValueError(
+            f"{function}: batch_stats['mean'] should have a leading axis, one entry a state, but "
+            f"has shape ()"
+        )
+    return _state(function, stats, None, jnp.shape(mean)[:1] if mean is not None else ())
+
+
+def _state(function: str, stats: Any, channels: Shape | None, counts: Shape) -> BatchStats:
     keys = ("mean", "var", "count")
     missing = [k for k in keys if not isinstance(stats, Mapping) or stats.get(k) is None]
     if missing:
@@ -159,7 +174,7 @@ def batch_stats(function: str, stats: Any, channels: Shape | None = None) -> Bat
         )
     state = {key: jnp.asarray(stats[key]) for key in keys}
     wanted = state["mean"].shape if channels is None else channels
-    for key, shape in (("mean", wanted), ("var", wanted), ("count", ())):
+    for key, shape in (("mean", wanted), ("var", wanted), ("count", counts)):
         if not _agrees(state[key].shape, shape):
             why = "it counts updates" if key == "count" else "it holds one number for each channel"
             raise ValueError(
@@ -172,6 +187,17 @@ def batch_stats(function: str, stats: Any, channels: Shape | None = None) -> Bat
             f"but is {state['count'].dtype}"
         )
     return cast(BatchStats, state)
+
+
+def weights(function: str, counts: Any, shape: Shape) -> jax.Array:
+    """One weight for each state."""
+    counts = jnp.asarray(counts)
+    if not _agrees(counts.shape, shape):
+        raise ValueError(
+            f"{function}: counts should have shape {shape}, one for each state, but has shape "
+            f"{counts.shape}"
+        )
+    return counts
 
 
 def switches(
@@ -215,6 +241,15 @@ def moments_shape(function: str, shape: Shape, channels: Shape) -> None:
         raise ValueError(
             f"{function}: moments should have the shape {channels} of the running statistics, or "
             f"one row of it for each sample, but have shape {shape}"
+        )
+
+
+def same_moments(function: str, a: Shape, b: Shape) -> None:
+    """Two samples of the same channels."""
+    if not _agrees(a, b):
+        raise ValueError(
+            f"{function}: a and b should be of one shape, because each entry is one channel's, but "
+            f"have shapes {a} and {b}"
         )
 
 

@@ -233,6 +233,45 @@ def centre(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Mome
 # ---- moments -> moments of the whole ----
 
 
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    r"""Merges the moments of two disjoint samples into those of their union.
+
+    .. math::
+        mean = \frac{n_a mean_a + n_b mean_b}{n_a + n_b}, \quad
+        var = \frac{n_a (var_a + (mean_a - mean)^2) + n_b (var_b + (mean_b - mean)^2)}{n_a + n_b}
+
+    Exact, in any order and for any sizes. For the micro-batches of one step of batch norm: merge
+    their moments, then call `update_batch_stats` once. (Instance norm's are rows, one a sample:
+    concatenate them instead.)
+
+    Args:
+      a: moments with fields of any one shape.
+      b: moments of the same shape; either side may be empty, with count 0.
+
+    Returns:
+      The moments of all entries together, of the same shape.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> x = jnp.array([1.0, 3.0, 2.0, 2.0])
+      >>> m = jaxnorm.merge_moments(jaxnorm.moments(x[:2], 0), jaxnorm.moments(x[2:], 0))
+      >>> print(m.count, m.mean, m.var)
+      4.0 2.0 0.5
+
+    References:
+      Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
+      Variances, 1979.
+    """
+    _checks.same_moments("merge_moments", jnp.shape(a.mean), jnp.shape(b.mean))
+    rows = jax.tree.map(lambda *pair: jnp.stack(pair), a, b)
+    shift, pooled = pool(rows.mean, dataclasses.replace(rows, mean=jnp.zeros_like(rows.mean)))
+    return about_zero(shift, pooled)
+
+
 def pool(shifts: jax.Array, rows: Moments) -> tuple[jax.Array, Moments]:
     """Pools disjoint samples, a row each on the leading axis, into the moments of their union.
 

@@ -149,6 +149,46 @@ def test_devices_pool_their_samples_and_gradients(x64, groups, masked):
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("offset", [0, 1e3, 1e6])
+@pytest.mark.parametrize("cut", [0, 1, 50, 100])
+def test_merging_two_samples_gives_the_moments_of_their_union(offset, cut):
+    x = (RNG.standard_normal((100, 3)) + offset).astype(np.float32)
+    x[cut:] += 4
+    a, b = (jaxnorm.moments(part, 0) for part in (x[:cut], x[cut:]))
+    merged = jaxnorm.merge_moments(a, b)
+    # The means are numbers of their own here, rounded to float32: eps * offset beside spread 2.
+    rtol = 1e-6 + 2.0**-23 * offset
+    assert_moments(merged, x, 0, rtol=rtol)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol),
+        merged,
+        jaxnorm.merge_moments(b, a),
+    )
+
+
+def test_merging_is_of_one_shape():
+    a, b = (jaxnorm.moments(jnp.ones((4, n)), 0) for n in (2, 3))
+    with pytest.raises(ValueError, match=r"a and b should be of one shape, .* \(2,\) and \(3,\)"):
+        jaxnorm.merge_moments(a, b)
+
+
+def test_the_moments_of_micro_batches_move_the_state_as_one_large_batch():
+    x = RNG.normal(3, 2, (12, 5, 2)).astype(np.float32)
+    state = jaxnorm.init_batch_stats(2)
+    parts = [jaxnorm.moments(part, (0, 1)) for part in np.split(x, [2, 7])]
+    merged = jaxnorm.merge_moments(jaxnorm.merge_moments(*parts[:2]), parts[2])
+    found = jaxnorm.update_batch_stats(state, merged)
+    _, expected = jaxnorm.batch_norm(x, None, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    # Instance norm: a row a sample, concatenated.
+    rows = [jax.vmap(lambda x: jaxnorm.moments(x, 0))(part) for part in np.split(x, [2, 7])]
+    found = jaxnorm.update_batch_stats(
+        state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+    )
+    _, expected = jaxnorm.instance_norm(x, None, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
 def test_shard_map_gives_replicated_moments_under_its_default_checks():
     x = jnp.asarray(RNG.standard_normal((8, 3)), jnp.float32)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -146,3 +146,69 @@ def test_the_given_state_is_left_as_it_was():
     new = jaxnorm.update_batch_stats(state, BATCH)
     assert new is not state
     assert_state(state, [1.0, 2.0], [3.0, 4.0], 7)
+
+
+# ---- Merging states ----
+
+
+def stack(*states):
+    return {
+        "mean": jnp.array([[s[0]] for s in states]),
+        "var": jnp.array([[s[1]] for s in states]),
+        "count": jnp.array([s[2] for s in states], jnp.int32),
+    }
+
+
+def test_merging_adds_the_variance_between_the_replicas():
+    x = np.random.default_rng(0).standard_normal((2, 50)) * 0.97 + [[0.0], [4.0]]
+    stacked = stack(*((row.mean(), row.var(), 1) for row in x))
+    assert_state(jaxnorm.merge_batch_stats(stacked), [x.mean()], [x.var()], 2)
+    averaged = jaxnorm.merge_batch_stats(stacked, between=False)
+    assert_state(averaged, [x.mean()], [x.var(1).mean()], 2)
+
+
+def test_each_state_s_own_count_is_its_weight():
+    merged = jaxnorm.merge_batch_stats(stack((0.0, 1.0, 3), (4.0, 2.0, 1)))
+    assert_state(merged, [1.0], [1.25 + 3.0], 4)
+    averaged = jaxnorm.merge_batch_stats(stack((0.0, 1.0, 3), (4.0, 2.0, 1)), between=False)
+    assert_state(averaged, [1.0], [1.25], 4)
+
+
+def test_counts_weigh_instead_and_the_counts_still_add_up():
+    merged = jaxnorm.merge_batch_stats(stack((0.0, 1.0, 3), (4.0, 2.0, 1)), jnp.array([1, 3]))
+    assert_state(merged, [3.0], [1.75 + 3.0], 4)
+
+
+def test_a_state_that_weighs_nothing_is_left_out_be_it_nan():
+    merged = jaxnorm.merge_batch_stats(stack((np.nan, np.nan, 0), (4.0, 2.0, 3)))
+    assert_state(merged, [4.0], [2.0], 3)
+
+
+def test_states_that_all_weigh_nothing_weigh_the_same():
+    merged = jaxnorm.merge_batch_stats(stack((0.0, 1.0, 0), (0.0, 1.0, 0)))
+    assert_state(merged, [0.0], [1.0], 0)
+
+
+def test_a_merged_count_stays_at_the_largest_int32():
+    merged = jaxnorm.merge_batch_stats(stack(*[(1.0, 2.0, 2**30)] * 3))
+    assert_state(merged, [1.0], [2.0], 2**31 - 1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"count": jnp.zeros((), jnp.int32)}, r"batch_stats\['count'\] should have shape \(2,\)"),
+        ({"var": jnp.ones((2, 2))}, r"batch_stats\['var'\] should have shape \(2, 1\)"),
+        ({"mean": jnp.ones(())}, r"batch_stats\['mean'\] should have a leading axis"),
+        ({"mean": None}, "batch_stats should have the keys"),
+    ],
+)
+def test_states_that_do_not_stack_are_refused(bad, message):
+    stacked = stack((0.0, 1.0, 3), (4.0, 2.0, 1))
+    with pytest.raises(ValueError, match=message):
+        jaxnorm.merge_batch_stats({**stacked, **bad})
+
+
+def test_counts_are_one_for_each_state():
+    with pytest.raises(ValueError, match=r"counts should have shape \(2,\), one for each state"):
+        jaxnorm.merge_batch_stats(stack((0.0, 1.0, 3), (4.0, 2.0, 1)), jnp.ones(3))
