@@ -167,7 +167,9 @@ def _state(function: str, stats: Any, channels: Shape | None, counts: Shape) -> 
         write = "init_batch_stats(num_features) makes a first state"
         if missing == ["count"]:
             write = "write {**batch_stats, 'count': jnp.int32(0)} for statistics without one"
-        found = sorted(stats) if isinstance(stats, Mapping) else type(stats).__name__
+        found: Any = type(stats).__name__
+        if isinstance(stats, Mapping):
+            found = sorted(key for key in stats if stats[key] is not None)
         raise ValueError(
             f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is "
             f"{found}; {write}"
@@ -231,7 +233,8 @@ def several_values(function: str, shape: Shape, layout: Layout, devices: int) ->
         kind = "value per channel" if layout.batch is None else "spatial element"
         raise ValueError(
             f"{function}: Expected more than 1 {kind} when training, got input size {shape}; the "
-            f"variance of one value is 0, and y would be the bias whatever x is"
+            f"variance of one value is 0, and y would be the bias whatever x is; write "
+            f"use_running_average=True to evaluate, or train on more"
         )
 
 

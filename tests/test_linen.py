@@ -295,7 +295,8 @@ def test_forgetting_the_state_is_no_silent_restart(kind):
 def test_a_flax_state_without_count_says_what_to_add():
     layer = jnn.BatchNorm(use_running_average=True)
     variables = nn.BatchNorm(use_running_average=True).init(KEY, X)
-    with pytest.raises(ValueError, match=re.escape("{**batch_stats, 'count': jnp.int32(0)}")):
+    message = "but is ['mean', 'var']; write {**batch_stats, 'count': jnp.int32(0)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         layer.apply(variables, X)
 
 
