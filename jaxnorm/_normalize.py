@@ -59,8 +59,10 @@ def _normalize_jvp(sample, dtype, primals, tangents):
         A = scale_dot - scale r^2 / 2 (var_dot + epsilon_dot)
         B = bias_dot - scale r mean_dot
 
-    A and B are no larger than scale and the moments, so going backwards each is one reduction of
-    x's size, and the gradients of scale, of bias and of x are all made of these two.
+    A and B have the shape of scale and the moments, broadcast together. Where that is small, as in
+    batch, instance and group norm, each is one reduction of x's size going backwards, and the
+    gradients of scale, of bias and of x are all made of these two. In layer norm it is x's own
+    shape, and the transpose is the textbook rule.
     """
     x, scale, _, epsilon, mask, given = primals
     moving = [None if isinstance(t, SymbolicZero) else t for t in tangents[:4]]

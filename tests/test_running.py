@@ -179,6 +179,13 @@ def test_counts_weigh_instead_and_the_counts_still_add_up():
     assert_state(merged, [3.0], [1.75 + 3.0], 4)
 
 
+@pytest.mark.parametrize("factor", [1e-3, 0.1, 1.0, 1e3])
+def test_only_the_proportions_of_the_counts_matter(factor):
+    stacked, counts = stack((0.0, 1.0, 3), (4.0, 2.0, 1)), factor * jnp.array([1.0, 3.0])
+    assert_state(jaxnorm.merge_batch_stats(stacked, counts), [3.0], [1.75 + 3.0], 4)
+    assert_state(jaxnorm.merge_batch_stats(stacked, counts, between=False), [3.0], [1.75], 4)
+
+
 def test_a_state_that_weighs_nothing_is_left_out_be_it_nan():
     merged = jaxnorm.merge_batch_stats(stack((np.nan, np.nan, 0), (4.0, 2.0, 3)))
     assert_state(merged, [4.0], [2.0], 3)
