@@ -17,8 +17,8 @@ def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype)
     """y of a norm without a state, whose parameters lie along the layout's channels."""
     scale, bias, mask = _operands(function, x, params, mask, layout)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    y, _ = normalize(sample, dtype, x, scale, bias, jnp.asarray(epsilon, float), mask, None)
-    return y
+    measured = measure(sample, x, mask)
+    return normalize(dtype, x, scale, bias, jnp.asarray(epsilon, float), mask, *measured)
 
 
 def tracked_norm(
@@ -93,13 +93,15 @@ def _seen(mask, a, of_x_rank):
 
 def _one_sample(sample, dtype, epsilon, update_stats, x, mask, scale, bias, mean=None, var=None):
     """y, and the moments to update the state by; mean and var are the state's, where it is used."""
+    if mean is None or update_stats:
+        measured = measure(sample, x, mask)
     if mean is None:
-        y, measured = normalize(sample, dtype, x, scale, bias, epsilon, mask, None)
-        return y, about_zero(*measured)
-    mean, var = widen(mean, x), widen(var, x)
-    given = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
-    y, _ = normalize(sample, dtype, x, scale, bias, epsilon, mask, given)
-    return y, about_zero(*measure(sample, x, mask)) if update_stats else None
+        used = measured
+    else:
+        mean, var = lax.stop_gradient((widen(mean, x), widen(var, x)))
+        used = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
+    y = normalize(dtype, x, scale, bias, epsilon, mask, *used)
+    return y, about_zero(*measured) if update_stats else None
 
 
 def _each_sample(step, batch_axis, x, *others):

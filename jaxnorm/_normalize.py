@@ -8,19 +8,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxnorm._moments import Moments, Sample, centre, measure, moments_dot, select
+from jaxnorm._moments import Moments, centre, select
 
 
 def standardize(
     x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments, epsilon: jax.Array
 ) -> jax.Array:
     """x_hat = (x - mean) / sqrt(var + epsilon)."""
-    return centre(x, mask, shift, moments) * _rstd(moments, epsilon)
+    return centre(x, mask, shift, moments) * rstd(moments.var, epsilon)
 
 
-def _rstd(moments, epsilon):
+def rstd(var: jax.Array, epsilon: jax.Array) -> jax.Array:
     """1 / sqrt(var + epsilon)."""
-    return lax.rsqrt(moments.var + epsilon.astype(moments.var.dtype))
+    return lax.rsqrt(var + epsilon.astype(var.dtype))
 
 
 def affine(x_hat: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
@@ -29,28 +29,27 @@ def affine(x_hat: jax.Array, scale: jax.Array | None, bias: jax.Array | None) ->
     return y if bias is None else y + bias.astype(x_hat.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize(
-    sample: Sample,
     dtype: Any,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     epsilon: jax.Array,
     mask: jax.Array | None,
-    given: tuple[jax.Array, Moments] | None,
-) -> tuple[jax.Array, tuple[jax.Array, Moments]]:
-    """Normalizes x by its sample's moments, or by the given ones, which are constants.
+    shift: jax.Array,
+    moments: Moments,
+) -> jax.Array:
+    """y in the given dtype, by the moments of x - shift that `measure` gives, or by constants.
 
-    Scale and bias have x's rank. Returns y in the given dtype, and the moments as `measure` does.
+    Scale and bias have x's rank.
     """
-    shift, moments = measure(sample, x, mask) if given is None else given
     y = affine(standardize(x, mask, shift, moments, epsilon), scale, bias)
-    return select(mask, y).astype(dtype), (shift, moments)
+    return select(mask, y).astype(dtype)
 
 
 @functools.partial(normalize.defjvp, symbolic_zeros=True)
-def _normalize_jvp(sample, dtype, primals, tangents):
+def _normalize_jvp(dtype, primals, tangents):
     """The tangent of normalize, written so that JAX's transpose of it is the best backward pass.
 
     With r = 1 / sqrt(var + epsilon), the tangent of y = scale * x_hat + bias is
@@ -62,20 +61,18 @@ def _normalize_jvp(sample, dtype, primals, tangents):
     A and B have the shape of scale and the moments, broadcast together. Where that is small, as in
     batch, instance and group norm, each is one reduction of x's size going backwards, and the
     gradients of scale, of bias and of x are all made of these two. In layer norm it is x's own
-    shape, and the transpose is the textbook rule.
+    shape, and the transpose is the textbook rule. The shift is a constant, as in `moments_dot`.
     """
-    x, scale, _, epsilon, mask, given = primals
-    moving = [None if isinstance(t, SymbolicZero) else t for t in tangents[:4]]
-    y, (shift, moments) = normalize(sample, dtype, *primals)
+    x, scale, _, epsilon, mask, shift, moments = primals
+    y = normalize(dtype, *primals)
+    x_dot, scale_dot, bias_dot, epsilon_dot, _, _, moments_dot = tangents
+    moving = x_dot, scale_dot, bias_dot, epsilon_dot, moments_dot.mean, moments_dot.var
 
     # Checkpointed: x_hat is made again from x, so that what is kept for the backward pass is x
-    # itself, in x's dtype. The moments get their true tangents, since second derivatives use them.
+    # itself, in x's dtype.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def linear(x_dot, scale_dot, bias_dot, epsilon_dot):
-        still = given is not None or x_dot is None
-        m_dot = None if still else moments_dot(sample, x, mask, shift, moments, x_dot)
-        mean_dot, var_dot = (None, None) if m_dot is None else (m_dot.mean, m_dot.var)
-        r = _rstd(moments, epsilon)
+    def linear(x_dot, scale_dot, bias_dot, epsilon_dot, mean_dot, var_dot):
+        r = rstd(moments.var, epsilon)
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
         a = _combine(
@@ -84,13 +81,10 @@ def _normalize_jvp(sample, dtype, primals, tangents):
         b = _combine((one, bias_dot), (-w * r, mean_dot))
         x_hat = standardize(x, mask, shift, moments, epsilon)
         y_dot = _combine((w * r, x_dot), (x_hat, a), (one, b))
-        y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only `given` moves
-        return jnp.broadcast_to(y_dot.astype(dtype), y.shape), m_dot
+        y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the shift moves
+        return jnp.broadcast_to(y_dot.astype(dtype), y.shape)
 
-    y_dot, m_dot = linear(*moving)
-    if m_dot is None:
-        m_dot = jax.tree.map(jnp.zeros_like, moments)
-    return (y, (shift, moments)), (y_dot, (jnp.zeros_like(shift), m_dot))
+    return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in moving))
 
 
 def _combine(*terms):

@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from jaxnorm._moments import Moments, Sample
+from jaxnorm._moments import Moments, Sample, measure
 from jaxnorm._normalize import normalize
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -34,7 +34,8 @@ def plain(axes, x, scale, bias, epsilon, mask):
 
 
 def ours(axes, x, scale, bias, epsilon, mask):
-    y, (shift, m) = normalize(Sample(axes), x.dtype, x, scale, bias, epsilon, mask, None)
+    shift, m = measure(Sample(axes), x, mask)
+    y = normalize(x.dtype, x, scale, bias, epsilon, mask, shift, m)
     return y, shift + m.mean, m.var
 
 
@@ -76,28 +77,35 @@ def test_the_derivative_to_order_three_in_any_mix_of_modes(missing, given):
     x = jnp.asarray(X)
     one_per_channel = {"scale": jnp.array([[[1.3, -0.7]]]), "bias": jnp.array([[[0.2, 0.5]]])}
     params = {k: v for k, v in one_per_channel.items() if k not in missing}
-    _, statistics = normalize(Sample((0, 1)), x.dtype, 2 * x, None, None, jnp.ones(()), None, None)
+    statistics = measure(Sample((0, 1)), 2 * x)
 
     def f(x, params, epsilon):
         scale, bias = params.get("scale"), params.get("bias")
-        y, _ = normalize(
-            Sample((0, 1)), x.dtype, x, scale, bias, epsilon, MASK, statistics if given else None
-        )
-        return y
+        used = statistics if given else measure(Sample((0, 1)), x, MASK)
+        return normalize(x.dtype, x, scale, bias, epsilon, MASK, *used)
 
     check_grads(f, (x, params, jnp.asarray(0.3)), order=3)
 
 
-def test_given_moments_are_constants():
-    x = jnp.asarray(X)
+def test_moments_may_move_alone_and_the_shift_is_a_constant():
+    x, scale, epsilon = jnp.asarray(X), jnp.array([[[1.3, -0.7]]]), jnp.asarray(0.3)
+    shift, mean, var = jnp.array([[[[0.1, 0.2]]], [[[0.3, -0.4]]], [[[1.5, 0.8]]]])
 
-    def y(mean):
-        given = (mean, Moments(mean, 0 * mean, 1 + mean))
-        return jnp.sum(
-            normalize(Sample((0, 1)), x.dtype, x, None, None, jnp.ones(()), None, given)[0]
-        )
+    def ours(shift, mean, var):
+        m = Moments(jnp.zeros_like(var), mean, var)
+        return normalize(x.dtype, x, scale, None, epsilon, None, shift, m)
 
-    np.testing.assert_array_equal(jax.grad(y)(jnp.ones((1, 1, 2))), 0)
+    def plain(mean, var):
+        return scale * (x - shift - mean) * lax.rsqrt(var + epsilon)
+
+    check_grads(functools.partial(ours, shift), (mean, var), order=3)
+    for found, wanted in zip(
+        jax.jacobian(ours, (1, 2))(shift, mean, var),
+        jax.jacobian(plain, (0, 1))(mean, var),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-15)
+    np.testing.assert_array_equal(jax.jacobian(ours)(shift, mean, var), 0)
 
 
 # ---- What does not depend on the machine is read from the compiled program. ----
@@ -112,10 +120,8 @@ def kept(f, *args):
 def norm(x, scale, bias, *, given):
     shape = (*(1 for _ in x.shape[:-1]), x.shape[-1])
     zero, one = jnp.zeros(shape), jnp.ones(shape)
-    statistics = (zero, Moments(zero, zero, one)) if given else None
-    return normalize(
-        Sample((0, 1, 2)), x.dtype, x, scale, bias, jnp.asarray(1e-5), None, statistics
-    )[0]
+    used = (zero, Moments(zero, zero, one)) if given else measure(Sample((0, 1, 2)), x)
+    return normalize(x.dtype, x, scale, bias, jnp.asarray(1e-5), None, *used)
 
 
 @pytest.mark.parametrize("given", [False, True])
