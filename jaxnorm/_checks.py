@@ -144,9 +144,24 @@ def params(
     return scale, bias
 
 
-def batch_stats(function: str, stats: Any, channels: Shape | None = None) -> BatchStats:
-    """The state is whole: mean and var of the channels' shape, and one count."""
-    return _state(function, stats, channels, ())
+def batch_stats(
+    function: str, stats: Any, channels: Shape | None = None, *, stacked: bool = False
+) -> BatchStats:
+    """The state is whole: mean and var of the channels' shape, and one count.
+
+    Stacked: or any number of such states, the count's axes leading.
+    """
+    counts = jnp.shape(stats["count"]) if stacked and _has(stats, "count") else ()
+    state = _state(function, stats, channels, counts)
+    if _has(stats, "accumulation"):
+        accumulation = stats["accumulation"]
+        _state(function, accumulation["start"], state["mean"].shape, counts)
+        return cast(BatchStats, {**state, "accumulation": accumulation})
+    return state
+
+
+def _has(stats: Any, key: str) -> bool:
+    return isinstance(stats, Mapping) and stats.get(key) is not None
 
 
 def stacked_batch_stats(function: str, stats: Any) -> BatchStats:
@@ -254,6 +269,38 @@ def same_moments(function: str, a: Shape, b: Shape) -> None:
             f"{function}: a and b should be of one shape, because each entry is one channel's, but "
             f"have shapes {a} and {b}"
         )
+
+
+def virtual_batches(function: str, size: Any, shape: Shape, layout: Layout, devices: int) -> None:
+    """The samples divide into virtual batches, and each lies on one device."""
+    if layout.batch is None and 0 in layout.channels:
+        raise ValueError(
+            f"{function}: virtual_batch_size should come with samples on axis 0, but channel_axis "
+            f"is {layout.channels}"
+        )
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(
+            f"{function}: virtual_batch_size should be a positive int, because it is a number of "
+            f"samples, but is {size!r}"
+        )
+    samples = shape[0]
+    if isinstance(samples, int) and samples % (size * devices):
+        where = f" on {devices} devices" if devices > 1 else ""
+        raise ValueError(
+            f"{function}: virtual_batch_size should divide the samples of each device, because all "
+            f"virtual batches are of one size and each lies on one device, but is {size} for "
+            f"{samples} samples{where}"
+        )
+
+
+def limits(function: str, r_max: Any, d_max: Any) -> None:
+    """The corrections are clipped to 1 / r_max .. r_max and -d_max .. d_max."""
+    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if isinstance(value, int | float) and not value >= least:
+            raise ValueError(
+                f"{function}: {name} should be at least {least}, where nothing is corrected, but "
+                f"is {value}"
+            )
 
 
 def _agrees(shape: Shape, wanted: Shape) -> bool:

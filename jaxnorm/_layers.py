@@ -40,6 +40,16 @@ def check_momentum(layer: Any) -> None:
         )
 
 
+def check_limits(layer: Any) -> None:
+    """A batch renorm corrects within limits, towards running statistics."""
+    _checks.limits(type(layer).__name__, layer.r_max, layer.d_max)
+    if not layer.track_running_stats:
+        raise ValueError(
+            f"{type(layer).__name__}: track_running_stats should be True, because it corrects "
+            f"towards the running statistics, but is False; without them, write BatchNorm"
+        )
+
+
 def check_groups(layer: Any) -> None:
     """The groups are said by their number or by their size."""
     if (layer.num_groups is None) == (layer.group_size is None):
@@ -114,13 +124,16 @@ def batch_norm(
     layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats | None, **call: Any
 ) -> tuple[jax.Array, BatchStats | None]:
     """`jaxnorm.batch_norm` as the layer's attributes and the call say."""
-    return functional.batch_norm(
-        x,
-        params,
-        batch_stats,
-        channel_axis=channel_axes(layer, jnp.ndim(x)),
-        **_tracked_options(layer, jnp.ndim(x), **call),
-    )
+    return functional.batch_norm(x, params, batch_stats, **_batch_options(layer, x, **call))
+
+
+def batch_renorm(
+    layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats | None, **call: Any
+) -> tuple[jax.Array, BatchStats | None]:
+    """`jaxnorm.batch_renorm` as the layer's attributes and the call say."""
+    limits = {"r_max": layer.r_max, "d_max": layer.d_max}
+    options = _batch_options(layer, x, **call)
+    return functional.batch_renorm(x, params, batch_stats, **limits, **options)
 
 
 def instance_norm(
@@ -209,6 +222,17 @@ def _tracked_options(
         "momentum": layer.momentum if layer.decay is None else 1 - layer.decay,
         "skip_nonfinite": layer.skip_nonfinite,
         **_options(layer, mask=mask, initializing=initializing),
+    }
+
+
+def _batch_options(
+    layer: Any, x: ArrayLike, *, initializing: bool = False, **call: Any
+) -> dict[str, Any]:
+    """The arguments of batch norm. It is initialized with any number of samples."""
+    return {
+        "channel_axis": channel_axes(layer, jnp.ndim(x)),
+        "virtual_batch_size": None if initializing else layer.virtual_batch_size,
+        **_tracked_options(layer, jnp.ndim(x), initializing=initializing, **call),
     }
 
 

@@ -189,11 +189,7 @@ def measure(
     d = select(mask, x - shift)
     mean = sample.mean(d, n)  # what rounding took from the shift
     var = jnp.maximum(sample.sum(d * d) / n - mean * mean, 0)
-    if sample.devices.axis_name is None:
-        return shift, Moments(count, mean, var)
-    rows = sample.devices.rows(jnp.stack([shift, count, mean, var]))
-    shifts, *others = jnp.moveaxis(rows, 1, 0)
-    return pool(shifts, Moments(*others))
+    return pool_devices(sample.devices, shift, Moments(count, mean, var))
 
 
 @measure.defjvp
@@ -268,22 +264,41 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       Variances, 1979.
     """
     _checks.same_moments("merge_moments", jnp.shape(a.mean), jnp.shape(b.mean))
-    rows = jax.tree.map(lambda *pair: jnp.stack(pair), a, b)
-    shift, pooled = pool(rows.mean, dataclasses.replace(rows, mean=jnp.zeros_like(rows.mean)))
-    return about_zero(shift, pooled)
+    return merge(a, b)
 
 
-def pool(shifts: jax.Array, rows: Moments) -> tuple[jax.Array, Moments]:
+def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:
+    """The moments of two disjoint samples together; `between` is explained at `pool`."""
+    rows = jax.tree.map(lambda a, b: jnp.stack([widen(a, b), widen(b, a)]), a, b)
+    return about_zero(*pool(rows.mean, about_mean(rows), between=between))
+
+
+def about_mean(moments: Moments) -> Moments:
+    """The moments of x - mean, from those of x."""
+    return dataclasses.replace(moments, mean=jnp.zeros_like(moments.mean))
+
+
+def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax.Array, Moments]:
     """Pools disjoint samples, a row each on the leading axis, into the moments of their union.
 
-    Exact (Chan, Golub & LeVeque, 1979): within the samples plus between them. A row of count 0
-    weighs nothing.
+    Exact (Chan, Golub & LeVeque, 1979): within the samples plus between them. Without `between`
+    the variance is the mean of the rows' own. A row of count 0 weighs nothing.
     """
-    first = jnp.argmax(rows.count > 0, axis=0, keepdims=True)
-    shift = jnp.take_along_axis(shifts, first, axis=0)[0]
-    means = (shifts - shift) + rows.mean
     count = jnp.sum(rows.count, axis=0)
-    n = jnp.maximum(count, 1)
-    mean = jnp.sum(rows.count * means, axis=0) / n
-    within, between = rows.count * rows.var, rows.count * (means - mean) ** 2
-    return shift, Moments(count, mean, jnp.sum(within + between, axis=0) / n)
+    # One of the shifts, so that those of equal ones differ by 0 exactly; which one does not matter.
+    shift = jnp.max(shifts, axis=0, where=rows.count > 0, initial=-jnp.inf)
+    shift = jnp.where(count > 0, shift, jnp.zeros_like(shift))
+    means = (shifts - shift) + rows.mean
+    weights = rows.count / jnp.maximum(count, 1)
+    mean = jnp.sum(weights * means, axis=0)
+    spread = rows.var + (means - mean) ** 2 if between else rows.var
+    return shift, Moments(count, mean, jnp.sum(weights * spread, axis=0))
+
+
+def pool_devices(devices: Devices, shift: jax.Array, moments: Moments) -> tuple[jax.Array, Moments]:
+    """Pools what the devices have measured, in one collective."""
+    if devices.axis_name is None:
+        return shift, moments
+    rows = devices.rows(jnp.stack([shift, moments.count, moments.mean, moments.var]))
+    shifts, *others = jnp.moveaxis(rows, 1, 0)
+    return pool(shifts, Moments(*others))

@@ -1,15 +1,18 @@
 """How does a norm run? Check, lay out, normalize, and update where there is a state."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnorm import _checks
 from jaxnorm._devices import HERE
 from jaxnorm._moments import Moments, Sample, about_zero, measure, widen
-from jaxnorm._normalize import normalize
+from jaxnorm._normalize import normalize, renormalize
 from jaxnorm._running import advance
 
 
@@ -32,16 +35,19 @@ def tracked_norm(
     momentum,
     epsilon,
     channel_axis,
-    batch_axis,
     mask,
     skip_nonfinite,
     dtype,
+    batch_axis=None,
+    virtual_batch_size=None,
+    limits=None,
     entries_on=HERE,
     samples_on=HERE,
 ):
     """Batch norm of each sample along batch_axis (None: x is one sample), and one update by all.
 
-    Other devices hold more entries of the same sample, or more samples.
+    Other devices hold more entries of the same sample, or more samples. Virtual batches are
+    samples, too, to normalize by; the update pools them again.
     """
     x = _checks.float_array(function, x)
     layout = _checks.layout(function, x.ndim, channel_axis, batch_axis)
@@ -49,27 +55,42 @@ def tracked_norm(
     use_running_average, update_stats = _checks.switches(
         function, batch_stats is not None, use_running_average, update_stats
     )
-    given: tuple[jax.Array, ...] = ()
+    mean = var = None
     if batch_stats is not None:
         state = _checks.batch_stats(function, batch_stats, layout.shape(x))
-        if use_running_average:
-            given = layout.spread(state["mean"]), layout.spread(state["var"])
+        if use_running_average or limits is not None:
+            mean, var = layout.spread(state["mean"]), layout.spread(state["var"])
+    shape, fold = x.shape, None
+    if virtual_batch_size is not None and not use_running_average:
+        _checks.virtual_batches(function, virtual_batch_size, shape, layout, _explicit_devices(x))
+        fold = functools.partial(_fold, size=virtual_batch_size)
+        x, mask, scale, bias = (None if a is None else fold(a) for a in (x, mask, scale, bias))
+        batch_axis, samples_on, entries_on = 0, entries_on, HERE
     if not use_running_average and mask is None:
-        _checks.several_values(function, x.shape, layout, entries_on.number())
+        one_sample = x.shape[1:] if fold else shape
+        _checks.several_values(function, one_sample, layout, entries_on.number())
 
     step = functools.partial(
         _one_sample,
         Sample(layout.one_sample.reduced, devices=entries_on),
         x.dtype if dtype is None else jnp.dtype(dtype),
         jnp.asarray(epsilon, float),
+        use_running_average,
         update_stats,
+        limits and tuple(a(state["count"]) if callable(a) else a for a in limits),
     )
-    y, rows = _each_sample(step, layout.batch, x, mask, scale, bias, *given)
+    y, rows = _each_sample(step, batch_axis, x, mask, scale, bias, mean, var)
+    y = y if fold is None else _unfold(y, shape)
     if not update_stats:
         return y, batch_stats
     rows = jax.tree.map(jax.vmap(layout.one_sample.collect), rows)
     return y, advance(
-        state, rows, momentum=momentum, skip_nonfinite=skip_nonfinite, devices=samples_on
+        state,
+        rows,
+        momentum=momentum,
+        skip_nonfinite=skip_nonfinite,
+        between=layout.batch is None,
+        devices=samples_on,
     )
 
 
@@ -91,15 +112,18 @@ def _seen(mask, a, of_x_rank):
     return jnp.where(jnp.any(mask, alone, keepdims=True), a, jnp.zeros((), a.dtype))
 
 
-def _one_sample(sample, dtype, epsilon, update_stats, x, mask, scale, bias, mean=None, var=None):
+def _one_sample(
+    sample, dtype, epsilon, by_state, update_stats, limits, x, mask, scale, bias, mean, var
+):
     """y, and the moments to update the state by; mean and var are the state's, where it is used."""
-    if mean is None or update_stats:
-        measured = measure(sample, x, mask)
-    if mean is None:
-        used = measured
-    else:
+    if mean is not None:
         mean, var = lax.stop_gradient((widen(mean, x), widen(var, x)))
+    measured: Any = measure(sample, x, mask) if update_stats or not by_state else None
+    used = measured
+    if by_state:
         used = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
+    elif limits is not None:
+        scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, limits)
     y = normalize(dtype, x, scale, bias, epsilon, mask, *used)
     return y, about_zero(*measured) if update_stats else None
 
@@ -110,10 +134,42 @@ def _each_sample(step, batch_axis, x, *others):
         y, moments = step(x, *others)
         return y, jax.tree.map(lambda a: a[None], moments)
     # Shared means in_axes=None: an array of size 1 need not be sharded as x is.
-    shared = [a is None or a.shape[batch_axis] == 1 for a in others]
+    shared = [a is None or a.ndim < x.ndim or a.shape[batch_axis] == 1 for a in others]
     squeezed = [
-        lax.squeeze(a, (batch_axis,)) if one and a is not None else a
+        lax.squeeze(a, (batch_axis,)) if one and a is not None and a.ndim == x.ndim else a
         for a, one in zip(others, shared, strict=True)
     ]
     in_axes = (batch_axis, *(None if one else batch_axis for one in shared))
     return jax.vmap(step, in_axes, out_axes=(batch_axis, 0))(x, *squeezed)
+
+
+# ---- Virtual batches: (N, ...) as (N / size, size, ...) ----
+
+
+def _fold(a, *, size):
+    """What has one entry for all samples has one for all virtual batches."""
+    if a.shape[0] == 1 and size != 1:
+        return a[None]
+    return _reshape(a, (a.shape[0] // size, size, *a.shape[1:]), lambda n, rest: (n, None, *rest))
+
+
+def _unfold(y, shape):
+    return _reshape(y, shape, lambda n, rest: (n, *rest[1:]))
+
+
+def _reshape(a, shape, spec):
+    """The samples keep their devices: where these are explicit, they need to be said anew."""
+    if not _explicit_devices(a) > 1:
+        return a.reshape(shape)
+    sharding = jax.typeof(a).sharding
+    samples, *rest = sharding.spec
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec(samples, rest)))
+    return lax.reshape(a, shape, out_sharding=sharding)
+
+
+def _explicit_devices(a):
+    """Over how many devices the first axis is spread, as far as a's type says."""
+    sharding = jax.typeof(a).sharding
+    names = sharding.spec[0] if len(sharding.spec) else None
+    names = () if names is None else names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)

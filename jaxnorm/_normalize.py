@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from jaxnorm._moments import Moments, centre, select
 
@@ -91,3 +92,25 @@ def _combine(*terms):
     """The sum of factor * tangent over the tangents that move; None if none does."""
     products = [factor * t.astype(factor.dtype) for factor, t in terms if t is not None]
     return functools.reduce(jnp.add, products) if products else None
+
+
+def renormalize(
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    measured: tuple[jax.Array, Moments],
+    mean: jax.Array,
+    var: jax.Array,
+    epsilon: jax.Array,
+    limits: tuple[ArrayLike, ArrayLike],
+) -> tuple[jax.Array, jax.Array]:
+    """The affine step after which y is as by the running mean and var, within the limits.
+
+    (x - mean) / sigma = x_hat r + d, with r = sigma_batch / sigma and d = (mean_batch - mean) /
+    sigma; both are constants for the derivative (Ioffe, Batch Renormalization, 2017).
+    """
+    (shift, moments), inverse = measured, rstd(var, epsilon)
+    r = inverse / rstd(moments.var, epsilon)
+    d = ((shift - mean) + moments.mean) * inverse
+    r_max, d_max = (jnp.asarray(limit, r.dtype) for limit in limits)
+    r, d = lax.stop_gradient((jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)))
+    return affine(r, scale, None), affine(d, scale, bias)

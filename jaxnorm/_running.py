@@ -7,7 +7,15 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _checks
 from jaxnorm._devices import HERE, Devices
-from jaxnorm._moments import Moments, about_zero, pool, widen
+from jaxnorm._moments import (
+    Moments,
+    about_mean,
+    about_zero,
+    merge,
+    pool,
+    pool_devices,
+    widen,
+)
 from jaxnorm.variables import BatchStats, statistics_dtype
 
 
@@ -60,7 +68,13 @@ def update_batch_stats(
     _checks.moments_shape("update_batch_stats", jnp.shape(moments.mean), batch_stats["mean"].shape)
     has_rows = jnp.ndim(moments.mean) > batch_stats["mean"].ndim
     rows = moments if has_rows else jax.tree.map(lambda a: a[None], moments)
-    return advance(batch_stats, rows, momentum=momentum, skip_nonfinite=skip_nonfinite)
+    return advance(
+        batch_stats,
+        rows,
+        momentum=momentum,
+        skip_nonfinite=skip_nonfinite,
+        between=not has_rows,
+    )
 
 
 def merge_batch_stats(
@@ -111,12 +125,12 @@ def merge_batch_stats(
     n = jnp.broadcast_to(weights.reshape(-1, *(1,) * (mean.ndim - 1)), mean.shape)
     # What weighs nothing is left out before arithmetic, be it NaN.
     mean, var = (jnp.where(n > 0, widen(a), 0) for a in (mean, var))
-    merged = about_zero(*pool(mean, Moments(n, jnp.zeros_like(mean), var)))
-    within = jnp.sum(n * var, axis=0)
+    rows = Moments(n, mean, var)
+    merged = about_zero(*pool(mean, about_mean(rows), between=between))
     most = jnp.iinfo(count.dtype).max
     return {
         "mean": merged.mean,
-        "var": merged.var if between else within,
+        "var": merged.var,
         "count": lax.reduce(
             count, jnp.zeros((), count.dtype), lambda a, b: a + jnp.minimum(b, most - a), (0,)
         ),
@@ -129,11 +143,42 @@ def advance(
     *,
     momentum: ArrayLike | None,
     skip_nonfinite: bool,
+    between: bool,
     devices: Devices = HERE,
 ) -> BatchStats:
-    """Moves the state once, by rows of moments, one a sample; other devices may hold more rows."""
+    """Moves the state once, by rows of moments; other devices may hold more rows.
+
+    The rows are parts of one sample, to be pooled with what is between them (batch norm), or
+    samples of their own, to be averaged (instance norm). A state that accumulates moves anew from
+    where it began, by all that it has seen since.
+    """
     stats, rows = lax.stop_gradient((batch_stats, rows))
-    mean, var, enough = _average(rows, devices)
+    batch = _pooled(rows, devices) if between else _averaged(rows, devices)
+    accumulation = stats.get("accumulation")
+    if accumulation is None:
+        return _moved(stats, batch, momentum, skip_nonfinite, between)
+    seen = Moments(**accumulation["moments"])
+    batch = jax.tree.map(
+        lambda new, old: new.astype(old.dtype), merge(seen, batch, between=between), seen
+    )
+    moved = _moved(
+        accumulation["start"],
+        batch,
+        accumulation.get("momentum", momentum),
+        skip_nonfinite,
+        between,
+    )
+    moments = {"count": batch.count, "mean": batch.mean, "var": batch.var}
+    moved["accumulation"] = {**accumulation, "moments": moments}
+    return moved
+
+
+def _moved(stats, batch, momentum, skip_nonfinite, between) -> BatchStats:
+    """The state after one step towards the batch."""
+    # A sample of fewer than two entries has no unbiased variance; averages are of unbiased ones.
+    enough = batch.count > (1 if between else 0)
+    correction = batch.count / jnp.maximum(batch.count - 1, 1) if between else 1
+    mean, var = batch.mean, batch.var * correction
     moves = enough
     if skip_nonfinite:
         moves &= jnp.isfinite(mean) & jnp.isfinite(var)
@@ -155,14 +200,21 @@ def advance(
     }
 
 
-def _average(rows, devices):
-    """The mean over the samples of their means and unbiased variances, and where there is one.
+def _pooled(rows, devices):
+    """The moments of the sample that the rows are parts of."""
+    if rows.mean.shape[0] == 1 and devices.axis_name is None:
+        return jax.tree.map(lambda a: a[0], rows)
+    return about_zero(*pool_devices(devices, *pool(rows.mean, about_mean(rows))))
+
+
+def _averaged(rows, devices):
+    """How many samples count, and the mean over them of their means and unbiased variances.
 
     A sample of fewer than two entries has no unbiased variance; it does not count.
     """
     unbiased = rows.var * (rows.count / jnp.maximum(rows.count - 1, 1))
-    stacked = jnp.stack([rows.mean, unbiased, jnp.ones_like(unbiased)])
+    stacked = jnp.stack([jnp.ones_like(unbiased), rows.mean, unbiased])
     sums = jnp.sum(jnp.where(rows.count > 1, stacked, jnp.zeros_like(stacked)), axis=1)
-    mean, var, samples = devices.sum(*sums)
+    samples, mean, var = devices.sum(*sums)
     n = jnp.maximum(samples, 1)
-    return mean / n, var / n, samples > 0
+    return Moments(samples, mean / n, var / n)

@@ -1,6 +1,6 @@
 """Which sample? The norms, each a choice of the entries that share one mean."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
@@ -11,6 +11,8 @@ from jaxnorm._layout import Layout
 from jaxnorm._moments import Sample
 from jaxnorm._norm import tracked_norm, untracked_norm
 from jaxnorm.variables import Affine, BatchStats
+
+Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
 def batch_norm(
@@ -26,6 +28,7 @@ def batch_norm(
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    virtual_batch_size: int | None = None,
     skip_nonfinite: bool = True,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, BatchStats | None]:
@@ -66,6 +69,9 @@ def batch_norm(
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread; the
         statistics are those of the whole batch, exact for any split.
       axis_index_groups: lists of indices along axis_name that are one batch each.
+      virtual_batch_size: normalize every so many consecutive samples (axis 0) by their own
+        statistics, as if each device had no more: ghost batch norm. One update is made by the
+        moments of the whole batch, over axis_name too. Evaluation ignores it.
       skip_nonfinite: a channel whose batch holds NaN or Inf keeps its state. Its y is NaN still.
       dtype: y's dtype; None is x's.
 
@@ -75,7 +81,8 @@ def batch_norm(
     Raises:
       ValueError: if x is not of a float dtype or has fewer than two axes; if params, batch_stats
         or the mask do not fit it; if the state is needed and missing; if batch statistics are
-        used and a channel has exactly one value.
+        used and a channel has exactly one value; if virtual_batch_size does not divide the samples
+        of each device.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,6 +97,8 @@ def batch_norm(
 
     References:
       Ioffe & Szegedy, Batch Normalization, 2015. https://arxiv.org/abs/1502.03167
+      Hoffer, Hubara & Soudry, Train Longer, Generalize Better, 2017: ghost batch norm.
+      https://arxiv.org/abs/1705.08741
       torch.nn.BatchNorm2d, PyTorch 2.13.
     """
     return tracked_norm(
@@ -102,9 +111,105 @@ def batch_norm(
         momentum=momentum,
         epsilon=epsilon,
         channel_axis=channel_axis,
-        batch_axis=None,
         mask=mask,
         entries_on=devices("batch_norm", axis_name, axis_index_groups),
+        virtual_batch_size=virtual_batch_size,
+        skip_nonfinite=skip_nonfinite,
+        dtype=dtype,
+    )
+
+
+def batch_renorm(
+    x: ArrayLike,
+    params: Affine | None = None,
+    batch_stats: BatchStats | None = None,
+    *,
+    r_max: Limit = 3.0,
+    d_max: Limit = 5.0,
+    use_running_average: bool = False,
+    update_stats: bool | None = None,
+    momentum: ArrayLike | None = 0.1,
+    epsilon: ArrayLike = 1e-5,
+    channel_axis: int | Sequence[int] = -1,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    virtual_batch_size: int | None = None,
+    skip_nonfinite: bool = True,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, BatchStats]:
+    r"""Normalizes as batch norm, corrected towards the running statistics, for small batches.
+
+    .. math::
+        y = scale \cdot (\hat x\, r + d) + bias, \quad
+        r = \mathrm{clip}_{1/r_{max}}^{r_{max}} \frac{\sigma_{batch}}{\sigma}, \quad
+        d = \mathrm{clip}_{-d_{max}}^{d_{max}} \frac{\mu_{batch} - \mu}{\sigma}
+
+    Within the limits y is that of evaluation, whatever else is in the batch, while the gradient
+    still goes through the batch's statistics; r and d are constants for it. With r_max=1 and
+    d_max=0 it is batch norm. A first state (mean 0, variance 1) is nothing to correct towards:
+    begin with these and relax them, as the paper does, by schedules of the count:
+
+        r_max = optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)
+        d_max = optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000)
+
+    The running value is the variance, and sigma its root, with epsilon added as in the batch's (the
+    paper and Keras average sigma itself). The paper's momentum is 0.01.
+
+    Args:
+      x: the input, of shape (N, C), (N, \*space, C), or any other with at least two axes; any
+        float dtype.
+      params: {"scale", "bias"}, as in `batch_norm`.
+      batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}; it is needed.
+      r_max: the largest r, at least 1, and 1 / r_max the smallest; or a function of the count.
+      d_max: the largest d either way, at least 0; or a function of the count.
+      use_running_average: normalize by the state, as batch norm does in evaluation.
+      update_stats: move the state by the batch's moments; None means: when the batch normalizes.
+      momentum: how much the batch weighs in the new state; None is the cumulative average.
+      epsilon: added to the variance, in units of x squared.
+      channel_axis: the axis or axes that keep their own statistics; "C" is x's shape over them.
+      mask: bool, of x's rank, broadcasting against x; True counts, as in `batch_norm`.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread.
+      axis_index_groups: lists of indices along axis_name that are one batch each.
+      virtual_batch_size: normalize every so many consecutive samples by their own statistics.
+      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its state. Its y is NaN still.
+      dtype: y's dtype; None is x's.
+
+    Returns:
+      y, of x's shape, and the new batch_stats: the given ones if they do not move.
+
+    Raises:
+      ValueError: as `batch_norm`; and if batch_stats is missing, r_max is a number below 1, or
+        d_max one below 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> x = jnp.array([[1.0], [3.0]])  # x_hat is -1 and 1
+      >>> state = {"mean": jnp.array([1.0]), "var": jnp.array([0.25]), "count": jnp.int32(9)}
+      >>> y, _ = jaxnorm.batch_renorm(x, None, state, epsilon=0.0)
+      >>> print(y[:, 0])  # r = 1 / 0.5 and d = (2 - 1) / 0.5
+      [0. 4.]
+
+    References:
+      Ioffe, Batch Renormalization, 2017. https://arxiv.org/abs/1702.03275
+    """
+    _checks.limits("batch_renorm", r_max, d_max)
+    _checks.batch_stats("batch_renorm", batch_stats)
+    return tracked_norm(
+        "batch_renorm",
+        x,
+        params,
+        batch_stats,
+        use_running_average=use_running_average,
+        update_stats=update_stats,
+        momentum=momentum,
+        epsilon=epsilon,
+        channel_axis=channel_axis,
+        mask=mask,
+        entries_on=devices("batch_renorm", axis_name, axis_index_groups),
+        virtual_batch_size=virtual_batch_size,
+        limits=(r_max, d_max),
         skip_nonfinite=skip_nonfinite,
         dtype=dtype,
     )

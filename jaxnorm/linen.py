@@ -1,6 +1,6 @@
 """Where do variables live? In Linen's collections: declare, call the function, write back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import flax.linen as nn
@@ -10,9 +10,13 @@ from flax import errors
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
+import jaxnorm
 from jaxnorm import _layers
 from jaxnorm._devices import AxisName
+from jaxnorm.functional import Limit
 from jaxnorm.variables import Affine, BatchStats, init_batch_stats
+
+Norm = Callable[..., tuple[jax.Array, BatchStats | None]]
 
 
 class BatchNorm(nn.Module):
@@ -47,6 +51,8 @@ class BatchNorm(nn.Module):
       update_stats: whether the running statistics move; None means: in training.
       track_running_stats: False: no running statistics; the batch's own always normalize.
       skip_nonfinite: a channel whose batch holds NaN or Inf keeps its running statistics.
+      virtual_batch_size: normalize every so many consecutive samples by their own statistics
+        (ghost batch norm); the running statistics move once, by the whole batch.
 
     Raises:
       ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0; in
@@ -87,7 +93,9 @@ class BatchNorm(nn.Module):
     update_stats: bool | None = None
     track_running_stats: bool = True
     skip_nonfinite: bool = True
+    virtual_batch_size: int | None = None
 
+    norm: ClassVar[Norm] = staticmethod(_layers.batch_norm)
     ranks: ClassVar[tuple[int, ...] | None] = None
 
     def __post_init__(self) -> None:
@@ -116,9 +124,52 @@ class BatchNorm(nn.Module):
           y, of x's shape.
         """
         axes = _layers.channel_axes(self, jnp.ndim(x))
-        return _tracked_norm(
-            self, _layers.batch_norm, x, axes, use_running_average, update_stats, mask
-        )
+        return _tracked_norm(self, self.norm, x, axes, use_running_average, update_stats, mask)
+
+
+class BatchRenorm(BatchNorm):
+    """Batch norm, corrected towards the running statistics: `jaxnorm.batch_renorm` as a layer.
+
+    For small batches: in training y is, within the limits, what evaluation would make of x. Begin
+    with limits of 1 and 0, which are batch norm, and relax them while the running statistics become
+    those of the data; a schedule of the count, such as optax's, does both.
+
+    Attributes:
+      r_max: the largest correction of the scale, at least 1; a number, or a function of the count.
+      d_max: the largest correction of the mean, in running standard deviations, at least 0; a
+        number, or a function of the count.
+
+    The others are those of `BatchNorm`; `track_running_stats` is True.
+
+    Raises:
+      ValueError: as `BatchNorm`, and if a limit is less than 1 or 0, or nothing is tracked.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import jaxnorm.linen
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> layer = jaxnorm.linen.BatchRenorm(
+      ...     use_running_average=False,
+      ...     r_max=optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000),
+      ...     d_max=optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+      >>> print(y[:, 0].round(3), updates["batch_stats"]["count"])
+      [-1.  1.] 1
+
+    References:
+      Ioffe, Batch Renormalization, 2017. https://arxiv.org/abs/1702.03275
+    """
+
+    r_max: Limit = 3.0
+    d_max: Limit = 5.0
+
+    norm = staticmethod(_layers.batch_renorm)
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before there is an input."""
+        _layers.check_limits(self)
+        super().__post_init__()
 
 
 class InstanceNorm(nn.Module):
@@ -457,6 +508,55 @@ class InstanceNorm3d(InstanceNorm):
     ranks = (4, 5)
 
 
+def recalibrate(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    progress: Callable[[int], Any] | None = None,
+    **call: Any,
+) -> dict[str, Any]:
+    """Measures a model's running statistics anew over batches: `jaxnorm.recalibrate`.
+
+    Args:
+      model: a model with layers of this file.
+      variables: its variables; they are left as they are.
+      batches: the data, each batch as the model's first argument: for pairs with labels, write
+        `(x for x, _ in loader)`.
+      progress: called after each batch with the number of batches done.
+      **call: the other arguments of model.apply, such as train=True (training mode is needed)
+        or rngs.
+
+    Returns:
+      The variables with new batch_stats.
+
+    Raises:
+      ValueError: as `jaxnorm.recalibrate`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> x = jnp.array([[1.0], [2.0], [3.0], [6.0], [8.0]])
+      >>> layer = jaxnorm.linen.BatchNorm()
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+      >>> new = jaxnorm.linen.recalibrate(
+      ...     layer, variables, [x[:2], x[2:]], use_running_average=False)
+      >>> print(new["batch_stats"]["mean"], new["batch_stats"]["var"])
+      [4.] [8.5]
+    """
+
+    def step(batch_stats, batch, others):
+        variables = {**others, "batch_stats": batch_stats}
+        _, updates = model.apply(variables, batch, mutable=["batch_stats"], **call)
+        return updates["batch_stats"]
+
+    others = {name: value for name, value in variables.items() if name != "batch_stats"}
+    batch_stats = jaxnorm.recalibrate(
+        step, variables.get("batch_stats", {}), batches, others, progress=progress
+    )
+    return {**others, "batch_stats": batch_stats}
+
+
 def _tracked_norm(module, norm, x, axes, use_running_average, update_stats, mask):
     """Declares the variables, calls the norm, and writes the state back if it moved."""
     shape = tuple(jnp.shape(x)[a] for a in axes)
@@ -510,7 +610,7 @@ def _batch_stats(module: nn.Module, shape: tuple[int, ...]) -> BatchStats:
         first = init_batch_stats(shape, dtype=module.param_dtype)
         for key, value in first.items():
             module.variable("batch_stats", key, lambda value=value: value)
-    keys = ("mean", "var", "count")
+    keys = ("mean", "var", "count", "accumulation")
     found: dict[str, Any] = {key: module.get_variable("batch_stats", key) for key in keys}
     if all(value is None for value in found.values()):
         raise ValueError(

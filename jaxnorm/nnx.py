@@ -4,7 +4,7 @@ An argument that is not described here means what it means in the layer of that 
 `jaxnorm.linen`, and `promote_dtype` is accepted without effect: nothing needs to be promoted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -15,12 +15,15 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
+import jaxnorm
 from jaxnorm import _layers
 from jaxnorm._devices import AxisName
-from jaxnorm.variables import init_batch_stats
+from jaxnorm.functional import Limit
+from jaxnorm.variables import BatchStats, init_batch_stats
 
 Axes = int | Sequence[int]
 Groups = Sequence[Sequence[int]]
+Norm = Callable[..., tuple[jax.Array, BatchStats | None]]
 Metadata = Mapping[str, Any]
 NONE: Metadata = MappingProxyType({})
 ZEROS, ONES = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
@@ -58,6 +61,7 @@ class BatchNorm(nnx.Module):
       flax.nnx.BatchNorm, flax 0.12; torch.nn.BatchNorm2d, PyTorch 2.13.
     """
 
+    norm: ClassVar[Norm] = staticmethod(_layers.batch_norm)
     ranks: ClassVar[tuple[int, ...] | None] = None
 
     def __init__(
@@ -85,6 +89,7 @@ class BatchNorm(nnx.Module):
         update_stats: bool | None = None,
         track_running_stats: bool = True,
         skip_nonfinite: bool = True,
+        virtual_batch_size: int | None = None,
     ) -> None:
         _declare(self, locals())
         _layers.check_momentum(self)
@@ -109,12 +114,46 @@ class BatchNorm(nnx.Module):
         Returns:
           y, of x's shape.
         """
-        return _tracked_norm(self, _layers.batch_norm, x, use_running_average, update_stats, mask)
+        return _tracked_norm(self, self.norm, x, use_running_average, update_stats, mask)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Serves nnx.view, which gives the statistics that normalize in the view."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+class BatchRenorm(BatchNorm):
+    """Batch norm, corrected towards the running statistics: `jaxnorm.batch_renorm` in NNX.
+
+    Args:
+      num_features: the number of channels, or x's shape over the channel axes.
+      r_max: as in `jaxnorm.linen.BatchRenorm`, which says what it is for.
+      d_max: likewise.
+      **batch_norm: the other arguments of `BatchNorm`.
+
+    Raises:
+      ValueError: as `jaxnorm.linen.BatchRenorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.BatchRenorm(1, r_max=1.0, d_max=0.0, rngs=nnx.Rngs(0))
+      >>> print(layer(jnp.array([[1.0], [3.0]]))[:, 0].round(3))
+      [-1.  1.]
+
+    References:
+      Ioffe, Batch Renormalization, 2017. https://arxiv.org/abs/1702.03275
+    """
+
+    norm = staticmethod(_layers.batch_renorm)
+
+    def __init__(
+        self, num_features: Axes, *, r_max: Limit = 3.0, d_max: Limit = 5.0, **batch_norm: Any
+    ) -> None:
+        super().__init__(num_features, **batch_norm)
+        self.r_max, self.d_max = r_max, d_max
+        _layers.check_limits(self)
 
 
 class InstanceNorm(nnx.Module):
@@ -429,6 +468,118 @@ class InstanceNorm3d(InstanceNorm):
     ranks = (4, 5)
 
 
+def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
+    """Makes the batches from here on one update of each layer: `jaxnorm.begin_accumulation`.
+
+    Args:
+      model: a model with layers of this file, which are changed in place.
+      when: a bool, traced or not: whether to begin anew; layers that do not accumulate yet begin
+        in any case.
+
+    Raises:
+      ValueError: if no layer of the model has running statistics.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> x = jnp.array([[0.0], [1.0], [5.0], [6.0]])
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jaxnorm.nnx.begin_accumulation(layer)
+      >>> y = layer(x[:2]), layer(x[2:])
+      >>> print(layer.mean[...], layer.count[...])
+      [0.3] 1
+    """
+    layers = dict(_tracking(model))
+    states = {name: _batch_stats(layer) for name, layer in layers.items()}
+    for name, state in jaxnorm.begin_accumulation(states, when).items():
+        accumulation = state["accumulation"]
+        if layers[name].accumulation is None:
+            layers[name].accumulation = nnx.BatchStat(accumulation)
+        else:
+            layers[name].accumulation.set_value(accumulation)
+
+
+def end_accumulation(model: nnx.Module) -> None:
+    """Makes each batch an update of its own again; the running statistics stay as they are.
+
+    Args:
+      model: a model with layers of this file, which are changed in place.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jaxnorm.nnx.begin_accumulation(layer)
+      >>> jaxnorm.nnx.end_accumulation(layer)
+      >>> layer.accumulation is None
+      True
+    """
+    for _, layer in _tracking(model):
+        layer.accumulation = nnx.data(None)
+
+
+def recalibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    progress: Callable[[int], Any] | None = None,
+    **call: Any,
+) -> None:
+    """Measures a model's running statistics anew over batches: `jaxnorm.recalibrate`.
+
+    The layers of this file normalize by the batch for it, whatever the model's mode; other layers,
+    such as dropout, are in the mode that they are in.
+
+    Args:
+      model: a model with layers of this file, whose running statistics are set at the end.
+      batches: the data, each batch as the model's first argument: for pairs with labels, write
+        `(x for x, _ in loader)`.
+      progress: called after each batch with the number of batches done.
+      **call: the other arguments of the model.
+
+    Raises:
+      ValueError: as `jaxnorm.recalibrate`; the model is then as it was.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> x = jnp.array([[1.0], [2.0], [3.0], [6.0], [8.0]])
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jaxnorm.nnx.recalibrate(layer, [x[:2], x[2:]])
+      >>> print(layer.mean[...], layer.var[...])
+      [4.] [8.5]
+    """
+    graph, variables = nnx.split(model)
+
+    def step(batch_stats, batch, variables):
+        copy = nnx.merge(graph, variables, copy=True)
+        layers = dict(_tracking(copy))
+        for name, layer in layers.items():
+            layer.use_running_average, layer.update_stats = False, None
+            layer.accumulation = nnx.BatchStat(batch_stats[name]["accumulation"])
+            _write_back(layer, batch_stats[name])
+        copy(batch, **call)
+        return {name: _batch_stats(layer) for name, layer in layers.items()}
+
+    layers = dict(_tracking(model))
+    states = {name: _batch_stats(layer) for name, layer in layers.items()}
+    new = jaxnorm.recalibrate(step, states, batches, variables, progress=progress)
+    end_accumulation(model)
+    for name, layer in layers.items():
+        _write_back(layer, new[name])
+
+
+def _tracking(model: nnx.Module) -> list[tuple[str, Any]]:
+    """The layers that have running statistics, by their paths in the model."""
+    return [
+        (".".join(map(str, path)), module)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, BatchNorm | InstanceNorm) and hasattr(module, "mean")
+    ]
+
+
 def _declare(module: Any, arguments: dict[str, Any]) -> None:
     """Keeps the constructor's arguments as attributes, as Flax does, and makes the parameters."""
     making = ("self", "rngs", "scale_init", "bias_init", "scale_metadata", "bias_metadata")
@@ -446,10 +597,16 @@ def _declare(module: Any, arguments: dict[str, Any]) -> None:
 
 
 def _declare_batch_stats(module: Any) -> None:
+    module.accumulation = nnx.data(None)
     if module.track_running_stats:
         first = init_batch_stats(_shape(module), dtype=module.param_dtype)
         for key, value in first.items():
             setattr(module, key, nnx.BatchStat(value))
+
+
+def _batch_stats(module: Any) -> Any:
+    variables = {key: getattr(module, key) for key in ("mean", "var", "count", "accumulation")}
+    return {key: v.get_value() for key, v in variables.items() if v is not None}
 
 
 def _shape(module: Any) -> tuple[int, ...]:
@@ -468,7 +625,7 @@ def _tracked_norm(module, norm, x, use_running_average, update_stats, mask):
         use_running_average = module.use_running_average
     batch_stats = None
     if module.track_running_stats:
-        batch_stats = {key: getattr(module, key)[...] for key in ("mean", "var", "count")}
+        batch_stats = _batch_stats(module)
         if use_running_average is None:
             raise ValueError(
                 f"{type(module).__name__}: use_running_average should be given, to the constructor "
@@ -485,6 +642,10 @@ def _tracked_norm(module, norm, x, use_running_average, update_stats, mask):
         mask=mask,
     )
     if new_batch_stats is not batch_stats:
-        for key, value in new_batch_stats.items():
-            getattr(module, key).set_value(value)  # not [...] =, which keeps a half's dtype
+        _write_back(module, new_batch_stats)
     return y
+
+
+def _write_back(module: Any, batch_stats: BatchStats) -> None:
+    for key, value in batch_stats.items():
+        getattr(module, key).set_value(value)  # not [...] =, which keeps a half's dtype

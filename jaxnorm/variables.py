@@ -1,7 +1,7 @@
 """What is stored? Parameters and running statistics: plain dicts, and their first values."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class BatchStats(TypedDict):
       var: the running unbiased variance, of shape (C,), likewise, in units of x squared.
       count: how many updates the statistics have seen, of shape (), int32; it stays at the
         largest int32 instead of wrapping around.
+      accumulation: where several batches make one update, what they have come to; only between
+        `begin_accumulation` and `end_accumulation`.
 
     Example:
       >>> import jaxnorm
@@ -45,6 +47,7 @@ class BatchStats(TypedDict):
     mean: jax.Array
     var: jax.Array
     count: jax.Array
+    accumulation: NotRequired[Any]
 
 
 def init_params(

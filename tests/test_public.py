@@ -20,7 +20,7 @@ LAYERS, NNX_LAYERS = (
     for face in (jaxnorm.linen, jaxnorm.nnx)
 )
 TRACKED = [jaxnorm.batch_norm, jaxnorm.instance_norm]
-NORMS = [*TRACKED, jaxnorm.group_norm, jaxnorm.layer_norm, jaxnorm.rms_norm]
+NORMS = [*TRACKED, jaxnorm.batch_renorm, jaxnorm.group_norm, jaxnorm.layer_norm, jaxnorm.rms_norm]
 
 
 def python(code):
@@ -54,7 +54,8 @@ def test_every_layer_documents_its_attributes(layer):
     documented = re.findall(
         r"^  (\w+): ", doc[doc.index("Attributes:") : doc.index("Raises:")], re.M
     )
-    fields = [field.name for field in dataclasses.fields(layer)]
+    inherited = {name for base in layer.__bases__ for name in inspect.signature(base).parameters}
+    fields = [f.name for f in dataclasses.fields(layer) if f.name not in inherited]
     assert documented == [name for name in fields if name not in ("parent", "name")]
 
 
@@ -69,14 +70,26 @@ def test_one_argument_has_one_default_everywhere():
 def test_batch_and_instance_norm_take_the_same_arguments():
     batch, instance = (set(inspect.signature(norm).parameters) for norm in TRACKED)
     assert instance - batch == {"batch_axis"}
-    assert batch - instance == set()
+    assert batch - instance == {"virtual_batch_size"}
+
+
+def test_batch_renorm_takes_the_arguments_of_batch_norm_and_its_limits():
+    batch, renorm = (
+        inspect.signature(f).parameters for f in (jaxnorm.batch_norm, jaxnorm.batch_renorm)
+    )
+    assert list(renorm) == [*list(batch)[:3], "r_max", "d_max", *list(batch)[3:]]
 
 
 def test_arrays_are_positional_and_options_keywords():
     for norm in NORMS:
         parameters = inspect.signature(norm).parameters.values()
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert positional == ["x", "params", "batch_stats"][: 3 if norm in TRACKED else 2]
+        assert (
+            positional
+            == ["x", "params", "batch_stats"][
+                : 3 if inspect.signature(norm).parameters.get("batch_stats") else 2
+            ]
+        )
         assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters)[len(positional) :])
 
 

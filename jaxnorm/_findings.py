@@ -1,0 +1,178 @@
+"""What is wrong with a state, before it is used?"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+KEYS = ("mean", "var", "count")
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with one leaf of a model's variables.
+
+    Attributes:
+      path: where it is, such as "['batch_stats']['BatchNorm_0']['var']".
+      problem: what is wrong there, and what it leads to.
+
+    Example:
+      >>> import jaxnorm
+      >>> print(jaxnorm.Finding("['bn']['count']", "is missing"))
+      ['bn']['count'] is missing
+    """
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        """The two as a sentence."""
+        return f"{self.path} {self.problem}"
+
+
+def check_batch_stats(variables: Any, like: Any = None) -> list[Finding]:
+    """Finds what is wrong with a model's running statistics before they are used.
+
+    For a state that was restored, converted or merged. Formats of checkpoints do not check all of
+    this: flax.serialization takes arrays of any shape, and orbax casts to the dtypes it is given.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}, either collection alone, one norm's state, or
+        `nnx.to_pure_dict(nnx.state(model))`; with values, so not under jit. Where there is a scale
+        or a bias beside a state, their shapes are compared.
+      like: what the state should be like: the same for a new model, or its `jax.eval_shape`.
+
+    Returns:
+      The findings; an empty list says that none of these was found: no state at all; a key missing;
+      a state that was never trained (count 0), which evaluation would use as it is; NaN or Inf; a
+      negative variance or count; shapes that disagree; a dtype below float32 (in which an average
+      stalls), not of floats, or, for the count, not of integers; batches that were accumulated and
+      hold NaN or Inf; and, given `like`, any difference of shape, dtype or structure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> state = {"mean": jnp.array([0.5, jnp.nan]), "var": jnp.array([1.0, -1.0]),
+      ...          "count": jnp.int32(3)}
+      >>> for finding in jaxnorm.check_batch_stats({"batch_stats": {"bn": state}}):
+      ...     print(finding)
+      ['batch_stats']['bn']['mean'] is not finite in 1 of 2 channels
+      ['batch_stats']['bn']['var'] is negative in 1 of 2 channels
+
+    References:
+      flax.serialization.from_bytes, flax 0.12; orbax.checkpoint, 0.12.
+    """
+    nodes = dict(_nodes(variables))
+    found = {path: node for path, node in nodes.items() if _leaves(node, ("mean", "var"))}
+    if not found:
+        return [Finding("", "holds no running statistics: no dict with the keys 'mean' and 'var'")]
+    findings: list[Finding] = []
+    for path, node in found.items():
+        beside = {**nodes.get(path.replace("['batch_stats']", "['params']", 1), {}), **node}
+        findings += _state(path, node, beside)
+    return findings if like is None else findings + _differences(found, dict(_nodes(like)))
+
+
+def _nodes(tree: Any, path: str = "") -> Any:
+    """Every dict in the tree, with its path; what a state accumulates is the state's own."""
+    if isinstance(tree, Mapping):
+        yield path, tree
+        for key in tree:
+            if key != "accumulation":
+                yield from _nodes(tree[key], f"{path}[{key!r}]")
+
+
+def _leaves(node: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        key: node[key]
+        for key in keys
+        if node.get(key) is not None and not isinstance(node[key], Mapping)
+    }
+
+
+def _state(path: str, node: Any, beside: Any) -> list[Finding]:
+    """The findings in one state; beside it lie the parameters."""
+    findings = []
+
+    def find(key, problem):
+        findings.append(Finding(f"{path}[{key!r}]", problem))
+
+    leaves = _leaves(node, KEYS)
+    for key in KEYS:
+        if key not in leaves:
+            find(key, "is missing")
+    shape = jnp.shape(leaves["mean"] if "mean" in leaves else leaves["var"])
+    if "var" in leaves and jnp.shape(leaves["var"]) != shape:
+        find("var", f"has shape {jnp.shape(leaves['var'])}, and the mean {shape}")
+    for key, a in _leaves(beside, ("scale", "bias")).items():
+        if jnp.shape(a) != shape:
+            find("mean", f"has shape {shape}, and the {key} {jnp.shape(a)}")
+    for key in ("mean", "var"):
+        if key in leaves:
+            _values(key, np.asarray(leaves[key]), find)
+    if "count" in leaves:
+        _count(np.asarray(leaves["count"]), leaves, shape, find)
+    for key, a in node.get("accumulation", {}).get("moments", {}).items():
+        if not np.all(np.isfinite(a)):
+            findings.append(
+                Finding(
+                    f"{path}['accumulation']['moments'][{key!r}]",
+                    "is not finite: the update that these batches make skips those channels",
+                )
+            )
+    return findings
+
+
+def _values(key, a, find):
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        find(key, f"has dtype {a.dtype}, and should have floats")
+        return
+    if jnp.finfo(a.dtype).bits < 32:
+        find(key, f"has dtype {a.dtype}, in which a running average stalls; widen it to float32")
+    a = a.astype(np.float64)
+    for bad, what in ((~np.isfinite(a), "not finite"), (a < 0, "negative")):
+        if np.any(bad) and (what == "not finite" or key == "var"):
+            find(key, f"is {what} in {np.sum(bad)} of {bad.size} channels")
+
+
+def _count(count, leaves, shape, find):
+    if not jnp.issubdtype(count.dtype, jnp.integer):
+        find("count", f"has dtype {count.dtype}, and should have integers: it counts updates")
+    if count.shape != shape[: count.ndim] or (count.ndim and count.ndim == len(shape)):
+        find("count", f"has shape {count.shape}, and should have one number for a state of {shape}")
+    if np.any(count < 0):
+        find("count", "is negative")
+    if np.any(count == 0):
+        first = all(
+            np.all(np.asarray(leaves[key]) == value)
+            for key, value in (("mean", 0), ("var", 1))
+            if key in leaves
+        )
+        if first:
+            find(
+                "count", "is 0: never trained, evaluation would use a mean of 0 and a variance of 1"
+            )
+        else:
+            find("count", "is 0 beside statistics that were trained: momentum=None would drop them")
+
+
+def _differences(found: Any, expected: Any) -> list[Finding]:
+    """Where the states differ from the expected ones in structure, shape or dtype."""
+    findings = []
+    expected = {path: node for path, node in expected.items() if _leaves(node, ("mean", "var"))}
+    for path in expected.keys() - found.keys():
+        findings.append(Finding(path, "is missing"))
+    for path in found.keys() - expected.keys():
+        findings.append(Finding(path, "is not expected"))
+    for path in found.keys() & expected.keys():
+        wanted = _leaves(expected[path], KEYS)
+        for key, a in _leaves(found[path], KEYS).items():
+            b = wanted.get(key, a)
+            if (jnp.shape(a), a.dtype) != (jnp.shape(b), b.dtype):
+                findings.append(
+                    Finding(
+                        f"{path}[{key!r}]",
+                        f"is {a.dtype}{list(a.shape)}, and {b.dtype}{list(b.shape)} was expected",
+                    )
+                )
+    return sorted(findings)

@@ -1,0 +1,110 @@
+"""What do these weights make of the data? The running statistics, measured anew in one pass."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm._accumulation import end_accumulation, map_states, recollecting, states
+
+Tree = TypeVar("Tree")
+
+
+def recalibrate(
+    step: Callable[..., Tree],
+    batch_stats: Tree,
+    batches: Iterable[Any],
+    *args: Any,
+    progress: Callable[[int], Any] | None = None,
+) -> Tree:
+    """Measures the running statistics of given weights over batches of data, pooled exactly.
+
+    After averaging weights (stochastic weight averaging, an exponential moving average), pruning or
+    quantizing them, the running statistics are those of weights that no longer are. This makes
+    them those of all batches together: for batch norm the mean and unbiased variance of every entry
+    of the data, as if it were one batch (each weighs by its number of entries; a mean of the
+    batches' variances would be another number); for instance norm the plain average over all
+    samples. In a deep model every layer still normalizes by the batch, and so the deeper ones
+    depend on the batches' sizes, as in training.
+
+    `jaxnorm.linen.recalibrate` and `jaxnorm.nnx.recalibrate` make `step` from a model.
+
+    Args:
+      step: `step(batch_stats, batch, *args)`, which runs the model in training mode and returns the
+        new batch_stats. It is compiled here.
+      batch_stats: a state, or a dict of dicts of them. Their values do not matter.
+      batches: the data, in any number of batches; those of one size share one program.
+      *args: more arguments of step, such as the params.
+      progress: called after each batch with the number of batches done.
+
+    Returns:
+      The new batch_stats, whose counts are the number of batches.
+
+    Raises:
+      ValueError: if there are no batches, or no states; if step returns something else; if a batch
+        makes a statistic NaN or infinite; if step leaves a state, or a channel, as it was. The
+        given batch_stats are not changed by this, nor by anything else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> x = jnp.array([[1.0], [2.0], [3.0], [6.0], [8.0]])
+      >>> step = lambda batch_stats, x: jaxnorm.batch_norm(x, None, batch_stats)[1]
+      >>> stats = jaxnorm.recalibrate(step, jaxnorm.init_batch_stats(1), [x[:2], x[2:]])
+      >>> print(stats["mean"], stats["var"], stats["count"], x.var(ddof=1))
+      [4.] [8.5] 2 8.5
+
+    References:
+      Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, 2018,
+      section 3.2. https://arxiv.org/abs/1803.05407
+      torch.optim.swa_utils.update_bn, PyTorch 2.13, which averages the batches' variances.
+    """
+    state = map_states("recalibrate", recollecting, batch_stats)
+
+    @jax.jit
+    def run(state, batch, args):
+        new = step(state, batch, *args)
+        given: Any = jax.tree.structure(state)
+        if jax.tree.structure(new) != given:
+            raise ValueError(
+                f"recalibrate: step should return the new batch_stats, of the structure of the "
+                f"given, but returned {jax.tree.structure(new)} for {given}"
+            )
+        return new, {path: _finite(s["accumulation"]["moments"]) for path, s in states(new)}
+
+    number = 0
+    for number, batch in enumerate(batches, 1):
+        state, finite = run(state, batch, args)
+        bad = [path or "it" for path, good in finite.items() if not good]
+        if bad:
+            raise ValueError(
+                f"recalibrate: batches should be finite, because a statistic of NaN or Inf is of "
+                f"no use, but batch {number} (counted from 1) makes {', '.join(bad)} not finite"
+            )
+        if progress is not None:
+            progress(number)
+    if not number:
+        raise ValueError("recalibrate: batches should hold at least one batch, but are empty")
+    unmoved = [path or "it" for path, s in states(state) if not _moved_everywhere(s)]
+    if unmoved:
+        raise ValueError(
+            f"recalibrate: step should move every state, but left {', '.join(unmoved)}, or a "
+            f"channel of it, as it was; run the model in training mode, on two values or more"
+        )
+    return map_states("recalibrate", lambda _, s: _counted(s, number), end_accumulation(state))
+
+
+def _finite(moments):
+    return jnp.all(jnp.isfinite(moments["mean"]) & jnp.isfinite(moments["var"]))
+
+
+def _moved_everywhere(state):
+    """Whether each channel has arrived at what was measured; one of a single value has not."""
+    seen = state["accumulation"]["moments"]
+    return bool(jnp.all((seen["count"] > 0) & (state["mean"] == seen["mean"])))
+
+
+def _counted(state, number):
+    most = jnp.iinfo(state["count"].dtype).max
+    return {**state, "count": jnp.full_like(state["count"], min(number, most))}
