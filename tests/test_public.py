@@ -42,7 +42,7 @@ def test_every_function_documents_its_arguments_its_result_an_example_and_its_so
         s for s in ("Args", "Returns", "Raises", "Example", "References") if s in sections
     ]
     assert {"Args", "Returns", "Example", "References"} <= set(sections)
-    documented = re.findall(r"^  (\w+): ", doc[doc.index("Args:") : doc.index("Returns:")], re.M)
+    documented = re.findall(r"^  \**(\w+): ", doc[doc.index("Args:") : doc.index("Returns:")], re.M)
     assert documented == list(inspect.signature(function).parameters)
 
 
