@@ -198,6 +198,12 @@ def _state(function: str, stats: Any, channels: Shape | None, counts: Shape) -> 
                 f"{function}: batch_stats[{key!r}] should have shape {shape}, because {why}, but "
                 f"has shape {state[key].shape}"
             )
+    for key in ("mean", "var"):
+        if not jnp.issubdtype(state[key].dtype, jnp.floating):
+            raise ValueError(
+                f"{function}: batch_stats[{key!r}] should have a float dtype, because averages are "
+                f"not whole numbers, but has {state[key].dtype}; was it cast when it was restored?"
+            )
     if not jnp.issubdtype(state["count"].dtype, jnp.integer):
         raise ValueError(
             f"{function}: batch_stats['count'] should be an integer, because it counts updates, "

@@ -179,3 +179,12 @@ def test_moments_refuses_what_the_norms_refuse(arguments, message):
 def test_moments_of_other_channels_do_not_update_a_state():
     with pytest.raises(ValueError, match=re.escape("moments should have the shape (3,) of the")):
         jaxnorm.update_batch_stats(STATE, jaxnorm.moments(jnp.ones((4, 5)), 0))
+
+
+@pytest.mark.parametrize("key", ["mean", "var"])
+def test_running_statistics_of_whole_numbers_are_refused(key):
+    state = {**STATE, key: jnp.ones(3, jnp.int8)}
+    with pytest.raises(
+        ValueError, match=rf"batch_stats\['{key}'\] should have a float dtype, .* int8"
+    ):
+        jaxnorm.batch_norm(X, None, state)

@@ -1,6 +1,4 @@
 import functools
-import pathlib
-import re
 
 import chex
 import flax.linen as nn
@@ -15,7 +13,6 @@ import jaxnorm
 import jaxnorm.linen as linen
 import jaxnorm.nnx
 
-ROOT = pathlib.Path(__file__).parent.parent
 KEY = jax.random.key(2)
 RNG = np.random.default_rng(9)
 XS = jnp.asarray(RNG.normal(0.5, 2, (3, 4, 5, 6)), jnp.float32)  # three batches of (N, L, C)
@@ -501,19 +498,3 @@ def test_a_layer_keeps_x_and_small_arrays(face, layer, dtype):
             return nnx.merge(graph, params, stats, copy=True)(x)
 
     assert_only_x_is_kept(kept(forward, x, params, stats), layer.split()[-1], x)
-
-
-# ---- The page ----
-
-PAGE = (ROOT / "docs" / "transforms.md").read_text()
-BLOCKS = re.findall(r"^## ([^\n]*)\n.*?^```python\n(.*?)^```", PAGE, re.S | re.M)
-
-
-def test_every_block_of_the_page_is_under_a_heading_of_its_own():
-    assert len(BLOCKS) == PAGE.count("```python") == PAGE.count("\n## ") > 5
-
-
-@pytest.mark.parametrize(("heading", "code"), BLOCKS, ids=[heading for heading, _ in BLOCKS])
-def test_the_page_s_code_runs(heading, code):
-    assert "assert " in code  # it shows what comes out
-    exec(compile(code, f"docs/transforms.md: {heading}", "exec"), {})

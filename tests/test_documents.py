@@ -1,0 +1,28 @@
+"""Does the code of the documents run, and is what they quote what comes out?"""
+
+import pathlib
+import re
+
+import pytest
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+BLOCKS = [
+    (page.name, heading, code)
+    for page in sorted(DOCS.glob("*.md"))
+    for heading, code in re.findall(
+        r"^## ([^\n]*)\n.*?^```python\n(.*?)^```", page.read_text(), re.S | re.M
+    )
+]
+
+
+def test_every_block_is_under_a_heading_of_its_own():
+    written = sum(page.read_text().count("```python") for page in DOCS.glob("*.md"))
+    assert len(BLOCKS) == len({block[:2] for block in BLOCKS}) == written > 20
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "code"), BLOCKS, ids=[": ".join(b[:2]) for b in BLOCKS]
+)
+def test_the_code_of_the_page_runs(page, heading, code):
+    assert "assert " in code  # it shows what comes out
+    exec(compile(code, f"docs/{page}: {heading}", "exec"), {})
