@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnorm import _checks
 from jaxnorm._devices import HERE
@@ -80,7 +79,7 @@ def tracked_norm(
         limits and tuple(a(state["count"]) if callable(a) else a for a in limits),
     )
     y, rows = _each_sample(step, batch_axis, x, mask, scale, bias, mean, var)
-    y = y if fold is None else _unfold(y, shape)
+    y = y.reshape(shape) if fold else y
     if not update_stats:
         return y, batch_stats
     rows = jax.tree.map(jax.vmap(layout.one_sample.collect), rows)
@@ -150,21 +149,7 @@ def _fold(a, *, size):
     """What has one entry for all samples has one for all virtual batches."""
     if a.shape[0] == 1 and size != 1:
         return a[None]
-    return _reshape(a, (a.shape[0] // size, size, *a.shape[1:]), lambda n, rest: (n, None, *rest))
-
-
-def _unfold(y, shape):
-    return _reshape(y, shape, lambda n, rest: (n, *rest[1:]))
-
-
-def _reshape(a, shape, spec):
-    """The samples keep their devices: where these are explicit, they need to be said anew."""
-    if not _explicit_devices(a) > 1:
-        return a.reshape(shape)
-    sharding = jax.typeof(a).sharding
-    samples, *rest = sharding.spec
-    sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec(samples, rest)))
-    return lax.reshape(a, shape, out_sharding=sharding)
+    return a.reshape(a.shape[0] // size, size, *a.shape[1:])
 
 
 def _explicit_devices(a):

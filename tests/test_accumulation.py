@@ -239,6 +239,21 @@ def test_nnx_layers_accumulate_in_place():
     assert model.bn.count[...] == 3
 
 
+def test_nnx_scan_carries_layers_that_begin_anew():
+    model = Nnx(nnx.Rngs(0))
+    jaxnorm.nnx.begin_accumulation(model)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def train(model, batch):
+        x, last = batch
+        model(x)
+        jaxnorm.nnx.begin_accumulation(model, last)
+        return model
+
+    train(model, (X.reshape(6, 2, 5, 3), jnp.arange(6) % 3 == 2))
+    assert model.bn.count[...] == model.norm.count[...] == 2
+
+
 def test_an_nnx_model_without_running_statistics_is_an_error():
     layer = jaxnorm.nnx.BatchNorm(3, track_running_stats=False, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"batch_stats should .* holds none"):

@@ -20,6 +20,7 @@ import jaxnorm.nnx
 
 X = normal((6, 5, 3))
 STATE, PARAMS = later_state(), some_params()
+STATE["var"] *= [1, 0.1, 30]  # r on both sides of its limits
 
 
 def reference_renorm(x, params, state, r_max, d_max, mask=None, epsilon=1e-5):
