@@ -4,6 +4,9 @@ from jaxnorm._accumulation import begin_accumulation as begin_accumulation
 from jaxnorm._accumulation import end_accumulation as end_accumulation
 from jaxnorm._findings import Finding as Finding
 from jaxnorm._findings import check_batch_stats as check_batch_stats
+from jaxnorm._fold import fold_into as fold_into
+from jaxnorm._fold import fold_scale_shift as fold_scale_shift
+from jaxnorm._fold import fold_variables as fold_variables
 from jaxnorm._moments import Moments as Moments
 from jaxnorm._moments import merge_moments as merge_moments
 from jaxnorm._moments import moments as moments

@@ -124,7 +124,7 @@ def map_states(function: str, change: Callable[[str, Any], Any], tree: Any) -> A
     if not states(tree):
         raise ValueError(
             f"{function}: batch_stats should be a state with the keys 'mean', 'var' and 'count', "
-            f"or a dict that holds some, because they are what accumulates, but holds none"
+            f"or a dict that holds some, but holds none"
         )
 
     def walk(path: str, node: Any) -> Any:

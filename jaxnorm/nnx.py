@@ -493,11 +493,7 @@ def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
     layers = dict(_tracking(model))
     states = {name: _batch_stats(layer) for name, layer in layers.items()}
     for name, state in jaxnorm.begin_accumulation(states, when).items():
-        accumulation = state["accumulation"]
-        if layers[name].accumulation is None:
-            layers[name].accumulation = nnx.BatchStat(accumulation)
-        else:
-            layers[name].accumulation.set_value(accumulation)
+        layers[name].accumulation = nnx.BatchStat(state["accumulation"])
 
 
 def end_accumulation(model: nnx.Module) -> None:

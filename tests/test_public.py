@@ -10,11 +10,14 @@ import sys
 import pytest
 
 import jaxnorm
+import jaxnorm.interop
 import jaxnorm.linen
 import jaxnorm.nnx
 
 ROOT = pathlib.Path(__file__).parent.parent
-FUNCTIONS = [f for _, f in inspect.getmembers(jaxnorm, inspect.isfunction)]
+FUNCTIONS = [
+    f for room in (jaxnorm, jaxnorm.interop) for _, f in inspect.getmembers(room, inspect.isfunction)
+]
 LAYERS, NNX_LAYERS = (
     [c for _, c in inspect.getmembers(face, inspect.isclass) if c.__module__ == face.__name__]
     for face in (jaxnorm.linen, jaxnorm.nnx)
@@ -109,7 +112,7 @@ def test_nothing_is_computed_in_a_face():
 
 
 def test_every_file_says_which_question_it_answers():
-    for path in (ROOT / "jaxnorm").glob("*.py"):
+    for path in (ROOT / "jaxnorm").rglob("*.py"):
         assert re.match(r'"""[A-Z][^\n]*\?', path.read_text()), path.name
 
 
@@ -122,5 +125,5 @@ def test_the_readme_s_code_runs():
 
 def test_the_readme_names_every_room():
     readme = (ROOT / "README.md").read_text()
-    rooms = {path.name for path in (ROOT / "jaxnorm").glob("*.py")}
-    assert rooms <= set(re.findall(r"[_\w]+\.py", readme))
+    rooms = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxnorm").rglob("*.py")}
+    assert rooms == set(re.findall(r"\]\((jaxnorm/[/\w]+\.py)\)", readme))

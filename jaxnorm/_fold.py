@@ -1,0 +1,206 @@
+"""What is left of a norm in evaluation? A product and a sum, which the layer before takes in."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm import _checks
+from jaxnorm._moments import widen
+from jaxnorm._normalize import affine, rstd
+from jaxnorm.variables import Affine, BatchStats
+
+
+def fold_scale_shift(
+    params: Affine | None, batch_stats: BatchStats, *, epsilon: ArrayLike = 1e-5
+) -> tuple[jax.Array, jax.Array]:
+    r"""Makes of a norm in evaluation a multiplier and an offset: y = multiplier * x + offset.
+
+    .. math::
+        multiplier = \frac{scale}{\sqrt{var + \epsilon}}, \quad
+        offset = bias - mean \cdot multiplier
+
+    For batch norm, and for instance norm that evaluates by running statistics. Where the mean is
+    large beside the standard deviation, subtracting it first, as the norm does, keeps digits of y
+    that this form has not.
+
+    Args:
+      params: {"scale", "bias"}, each of shape (C,); either or both may be missing.
+      batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}.
+      epsilon: the norm's, in units of x squared.
+
+    Returns:
+      The multiplier and the offset, of shape (C,), in the statistics' dtype.
+
+    Raises:
+      ValueError: if params or batch_stats do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> state = {"mean": jnp.array([3.0]), "var": jnp.array([4.0]), "count": jnp.int32(9)}
+      >>> multiplier, offset = jaxnorm.fold_scale_shift(None, state, epsilon=0.0)
+      >>> print(multiplier, offset)
+      [0.5] [-1.5]
+
+    References:
+      Jacob et al., Quantization and Training of Neural Networks, 2018, section 3.2.
+      https://arxiv.org/abs/1712.05877
+    """
+    state = _checks.batch_stats("fold_scale_shift", batch_stats)
+    mean, var = widen(state["mean"]), widen(state["var"])
+    scale, bias = _checks.params("fold_scale_shift", params, mean.shape, mean.shape)
+    multiplier = affine(rstd(var, jnp.asarray(epsilon, float)), scale, None)
+    return multiplier, affine(-mean * multiplier, None, bias)
+
+
+def fold_into(
+    layer: Mapping[str, Any],
+    params: Affine | None,
+    batch_stats: BatchStats,
+    *,
+    epsilon: ArrayLike = 1e-5,
+    feature_axis: int = -1,
+) -> dict[str, jax.Array]:
+    """Folds a norm in evaluation into the Dense, Conv or ConvTranspose before it.
+
+    The layer then does the work of both; the norm goes. Kernels of any rank, grouped and depthwise
+    ones too, since their outputs lie along one axis.
+
+    Args:
+      layer: {"kernel": ..., "bias": (C,)}; the bias may be missing.
+      params: the norm's, as in `fold_scale_shift`.
+      batch_stats: the norm's.
+      epsilon: the norm's.
+      feature_axis: the kernel's axis of the outputs: the last one in Flax; -2 for a
+        flax.linen.ConvTranspose with transpose_kernel=True.
+
+    Returns:
+      {"kernel", "bias"} of the one layer, which is to have use_bias=True, in the kernel's dtype.
+
+    Raises:
+      ValueError: if there is no kernel, or its outputs are not the norm's channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> state = {"mean": jnp.array([3.0]), "var": jnp.array([4.0]), "count": jnp.int32(9)}
+      >>> print(jaxnorm.fold_into({"kernel": jnp.array([[6.0]])}, None, state, epsilon=0.0))
+      {'kernel': Array([[3.]], dtype=float32), 'bias': Array([-1.5], dtype=float32)}
+
+    References:
+      torch.nn.utils.fusion.fuse_conv_bn_weights, PyTorch 2.13.
+    """
+    if "kernel" not in layer:
+        raise ValueError(
+            f"fold_into: layer should have a 'kernel', as Dense, Conv and ConvTranspose have, but "
+            f"has {sorted(layer)}"
+        )
+    multiplier, offset = fold_scale_shift(params, batch_stats, epsilon=epsilon)
+    kernel = jnp.asarray(layer["kernel"])
+    outputs = kernel.shape[feature_axis]
+    if multiplier.shape != (outputs,):
+        raise ValueError(
+            f"fold_into: the layer should have as many outputs as the norm has channels, but has "
+            f"{outputs}, on axis {feature_axis} of a kernel of shape {kernel.shape}, for "
+            f"{multiplier.shape}"
+        )
+    others = tuple(a for a in range(kernel.ndim) if a != feature_axis % kernel.ndim)
+    wide = widen(kernel, multiplier) * jnp.expand_dims(multiplier, others)
+    bias = layer.get("bias")
+    bias = offset if bias is None else affine(widen(jnp.asarray(bias)), multiplier, offset)
+    return {"kernel": wide.astype(kernel.dtype), "bias": bias.astype(kernel.dtype)}
+
+
+def fold_variables(
+    variables: Mapping[str, Any],
+    pairs: Mapping[str, str],
+    *,
+    epsilon: ArrayLike = 1e-5,
+    feature_axis: int = -1,
+) -> dict[str, Any]:
+    """Folds the norms of a whole model into the layers before them.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}, as Linen has them.
+      pairs: which norm follows which layer: {"Block_0.Conv_0": "Block_0.BatchNorm_0"}, by the
+        modules' names, joined by dots. Only a norm that takes the layer's output and nothing else
+        may go.
+      epsilon: the norms'.
+      feature_axis: the kernels' axis of the outputs, as in `fold_into`.
+
+    Returns:
+      The variables of the model without these norms, whose layers have a bias.
+
+    Raises:
+      ValueError: if a name is not there, a norm stands twice, or a pair does not fit; it names the
+        pair.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> state = {"mean": jnp.array([3.0]), "var": jnp.array([4.0]), "count": jnp.int32(9)}
+      >>> variables = {"params": {"Dense_0": {"kernel": jnp.array([[6.0]])}},
+      ...              "batch_stats": {"BatchNorm_0": state}}
+      >>> folded = jaxnorm.fold_variables(variables, {"Dense_0": "BatchNorm_0"}, epsilon=0.0)
+      >>> print(folded["params"]["Dense_0"]["bias"], folded["batch_stats"])
+      [-1.5] {}
+
+    References:
+      torch.nn.utils.fusion.fuse_conv_bn_eval, PyTorch 2.13.
+    """
+    params, stats = (_copied(variables.get(name, {})) for name in ("params", "batch_stats"))
+    if len(set(pairs.values())) != len(pairs):
+        raise ValueError(f"fold_variables: pairs should name each norm once, but are {dict(pairs)}")
+    for layer, norm in pairs.items():
+        owner, last = _at(params, layer, "params")
+        state = _take(stats, norm)
+        if state is None:
+            raise ValueError(
+                f"fold_variables: pairs should name norms with running statistics, but "
+                f"batch_stats have no {norm!r}"
+            )
+        try:
+            owner[last] = fold_into(
+                owner[last],
+                _take(params, norm),
+                state,
+                epsilon=epsilon,
+                feature_axis=feature_axis,
+            )
+        except ValueError as error:
+            raise ValueError(f"fold_variables: {norm!r} into {layer!r}: {error}") from error
+    return {**variables, "params": params, "batch_stats": stats}
+
+
+def _copied(tree: Any) -> Any:
+    """New dicts with the same leaves."""
+    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _at(tree: Any, name: str, collection: str) -> tuple[Any, str]:
+    """The dict that holds what has this name, and its key there."""
+    *path, last = name.split(".")
+    for key in path:
+        tree = tree.get(key, {})
+    if not isinstance(tree.get(last), Mapping):
+        raise ValueError(
+            f"fold_variables: pairs should name layers of the model, but {collection} have no "
+            f"{name!r}"
+        )
+    return tree, last
+
+
+def _take(tree: Any, name: str) -> Any:
+    """What has this name, taken out of the tree, and the dicts that are empty then; or None."""
+    first, _, rest = name.partition(".")
+    if not isinstance(tree.get(first), dict):
+        return None
+    if not rest:
+        return tree.pop(first)
+    found = _take(tree[first], rest)
+    if not tree[first]:
+        del tree[first]
+    return found

@@ -1,0 +1,92 @@
+"""How does a Flax checkpoint come and go? Its batch_stats are ours without the count."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxnorm._accumulation import map_states
+from jaxnorm.interop._trees import Tree
+
+
+def from_flax(variables: Mapping[str, Any], *, count: ArrayLike | None = None) -> Tree:
+    """Gives the batch_stats of flax.linen.BatchNorm the count that they lack.
+
+    Everything else stays as it is. Flax's running variance is the biased one; what it would have
+    been cannot be told from it, and new batches move it towards the unbiased.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...} of a Flax model.
+      count: how many batches the statistics stand for; for layers under nn.scan or nn.vmap one
+        number each, of shape (L,). None is 0, with a warning, unless the statistics are first ones:
+        with momentum=None, a count of 0 lets the next batch replace them.
+
+    Returns:
+      The variables, in which every state has a count; those that had one keep it.
+
+    Raises:
+      ValueError: if there are no running statistics.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxnorm import interop
+      >>> stats = {"BatchNorm_0": {"mean": jnp.ones(2), "var": jnp.ones(2)}}
+      >>> variables = interop.from_flax({"params": {}, "batch_stats": stats}, count=1000)
+      >>> print(variables["batch_stats"]["BatchNorm_0"]["count"])
+      1000
+
+    References:
+      flax.linen.BatchNorm, flax 0.12.
+    """
+    doubtful = []
+
+    def add(path: str, state: Any) -> Any:
+        if state.get("count") is not None:
+            return state
+        if count is None and not (np.all(state["mean"] == 0) and np.all(state["var"] == 1)):
+            doubtful.append(path)
+        return {**state, "count": np.asarray(0 if count is None else count, np.int32)}
+
+    batch_stats = map_states("from_flax", add, variables.get("batch_stats", {}))
+    if doubtful:
+        warnings.warn(
+            f"from_flax: {', '.join(doubtful)} have no count, and get 0; with momentum=None the "
+            f"next batch would replace them; write count= the number of batches that they stand "
+            f"for, or count=0",
+            stacklevel=2,
+        )
+    return {**variables, "batch_stats": batch_stats}
+
+
+def to_flax(variables: Mapping[str, Any]) -> Tree:
+    """Takes the count out of batch_stats again, for flax.linen.BatchNorm.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...} of a model with layers of jaxnorm.
+
+    Returns:
+      The variables, without counts and without what accumulates.
+
+    Raises:
+      ValueError: if there are no running statistics.
+
+    Example:
+      >>> import jaxnorm
+      >>> from jaxnorm import interop
+      >>> variables = {"params": {}, "batch_stats": {"BatchNorm_0": jaxnorm.init_batch_stats(2)}}
+      >>> sorted(interop.to_flax(variables)["batch_stats"]["BatchNorm_0"])
+      ['mean', 'var']
+
+    References:
+      flax.linen.BatchNorm, flax 0.12.
+    """
+
+    def drop(_: str, state: Any) -> Any:
+        return {key: state[key] for key in ("mean", "var")}
+
+    return {
+        **variables,
+        "batch_stats": map_states("to_flax", drop, variables.get("batch_stats", {})),
+    }

@@ -1,0 +1,444 @@
+"""How does a PyTorch model come and go? Its state dict, norm by norm, bit for bit."""
+
+import os
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnorm.interop._trees import Tree, array, flatten, inverted, join, nest, renamed, split
+from jaxnorm.variables import statistics_dtype
+
+# PyTorch's leaf, our collection and our leaf.
+LEAVES = {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+    "num_batches_tracked": ("batch_stats", "count"),
+}
+THEIRS = {ours: theirs for theirs, ours in LEAVES.items()}
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+MOST = np.iinfo(np.int32).max
+
+Convert = Callable[[str, np.ndarray], tuple[str, Any] | None]
+
+
+class Entry(NamedTuple):
+    """One array on its way: what it is called there and here, and what became of it."""
+
+    theirs: str | None
+    collection: str
+    ours: str | None
+    value: Any
+    note: str = ""
+
+
+def from_torch(
+    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    names: Mapping[str, str] | None = None,
+    norms: Collection[str] | None = None,
+    convert: Convert | None = None,
+    track_running_stats: bool | None = None,
+    count: int | None = None,
+    like: Mapping[str, Any] | None = None,
+) -> Tree:
+    r"""Turns a PyTorch state dict into variables.
+
+    Of a norm, `weight`, `bias`, `running_mean`, `running_var` and `num_batches_tracked` become
+    scale and bias in "params", and mean, var and count in "batch_stats". A norm is a module with a
+    `running_mean`, or with a `weight` of one axis. Names are split at their dots:
+    `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. What is not a norm's goes
+    to "params" under its own name, untouched, unless `convert` says otherwise.
+
+    Running statistics in half precision are widened to float32. A count beyond int32 becomes the
+    largest int32, with a warning. Nothing else is changed: `to_torch` gives back every bit.
+
+    Args:
+      state_dict: a mapping of arrays, such as model.state_dict(), or the path of a .safetensors
+        file.
+      names: what modules are called here, as {"layer1.0": "Block_0", "layer1.0.bn1":
+        "Block_0.BatchNorm_0"}; the longest front of a name that it knows is replaced.
+      norms: the names, in PyTorch, of the modules that are norms; None finds them. For layer norms
+        over several axes, or where a `weight` of one axis is no norm's (PReLU).
+      convert: `convert(name, array)` for each array that is no norm's: its new dotted name, names
+        not applied, and array; or None to leave it out.
+      track_running_stats: None: as in the file. False leaves the running statistics out. True
+        gives the norms that have none first ones: mean 0, variance 1, count 0.
+      count: what a norm counts whose `num_batches_tracked` is missing, as before PyTorch 0.4.1.
+        None is 0 as in PyTorch, with a warning: with momentum=None, a count of 0 lets the next
+        batch replace the statistics; write how many batches they stand for.
+      like: variables of the new model, or their `jax.eval_shape`: what comes out is to have the
+        same names and shapes.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays.
+
+    Raises:
+      ValueError: naming the keys, if a norm lacks one half of its statistics, its arrays are of
+        different shapes or its statistics no floats; if `norms` names what is not there; if two
+        arrays get one name; if anything is missing, unexpected or of another shape than in `like`.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxnorm import interop
+      >>> state_dict = {"conv.weight": np.ones((2, 3, 5, 5)), "bn.weight": np.ones(2),
+      ...               "bn.running_mean": np.zeros(2), "bn.running_var": np.ones(2),
+      ...               "bn.num_batches_tracked": np.int64(7)}
+      >>> variables = interop.from_torch(state_dict, convert=lambda name, array: (
+      ...     "conv.kernel", array.transpose(2, 3, 1, 0)))
+      >>> variables["params"]["conv"]["kernel"].shape, variables["params"]["bn"]["scale"].shape
+      ((5, 5, 3, 2), (2,))
+      >>> print(variables["batch_stats"]["bn"]["count"])
+      7
+
+    References:
+      torch.nn.Module.state_dict, PyTorch 2.13.
+    """
+    entries = read_torch(
+        state_dict,
+        names=names,
+        norms=norms,
+        convert=convert,
+        track_running_stats=track_running_stats,
+        count=count,
+    )
+    if like is not None:
+        _check_variables(entries, like)
+    return variables_of(entries)
+
+
+def to_torch(
+    variables: Mapping[str, Any],
+    *,
+    names: Mapping[str, str] | None = None,
+    convert: Convert | None = None,
+    track_running_stats: bool | None = None,
+    like: Mapping[str, Any] | None = None,
+    file: str | os.PathLike[str] | None = None,
+) -> dict[str, np.ndarray]:
+    """Turns variables into a PyTorch state dict: the inverse of `from_torch`.
+
+    A norm is a module with a scale, or with running statistics. For PyTorch, write
+    `model.load_state_dict({k: torch.from_numpy(v) for k, v in state_dict.items()})`.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}; the second may be missing.
+      names: the same map as for `from_torch`, from PyTorch's names to those here.
+      convert: `convert(name, array)` for each array that is no norm's: its new dotted name in
+        PyTorch, and array; or None to leave it out.
+      track_running_stats: None: as they are. False leaves the running statistics out. True gives
+        the norms that have none first ones.
+      like: the state dict of the PyTorch model: the same names and shapes are to come out, and its
+        dtypes do; half-precision statistics, say, that `from_torch` had widened.
+      file: the path of a .safetensors file that is written too.
+
+    Returns:
+      A dict of NumPy arrays, writable copies, by dotted names; counts are int64.
+
+    Raises:
+      ValueError: naming the keys, if a state lacks a part or two arrays get one name; if
+        anything is missing, unexpected or of another shape than in `like`.
+
+    Example:
+      >>> import jaxnorm
+      >>> from jaxnorm import interop
+      >>> variables = {"params": {"bn": jaxnorm.init_params(2)},
+      ...              "batch_stats": {"bn": jaxnorm.init_batch_stats(2)}}
+      >>> list(interop.to_torch(variables))[:3]
+      ['bn.weight', 'bn.bias', 'bn.running_mean']
+
+    References:
+      torch.nn.Module.load_state_dict, PyTorch 2.13.
+    """
+    entries = write_torch(
+        variables, names=names, convert=convert, track_running_stats=track_running_stats
+    )
+    state_dict: dict[str, np.ndarray] = {}
+    for entry in entries:
+        if entry.theirs is None:
+            continue
+        if entry.theirs in state_dict:
+            raise ValueError(f"to_torch: {entry.theirs!r} should be one array, but is two")
+        state_dict[entry.theirs] = entry.value
+    if like is not None:
+        _check("to_torch", {k: v.shape for k, v in state_dict.items()}, _shapes(like), {})
+        state_dict = {
+            key: state_dict[key].astype(array("to_torch", key, like[key]).dtype) for key in like
+        }
+    if file is not None:
+        _safetensors("to_torch").save_file(state_dict, file)
+    return state_dict
+
+
+# ---- PyTorch's names to ours ----
+
+
+def read_torch(
+    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    names: Mapping[str, str] | None,
+    norms: Collection[str] | None,
+    convert: Convert | None,
+    track_running_stats: bool | None,
+    count: int | None,
+) -> list[Entry]:
+    """Every array of the state dict, with what it is here."""
+    given: Any = state_dict
+    if isinstance(state_dict, str | os.PathLike):
+        given = _safetensors("from_torch").load_file(state_dict)
+    arrays = {name: array("from_torch", name, value) for name, value in given.items()}
+    found = _norms(arrays) if norms is None else _named(arrays, norms)
+    inverted("from_torch", names or {})
+    entries = []
+    for module in dict.fromkeys(split(name)[0] for name in arrays):
+        if module in found:
+            leaves = {
+                leaf: arrays[join(module, leaf)] for leaf in LEAVES if join(module, leaf) in arrays
+            }
+            ours = renamed(module, names or {})
+            entries += _read_norm(module, ours, leaves, track_running_stats, count)
+    for name, value in arrays.items():
+        module, leaf = split(name)
+        if module in found and leaf in LEAVES:
+            continue
+        if convert is None:
+            entries.append(Entry(name, "params", join(renamed(module, names or {}), leaf), value))
+            continue
+        new_name, new = convert(name, value) or (None, value)
+        note = "left out" if new_name is None else "" if new is value else "converted"
+        entries.append(Entry(name, "params", new_name, new, note))
+    return entries
+
+
+def _norms(arrays):
+    """The modules with a running_mean, or with a weight of one axis."""
+    named = (split(name) for name in arrays)
+    return {
+        module
+        for module, leaf in named
+        if leaf in RUNNING or (leaf == "weight" and arrays[join(module, leaf)].ndim == 1)
+    }
+
+
+def _named(arrays, norms):
+    modules = {split(name)[0] for name in arrays if split(name)[1] in LEAVES}
+    absent = sorted(set(norms) - modules)
+    if absent:
+        raise ValueError(
+            f"from_torch: norms should name modules of the state dict, but it has no {absent}; it "
+            f"has {sorted(modules)}"
+        )
+    return set(norms)
+
+
+def _read_norm(module, ours, leaves, track_running_stats, count):
+    """The entries of one norm, checked."""
+
+    def key(leaf):
+        return join(module, leaf)
+
+    shapes = {leaf: a.shape for leaf, a in leaves.items() if leaf != "num_batches_tracked"}
+    for leaf, shape in shapes.items():
+        first = next(iter(shapes))
+        if shape != shapes[first]:
+            raise ValueError(
+                f"from_torch: {key(leaf)!r} should have shape {shapes[first]}, as {key(first)!r} "
+                f"has, but has {shape}"
+            )
+    tracked = [leaf for leaf in RUNNING if leaf in leaves]
+    notes = dict.fromkeys(leaves, "")
+    if track_running_stats is False:
+        notes |= dict.fromkeys(tracked, "left out")
+    elif tracked:
+        for leaf in RUNNING[:2]:
+            if leaf not in leaves:
+                raise ValueError(
+                    f"from_torch: {key(leaf)!r} should be there, because {key(tracked[0])!r} is, "
+                    f"but is missing; write track_running_stats=False to leave both out"
+                )
+            leaves[leaf], notes[leaf] = _statistic(key(leaf), leaves[leaf])
+        leaf = RUNNING[2]
+        leaves[leaf], notes[leaf] = _count(key(leaf), leaves.get(leaf), count)
+    elif track_running_stats:
+        shape = next(iter(shapes.values()))
+        first = np.zeros(shape, np.float32), np.ones(shape, np.float32), np.zeros((), np.int32)
+        leaves |= dict(zip(RUNNING, first, strict=True))
+        notes |= dict.fromkeys(RUNNING, "a first one")
+    return [
+        Entry(
+            None if notes[leaf] == "a first one" else key(leaf),
+            LEAVES[leaf][0],
+            None if notes[leaf] == "left out" else join(ours, LEAVES[leaf][1]),
+            value,
+            notes[leaf],
+        )
+        for leaf, value in leaves.items()
+    ]
+
+
+def _statistic(key, value):
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"from_torch: {key!r} should have a float dtype, but has {value.dtype}")
+    wide = np.dtype(statistics_dtype(value.dtype))
+    return value.astype(wide), "" if wide == value.dtype else f"widened from {value.dtype}"
+
+
+def _count(key, value, count):
+    if value is None:
+        if count is None:
+            warnings.warn(
+                f"from_torch: {key!r} is missing and taken as 0; with momentum=None the next batch "
+                f"would replace the running statistics; write count= the number of batches that "
+                f"they stand for, or count=0",
+                stacklevel=5,
+            )
+        return np.asarray(count or 0, np.int32), "missing"
+    if value.shape != () or not np.issubdtype(value.dtype, np.integer) or value < 0:
+        raise ValueError(
+            f"from_torch: {key!r} should be one whole number, not negative, but is "
+            f"{value.dtype}{list(value.shape)}{f' {value}' if value.size == 1 else ''}"
+        )
+    if value > MOST:
+        warnings.warn(
+            f"from_torch: {key!r} is {value}, and becomes the largest int32, {MOST}", stacklevel=5
+        )
+        return np.asarray(MOST, np.int32), f"was {value}"
+    return value.astype(np.int32), ""
+
+
+def variables_of(entries: list[Entry]) -> Tree:
+    """The collections, nested."""
+    flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    for entry in entries:
+        if entry.ours is None:
+            continue
+        if entry.ours in flat[entry.collection]:
+            raise ValueError(
+                f"from_torch: {entry.ours!r} should be one array, but {entry.theirs!r} and another "
+                f"get this name"
+            )
+        flat[entry.collection][entry.ours] = entry.value
+    return {collection: nest("from_torch", leaves) for collection, leaves in flat.items()}
+
+
+# ---- Our names to PyTorch's ----
+
+
+def write_torch(
+    variables: Mapping[str, Any],
+    *,
+    names: Mapping[str, str] | None,
+    convert: Convert | None,
+    track_running_stats: bool | None,
+) -> list[Entry]:
+    """Every array of the variables, with what it is in PyTorch."""
+    theirs = inverted("to_torch", names or {})
+    params, stats = (
+        {k: array("to_torch", k, v) for k, v in flatten(variables.get(name, {})).items()}
+        for name in ("params", "batch_stats")
+    )
+    norms = dict.fromkeys(split(name)[0] for name in (*params, *stats) if _of_a_norm(name, stats))
+    entries = []
+    for module in norms:
+        entries += _write_norm(module, renamed(module, theirs), params, stats, track_running_stats)
+    for name, value in params.items():
+        module, leaf = split(name)
+        if module in norms and leaf in ("scale", "bias"):
+            continue
+        if convert is None:
+            entries.append(Entry(join(renamed(module, theirs), leaf), "params", name, value.copy()))
+            continue
+        new_name, new = convert(name, value) or (None, value)
+        note = "left out" if new_name is None else "" if new is value else "converted"
+        entries.append(Entry(new_name, "params", name, np.array(new, order="C"), note))
+    return entries
+
+
+def _of_a_norm(name, stats):
+    module, leaf = split(name)
+    return leaf == "scale" or join(module, "mean") in stats or join(module, "var") in stats
+
+
+def _write_norm(module, theirs, params, stats, track_running_stats):
+    leaves = {
+        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])].copy()
+        for ours in THEIRS
+        if join(module, ours[1]) in (params if ours[0] == "params" else stats)
+    }
+    tracked = [ours for ours in leaves if ours[0] == "batch_stats"]
+    if 0 < len(tracked) < len(RUNNING):
+        raise ValueError(
+            f"to_torch: batch_stats of {module!r} should have mean, var and count, but has "
+            f"{[leaf for _, leaf in tracked]}"
+        )
+    notes = dict.fromkeys(leaves, "")
+    if track_running_stats is False:
+        notes |= dict.fromkeys(tracked, "left out")
+    elif track_running_stats and not tracked:
+        shape = next(iter(leaves.values())).shape
+        for leaf, value in (("mean", np.zeros), ("var", np.ones)):
+            leaves["batch_stats", leaf] = value(shape, np.float32)
+        leaves["batch_stats", "count"] = np.zeros((), np.int32)
+        notes |= dict.fromkeys([o for o in leaves if o[0] == "batch_stats"], "a first one")
+    if ("batch_stats", "count") in leaves:
+        leaves["batch_stats", "count"] = leaves["batch_stats", "count"].astype(np.int64)
+    return [
+        Entry(
+            None if notes[ours] == "left out" else join(theirs, THEIRS[ours]),
+            ours[0],
+            None if notes[ours] == "a first one" else join(module, ours[1]),
+            value,
+            notes[ours],
+        )
+        for ours, value in leaves.items()
+    ]
+
+
+# ---- What is expected ----
+
+
+def _shapes(arrays):
+    return {name: tuple(np.shape(value)) for name, value in arrays.items()}
+
+
+def _check_variables(entries, like):
+    found = {f"{e.collection}.{e.ours}": np.shape(e.value) for e in entries if e.ours is not None}
+    origin = {f"{e.collection}.{e.ours}": e.theirs for e in entries if e.ours and e.theirs}
+    expected = {k: v for k, v in like.items() if k in ("params", "batch_stats")}
+    _check("from_torch", found, {k: v.shape for k, v in flatten(expected).items()}, origin)
+
+
+def _check(function, found, expected, origin):
+    """Both have the same names and shapes."""
+
+    def named(name):
+        return f"{name!r} (from {origin[name]!r})" if name in origin else repr(name)
+
+    problems = [f"{named(name)} is missing" for name in expected if name not in found]
+    problems += [f"{named(name)} is not expected" for name in found if name not in expected]
+    problems += [
+        f"{named(name)} should have shape {tuple(expected[name])}, but has {tuple(found[name])}"
+        for name in found
+        if name in expected and tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        raise ValueError(
+            f"{function}: what comes out should be like the given model, but\n  "
+            + "\n  ".join(problems)
+            + "\nwrite names= where modules are called otherwise, and track_running_stats=False "
+            "or True to leave running statistics out or begin with first ones"
+        )
+
+
+def _safetensors(function):
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: files need safetensors; write pip install 'jaxnorm[interop]'"
+        ) from error
+    return safetensors.numpy
