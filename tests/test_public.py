@@ -16,7 +16,9 @@ import jaxnorm.nnx
 
 ROOT = pathlib.Path(__file__).parent.parent
 FUNCTIONS = [
-    f for room in (jaxnorm, jaxnorm.interop) for _, f in inspect.getmembers(room, inspect.isfunction)
+    f
+    for room in (jaxnorm, jaxnorm.interop)
+    for _, f in inspect.getmembers(room, inspect.isfunction)
 ]
 LAYERS, NNX_LAYERS = (
     [c for _, c in inspect.getmembers(face, inspect.isclass) if c.__module__ == face.__name__]

@@ -64,8 +64,8 @@ def from_torch(
         "Block_0.BatchNorm_0"}; the longest front of a name that it knows is replaced.
       norms: the names, in PyTorch, of the modules that are norms; None finds them. For layer norms
         over several axes, or where a `weight` of one axis is no norm's (PReLU).
-      convert: `convert(name, array)` for each array that is no norm's: its new dotted name, names
-        not applied, and array; or None to leave it out.
+      convert: `convert(name, array)` for each array that is no norm's, after `names`: its new
+        dotted name and array, such as a kernel in Flax's order; or None to leave it out.
       track_running_stats: None: as in the file. False leaves the running statistics out. True
         gives the norms that have none first ones: mean 0, variance 1, count 0.
       count: what a norm counts whose `num_batches_tracked` is missing, as before PyTorch 0.4.1.
@@ -128,8 +128,8 @@ def to_torch(
     Args:
       variables: {"params": ..., "batch_stats": ...}; the second may be missing.
       names: the same map as for `from_torch`, from PyTorch's names to those here.
-      convert: `convert(name, array)` for each array that is no norm's: its new dotted name in
-        PyTorch, and array; or None to leave it out.
+      convert: `convert(name, array)` for each array that is no norm's, after `names`: its new
+        dotted name in PyTorch and array; or None to leave it out.
       track_running_stats: None: as they are. False leaves the running statistics out. True gives
         the norms that have none first ones.
       like: the state dict of the PyTorch model: the same names and shapes are to come out, and its
@@ -205,10 +205,8 @@ def read_torch(
         module, leaf = split(name)
         if module in found and leaf in LEAVES:
             continue
-        if convert is None:
-            entries.append(Entry(name, "params", join(renamed(module, names or {}), leaf), value))
-            continue
-        new_name, new = convert(name, value) or (None, value)
+        ours = join(renamed(module, names or {}), leaf)
+        new_name, new = (ours, value) if convert is None else convert(ours, value) or (None, value)
         note = "left out" if new_name is None else "" if new is value else "converted"
         entries.append(Entry(name, "params", new_name, new, note))
     return entries
@@ -349,10 +347,10 @@ def write_torch(
         module, leaf = split(name)
         if module in norms and leaf in ("scale", "bias"):
             continue
-        if convert is None:
-            entries.append(Entry(join(renamed(module, theirs), leaf), "params", name, value.copy()))
-            continue
-        new_name, new = convert(name, value) or (None, value)
+        known = join(renamed(module, theirs), leaf)
+        new_name, new = (
+            (known, value) if convert is None else convert(known, value) or (None, value)
+        )
         note = "left out" if new_name is None else "" if new is value else "converted"
         entries.append(Entry(new_name, "params", name, np.array(new, order="C"), note))
     return entries
