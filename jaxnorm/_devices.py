@@ -70,7 +70,11 @@ def devices(
             f"{function}: axis_index_groups should come with axis_name, because it groups the "
             f"indices along that axis, but axis_name is None"
         )
-    members, size = sorted(i for group in groups for i in group), lax.axis_size(axis_name)
+    try:
+        size = lax.axis_size(axis_name)
+    except NameError:  # not bound, as in evaluation, where no device asks another; asking would say
+        return Devices(axis_name, groups)
+    members = sorted(i for group in groups for i in group)
     if members != list(range(size)) or len({len(group) for group in groups}) != 1:
         raise ValueError(
             f"{function}: axis_index_groups should hold each index of {axis_name!r}, 0 to "
