@@ -1,0 +1,26 @@
+"""Does docs/distributed.md say what the compiled programs cost?"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+TABLE = re.compile(r"(?:^\|.*\n)+", re.M)
+
+
+def test_the_page_has_the_benchmark_s_tables():
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "collectives.py"],
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    _, cost = page.split("\n## What it costs\n")
+    assert TABLE.findall(cost) == TABLE.findall(done.stdout)
+    assert len(TABLE.findall(cost)) == 2
