@@ -198,7 +198,7 @@ def _measure_jvp(sample, primals, tangents):
     x_dot, _ = tangents
     shift, moments = measure(sample, x, mask)
     # Checkpointed: what is kept for the backward pass is x as it came, not x - mean in float32.
-    drift = jax.checkpoint(functools.partial(moments_dot, sample), prevent_cse=False)
+    drift = jax.checkpoint(functools.partial(moments_dot, sample))
     return (shift, moments), (jnp.zeros_like(shift), drift(x, mask, shift, moments, x_dot))
 
 

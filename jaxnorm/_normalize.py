@@ -70,22 +70,38 @@ def _normalize_jvp(dtype, primals, tangents):
     moving = x_dot, scale_dot, bias_dot, epsilon_dot, moments_dot.mean, moments_dot.var
 
     # Checkpointed: x_hat is made again from x, so that what is kept for the backward pass is x
-    # itself, in x's dtype.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    # itself, in x's dtype, and the two passes do not share it.
+    @jax.checkpoint
     def linear(x_dot, scale_dot, bias_dot, epsilon_dot, mean_dot, var_dot):
         r = rstd(moments.var, epsilon)
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
-        a = _combine(
-            (one, scale_dot), (-w * r * r / 2, _combine((one, var_dot), (one, epsilon_dot)))
-        )
-        b = _combine((one, bias_dot), (-w * r, mean_dot))
+        wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
+        a = _combine((one, scale_dot), (one, _times(w, wide_dot, x.shape)))
+        b = _combine((one, bias_dot), (one, _times(w, _combine((-r, mean_dot)), x.shape)))
         x_hat = standardize(x, mask, shift, moments, epsilon)
         y_dot = _combine((w * r, x_dot), (x_hat, a), (one, b))
         y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the shift moves
         return jnp.broadcast_to(y_dot.astype(dtype), y.shape)
 
     return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in moving))
+
+
+def _times(w, t, shape):
+    """w * t. Where t has one entry for each row of x, its transpose is a sum over the rows.
+
+    On CPU that is a matrix product: XLA fuses the arithmetic before it into a sum over the last
+    axis, and loses its vector code (a layer norm's backward pass takes two to five times as long).
+    """
+    if t is None or t.ndim == 0 or t.shape != (*shape[:-1], 1) or w.size not in (1, shape[-1]):
+        return None if t is None else w * t
+    row = jnp.broadcast_to(w.reshape(-1), shape[-1:])
+    return lax.platform_dependent(
+        t,
+        row,
+        cpu=lambda t, row: jnp.matmul(t, row[None], precision=lax.Precision.HIGHEST),
+        default=lambda t, row: t * row,
+    )
 
 
 def _combine(*terms):
