@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint
+.PHONY: help demo test lint bench bench-full
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the whole test suite"
 	@echo "make lint   check format, style and types"
+	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
+	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
 
 demo: $(VENV)/with-examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -19,6 +21,12 @@ lint: $(VENV)/with-test $(VENV)/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/with-bench
+	$(BIN)/python benchmarks/norms.py $(ARGS)
+
+bench-full: $(VENV)/with-bench
+	$(BIN)/python benchmarks/norms.py --full $(ARGS)
 
 $(VENV)/with-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,162 @@
+"""Measures the norms of every library in one run, and writes what came of it.
+
+    python benchmarks/norms.py                 # float32, three sizes, one core, end to end
+    python benchmarks/norms.py --full          # every cell; goes on where it was stopped
+    python benchmarks/norms.py --report        # the table and the plot anew, from the last run
+
+Each library lives in a process of its own; all are asked in turn, several rounds, so that only
+ratios within one run are compared. The allocator's thresholds are raised alike for all: page faults
+of fresh outputs otherwise drown the result.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from libraries import LIBRARIES, NORMS, version
+from report import write_report
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "docs" / "benchmarks"
+ALL = (*LIBRARIES, "torch", "torch.compile")
+SHAPES = ((32, 56, 56, 64), (16, 28, 28, 256), (4096, 1024))
+MORE_SHAPES = ((8, 14, 14, 1024), (8192, 768), (4, 8, 8, 32), (64, 112, 112, 64))
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+
+def cells(full: bool) -> list[dict[str, Any]]:
+    """Every job: a norm, a size, a dtype, a layout, a mode; and the steps end to end."""
+    jobs: list[dict[str, Any]] = []
+    dtypes = ("float32", "bfloat16") if full else ("float32",)
+    layouts = ("last", "first") if full else ("last",)
+    shapes = SHAPES + MORE_SHAPES if full else SHAPES
+    for dtype, layout, shape, norm in itertools.product(dtypes, layouts, shapes, NORMS):
+        if len(shape) == 2 and (norm in ("instance", "group32", "group4") or layout == "first"):
+            continue
+        given = (shape[0], shape[-1], *shape[1:-1]) if layout == "first" else shape
+        modes = [("forward", True), ("forward+backward", True)]
+        modes += [("forward", False)] if norm == "batch" else []
+        for mode, training in modes:
+            jobs.append(
+                {
+                    "kind": "norm",
+                    "norm": norm,
+                    "shape": given,
+                    "dtype": dtype,
+                    "layout": layout,
+                    "mode": mode,
+                    "training": training,
+                }
+            )
+    steps = ("conv net", "ResNet-18", "transformer")
+    return jobs + [{"kind": "step", "model": model} for model in steps]
+
+
+class Worker:
+    """The process of one library."""
+
+    def __init__(self, library: str, cores: int) -> None:
+        environment = {**os.environ, **ALLOCATOR, "JAX_PLATFORMS": "cpu"}
+        environment["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(cores > 1).lower()}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(HERE / "worker.py"), library, str(cores)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        if cores == 1:
+            os.sched_setaffinity(self.process.pid, {min(os.sched_getaffinity(0))})
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """What came of the job; `missing` where it could not be done."""
+        pipes = self.process.stdin, self.process.stdout
+        assert pipes[0] is not None and pipes[1] is not None  # noqa: PT018
+        if self.process.poll() is not None:
+            return {"missing": "the process has ended"}
+        pipes[0].write(json.dumps(job) + "\n")
+        pipes[0].flush()
+        line = pipes[1].readline()
+        return json.loads(line) if line else {"missing": "the process has ended"}
+
+
+def run(jobs: list[dict[str, Any]], libraries: list[str], rounds: int, path: Path) -> None:
+    """Asks every worker for every job, and saves after each job; what is there already is kept."""
+    results = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    cores = {1: {}, os.cpu_count() or 1: {}} if "full" in path.stem else {1: {}}
+    results |= {"machine": machine(), "versions": versions(libraries)}
+    for number in cores:
+        wanted = [(f"{number} core(s): {json.dumps(job)}", job) for job in jobs]
+        wanted = [(key, job) for key, job in wanted if key not in results["cells"]]
+        if not wanted:
+            continue
+        workers = {library: Worker(library, number) for library in libraries}
+        for key, job in tqdm(wanted, unit="cell", desc=f"{number} core(s)"):
+            answers: dict[str, Any] = {}
+            for library in libraries * rounds:
+                answer = workers[library].ask(job)
+                if library in answers and "seconds" in answer:
+                    answers[library]["seconds"] += answer["seconds"]
+                    continue
+                answers.setdefault(library, answer)
+            for answer in answers.values():
+                if "seconds" in answer:
+                    seconds = answer.pop("seconds")
+                    answer |= {"median": statistics.median(seconds), "minimum": min(seconds)}
+            results["cells"][key] = {"job": job, "cores": number, "libraries": answers}
+            path.write_text(json.dumps(results, indent=1))
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.wait()
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
+    return {"processor": (models or [platform.processor()])[0], "cores": os.cpu_count()}
+
+
+def versions(libraries: list[str]) -> dict[str, str]:
+    """What was measured."""
+    from importlib import metadata
+
+    found = {"python": platform.python_version(), "jaxlib": metadata.version("jaxlib")}
+    for library in libraries:
+        found[library] = metadata.version("torch") if "torch" in library else version(library)
+    return found
+
+
+def main() -> None:
+    """Parses the command line, measures and reports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="every dtype, size and layout")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier run's cells")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--libraries", nargs="+", choices=ALL, default=list(ALL))
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / ("full.json" if options.full else "norms.json")
+    if options.fresh or not (options.full or options.report):
+        path.unlink(missing_ok=True)
+    if not options.report:
+        run(cells(options.full), options.libraries, options.rounds, path)
+    print(write_report(path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What came of it? A table for each kind of cell, and a plot: the ratio to the memory's limit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+
+COLORS = {
+    "jaxnorm": "#d62728",
+    "flax.linen": "#1f77b4",
+    "flax.nnx": "#7fb2d9",
+    "dm-haiku": "#2ca02c",
+    "equinox": "#9467bd",
+    "keras": "#8c564b",
+    "torch": "#ff7f0e",
+    "torch.compile": "#ffbb78",
+}
+LIMIT = "scaling"
+
+
+def write_report(path: Path) -> str:
+    """Writes the page and the plot beside the results; the page's text."""
+    results = json.loads(path.read_text())
+    cells = list(results["cells"].values())
+    page = [f"# Benchmarks: {path.stem}", "", about(results), ""]
+    for cores in sorted({cell["cores"] for cell in cells}):
+        for mode in ("forward+backward", "forward"):
+            for training in (True, False):
+                chosen = [
+                    c
+                    for c in cells
+                    if c["cores"] == cores
+                    and c["job"].get("mode") == mode
+                    and c["job"].get("training") is training
+                ]
+                if chosen:
+                    kind = mode if training else "evaluation, forward"
+                    page += [f"## {kind}, {cores} core(s)", "", norm_table(chosen), ""]
+        steps = [c for c in cells if c["cores"] == cores and c["job"]["kind"] == "step"]
+        if steps:
+            page += [f"## One training step, {cores} core(s)", "", step_table(steps), ""]
+    kept = [c for c in cells if c["job"].get("mode") == "forward+backward" and c["cores"] == 1]
+    page += ["## Memory, which does not depend on the machine's speed", "", memory_table(kept), ""]
+    text = "\n".join(page)
+    path.with_suffix(".md").write_text(text)
+    plot(cells, path.with_suffix(".png"))
+    return text
+
+
+def about(results: dict[str, Any]) -> str:
+    """The machine and the versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{results['machine']['processor']}, {results['machine']['cores']} cores. {versions}.\n\n"
+        "Times are minima, in milliseconds; in brackets jaxnorm's as a ratio to it. The limit is "
+        "y = 1.0001 x. A library that has no such norm, or not in this layout, has a dash."
+    )
+
+
+def name_of(job: dict[str, Any]) -> str:
+    """The cell's name in a table."""
+    shape = "x".join(map(str, job["shape"]))
+    more = "" if job["layout"] == "last" else ", channels first"
+    return f"{job['norm']} | {shape}{more} | {job['dtype']}"
+
+
+def norm_table(cells: list[dict[str, Any]]) -> str:
+    """A row a cell, a column a library."""
+    libraries = [
+        "jaxnorm",
+        *[k for k in cells[0]["libraries"] if k not in ("jaxnorm", LIMIT)],
+        LIMIT,
+    ]
+    lines = ["| norm | x | dtype | " + " | ".join(libraries) + " |"]
+    lines.append("|---" * (3 + len(libraries)) + "|")
+    for cell in cells:
+        row = [f"| {name_of(cell['job'])}"]
+        ours = cell["libraries"].get("jaxnorm", {}).get("minimum")
+        row += [
+            time_cell(cell["libraries"].get(library, {}), library, ours) for library in libraries
+        ]
+        lines.append(" | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def time_cell(answer: dict[str, Any], library: str, ours: float | None) -> str:
+    """The time, and ours as a ratio to it."""
+    if "minimum" not in answer:
+        return "–"  # noqa: RUF001
+    text = f"{answer['minimum'] * 1e3:.2f}"
+    return text if library == "jaxnorm" or not ours else f"{text} ({ours / answer['minimum']:.2f})"
+
+
+def step_table(cells: list[dict[str, Any]]) -> str:
+    """Milliseconds a step, and seconds to compile it."""
+    libraries = [
+        library
+        for library in cells[0]["libraries"]
+        if library != LIMIT and any("minimum" in c["libraries"][library] for c in cells)
+    ]
+    lines = ["| model | " + " | ".join(libraries) + " |", "|---" * (1 + len(libraries)) + "|"]
+    for cell in cells:
+        answers = cell["libraries"]
+        ours = answers.get("jaxnorm", {}).get("minimum")
+        row = [time_cell(answers[library], library, ours) for library in libraries]
+        lines.append(f"| {cell['job']['model']} | " + " | ".join(row) + " |")
+        compiled = [answers[library].get("compile_seconds", 0) for library in libraries]
+        seconds = " | ".join(f"{s:.1f} s" for s in compiled)
+        lines.append(f"| {cell['job']['model']}, to compile | {seconds} |")
+    return "\n".join(lines)
+
+
+def memory_table(cells: list[dict[str, Any]]) -> str:
+    """Bytes kept for the backward pass, temporaries and bytes accessed, as multiples of x's."""
+    libraries = [k for k in cells[0]["libraries"] if k != LIMIT and not k.startswith("torch")]
+    lines = ["Kept for the backward pass / temporaries / accessed, as multiples of x's bytes.", ""]
+    lines += ["| norm | x | dtype | " + " | ".join(libraries) + " |"]
+    lines.append("|---" * (3 + len(libraries)) + "|")
+    for cell in cells:
+        row = [f"| {name_of(cell['job'])}"]
+        for library in libraries:
+            answer = cell["libraries"].get(library, {})
+            if "x_bytes" not in answer:
+                row.append("–")  # noqa: RUF001
+                continue
+            keys = ("kept", "temporaries", "accessed")
+            row.append(" / ".join(f"{(answer[k] or 0) / answer['x_bytes']:.1f}" for k in keys))
+        lines.append(" | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def plot(cells: list[dict[str, Any]], path: Path) -> None:
+    """One panel a norm: forward+backward in float32 on one core, as multiples of the limit."""
+    chosen = [
+        c
+        for c in cells
+        if c["cores"] == 1
+        and c["job"].get("mode") == "forward+backward"
+        and c["job"]["dtype"] == "float32"
+        and c["job"]["layout"] == "last"
+    ]
+    norms = list(dict.fromkeys(c["job"]["norm"] for c in chosen))
+    figure = matplotlib.figure.Figure(figsize=(12, 6.4), layout="constrained")
+    panels = figure.subplots(2, (len(norms) + 1) // 2, squeeze=False).ravel()
+    for axes, norm in zip(panels, norms, strict=False):
+        of_norm = [c for c in chosen if c["job"]["norm"] == norm]
+        for i, cell in enumerate(of_norm):
+            limit = cell["libraries"].get(LIMIT, {}).get("minimum")
+            for k, (library, color) in enumerate(COLORS.items()):
+                seconds = cell["libraries"].get(library, {}).get("minimum")
+                if seconds and limit:
+                    label = library if i == 0 else None
+                    axes.bar(i + 0.1 * (k - 3.5), seconds / limit, 0.1, color=color, label=label)
+        labels = ["x".join(map(str, c["job"]["shape"])) for c in of_norm]
+        axes.set_xticks(range(len(labels)), labels, size=7)
+        axes.set_title(norm, size=10)
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("time / time of y = 1.0001 x")
+    handles, names = {}, []
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    names = [name for name in COLORS if name in handles]
+    figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=len(names))
+    figure.suptitle("Forward and backward pass, float32, one core: lower is better")
+    figure.savefig(path, dpi=130)
