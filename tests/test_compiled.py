@@ -1,0 +1,75 @@
+"""What does the compiler make of a norm? What does not depend on the machine, kept from growing."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxnorm
+
+SHAPE = (4, 14, 14, 128)
+NORMS = {
+    "batch": lambda x, p: jaxnorm.batch_norm(x, p)[0],
+    "instance": lambda x, p: jaxnorm.instance_norm(x, p)[0],
+    "group32": lambda x, p: jaxnorm.group_norm(x, p, num_groups=32),
+    "group4": lambda x, p: jaxnorm.group_norm(x, p, num_groups=4),
+    "layer": jaxnorm.layer_norm,
+    "rms": jaxnorm.rms_norm,
+}
+# Sums over arrays of x's size, as reductions or, over rows going backwards, as matrix products:
+# of x, d and d * d forward (RMS: of x * x alone), of g and g * x_hat backward, and for layer and
+# RMS norm the same two, or one, again over the rows.
+SUMS = {"batch": 5, "instance": 5, "group32": 5, "group4": 5, "layer": 7, "rms": 3 + 1}
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """A forward and backward pass of each norm, compiled once."""
+    compiled = {}
+
+    def get(name, dtype):
+        if (name, dtype) not in compiled:
+            x = jax.ShapeDtypeStruct(SHAPE, dtype)
+            params = jax.eval_shape(lambda: jaxnorm.init_params(SHAPE[-1]))
+
+            def step(x, params, g):
+                y, vjp = jax.vjp(NORMS[name], x, params)
+                return y, vjp(g)
+
+            compiled[name, dtype] = jax.jit(step).lower(x, params, x).compile()
+        return compiled[name, dtype]
+
+    return get
+
+
+def sums_of_full_size(text):
+    """How many reductions and matrix products take an array of x's size."""
+    size = 4 * 14 * 14 * 128
+    found = 0
+    for computation in text.split("\n}\n"):
+        shapes = dict(re.findall(r"%(\S+) = \w+\[([\d,]*)\]", computation))
+        for operand in re.findall(r" (?:reduce|dot)\(%([^,)]+)", computation):
+            dimensions = [int(n) for n in shapes[operand].split(",") if n]
+            found += jnp.prod(jnp.array(dimensions)) == size
+    return int(found)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_sums_of_full_size_are_as_few_as_can_be(programs, name):
+    assert sums_of_full_size(programs(name, "float32").as_text()) == SUMS[name]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_float32_needs_no_temporary_of_x_s_size(programs, name):
+    x_bytes = 4 * 14 * 14 * 128 * 4
+    assert programs(name, "float32").memory_analysis().temp_size_in_bytes < 0.2 * x_bytes
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_bfloat16_is_widened_a_few_times_at_most(programs, name):
+    """XLA for CPU writes float32 copies, twice x's bytes: of x and g, in layer norm of d too."""
+    x_bytes = 4 * 14 * 14 * 128 * 2
+    copies = 3 if name == "layer" else 2
+    temporaries = programs(name, "bfloat16").memory_analysis().temp_size_in_bytes
+    assert temporaries < (2 * copies + 0.3) * x_bytes
