@@ -23,7 +23,12 @@ from jaxnorm.linen import BatchNorm
 def conv(features: int, size: int, strides: int, name: str) -> nn.Conv:
     """A convolution without bias, padded on both sides alike, as PyTorch pads."""
     return nn.Conv(
-        features, (size, size), strides=strides, padding=size // 2, use_bias=False, name=name
+        features,
+        (size, size),
+        strides=(strides, strides),
+        padding=size // 2,
+        use_bias=False,
+        name=name,
     )
 
 
@@ -82,7 +87,8 @@ class ResNet18(nn.Module):
         """The logits of images, (N, H, W, 3)."""
         x = conv(self.features, 7, 2, "conv1")(x)
         x = nn.relu(BatchNorm(use_running_average=not train, name="bn1")(x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # as good as -inf: x is not negative
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
         for k in range(4):
             x = Stage(self.features * 2**k, min(k, 1) + 1, name=f"layer{k + 1}")(x, train)
         return nn.Dense(self.classes, name="fc")(x.mean((1, 2)))

@@ -68,9 +68,7 @@ class Generator(nn.Module):
         for k in range(BLOCKS):
             x = Block(name=f"block_{k}")(x, use_running_average)
         for k, features in enumerate((2 * self.features, self.features)):
-            up = nn.ConvTranspose(
-                features, padding="SAME", transpose_kernel=True, name=f"up_{k}", **options
-            )
+            up = nn.ConvTranspose(features, padding="SAME", name=f"up_{k}", **options)
             x = normalized(f"up_{k}", up(x))
         return jnp.tanh(nn.Conv(3, (7, 7), padding=3, use_bias=False, name="leave")(x))
 
@@ -105,10 +103,24 @@ def module_names() -> dict[str, str]:
 def kernels(name: str, weight: np.ndarray) -> tuple[str, np.ndarray]:
     """Flax's order of a convolution's axes, (height, width, in, out).
 
-    PyTorch's is (out, in, height, width), and of a transposed one (in, out, height, width), which
-    flax.linen.ConvTranspose(transpose_kernel=True) takes as (height, width, out, in).
+    PyTorch's is (out, in, height, width). A transposed one is (in, out, height, width) there, and
+    turned by 180 degrees: PyTorch means the gradient of a convolution, Flax a dilated one.
     """
-    return name.replace("weight", "kernel"), weight.transpose(2, 3, 1, 0)
+    if name.startswith("up_"):
+        kernel = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
+    else:
+        kernel = weight.transpose(2, 3, 1, 0)
+    return name.replace("weight", "kernel"), kernel
+
+
+def weights(name: str, kernel: np.ndarray) -> tuple[str, np.ndarray]:
+    """The way back, by PyTorch's names."""
+    transposed = module_names()[name.removesuffix(".kernel")].startswith("up_")
+    if transposed:
+        weight = kernel.transpose(2, 3, 0, 1)[:, :, ::-1, ::-1]
+    else:
+        weight = kernel.transpose(3, 2, 0, 1)
+    return name.replace("kernel", "weight"), weight
 
 
 def from_pytorch(state_dict: Any) -> dict[str, Any]:
