@@ -2,11 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# jax2onnx and the other tests need different versions of orbax.
+VENV_ONNX ?= .venv-onnx
 
-.PHONY: help demo test lint bench bench-full
+.PHONY: help demo test test-onnx lint bench bench-full
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the whole test suite"
+	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make lint   check format, style and types"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
@@ -16,6 +19,9 @@ demo: $(VENV)/with-examples
 
 test: $(VENV)/with-test
 	$(BIN)/pytest --numprocesses auto
+
+test-onnx: $(VENV_ONNX)/with-test-onnx
+	$(VENV_ONNX)/bin/pytest tests_onnx --numprocesses auto
 
 lint: $(VENV)/with-test $(VENV)/with-dev
 	$(BIN)/ruff format --check .
@@ -28,7 +34,14 @@ bench: $(VENV)/with-bench
 bench-full: $(VENV)/with-bench
 	$(BIN)/python benchmarks/norms.py --full $(ARGS)
 
+define environment
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+@touch $@
+endef
+
 $(VENV)/with-%: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
-	@touch $@
+	$(environment)
+
+$(VENV_ONNX)/with-%: pyproject.toml
+	$(environment)

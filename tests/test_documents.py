@@ -6,9 +6,11 @@ import re
 import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
+# tests_onnx runs that page, where jax2onnx is.
+PAGES = [page for page in sorted(DOCS.glob("*.md")) if page.name != "onnx.md"]
 BLOCKS = [
     (page.name, heading, code)
-    for page in sorted(DOCS.glob("*.md"))
+    for page in PAGES
     for heading, code in re.findall(
         r"^## ([^\n]*)\n.*?^```python\n(.*?)^```", page.read_text(), re.S | re.M
     )
@@ -16,7 +18,7 @@ BLOCKS = [
 
 
 def test_every_block_is_under_a_heading_of_its_own():
-    written = sum(page.read_text().count("```python") for page in DOCS.glob("*.md"))
+    written = sum(page.read_text().count("```python") for page in PAGES)
     assert len(BLOCKS) == len({block[:2] for block in BLOCKS}) == written > 20
 
 
