@@ -60,24 +60,26 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Exports a function or a Flax model in evaluation, each norm as one ONNX operator.
 
-    `jax2onnx.to_onnx`, which knows the norms of this package once this file is imported. It also
+    By `jax2onnx.to_onnx`, which knows the norms of this package once this file is imported. It
     leaves what it has traced in JAX's caches, where later calls of jitted functions find it, and
-    takes from there what it should trace: all caches are emptied before and after.
+    takes from there what it should trace: all of them are emptied before and after.
 
-    A norm by running statistics becomes BatchNormalization, with the statistics in the graph.
-    Parameters of x's rank that vary over more than the channels follow their operator as Mul and
-    Add, and so does the bias of an RMS norm. A mask on a norm by running statistics becomes a
-    Where. What no operator computes (any other mask, batch renorm by the batch, virtual batches,
-    an epsilon that is traced) becomes ordinary operators.
+    A norm by running statistics becomes BatchNormalization, with the statistics in the graph; a
+    mask on it becomes a Where. Parameters of x's rank that vary over more than the channels follow
+    their operator as Mul and Add, and so does the bias of an RMS norm. What no operator computes
+    becomes ordinary operators: any other mask, batch renorm and virtual batches by the batch, an
+    epsilon that is computed, features without a fixed number.
+
+    How accurate an operator is, is up to the runtime: see docs/onnx.md for data far from zero.
 
     Args:
       fn: a function of arrays that closes over parameters and state: of `jaxnorm.batch_norm` and
         the others, of `model.apply` in Linen; or an NNX model in evaluation.
-      inputs: the shape of each argument, with names for the sizes that vary, as in ("B", 28, 28,
-        3), or a jax.ShapeDtypeStruct, or an array.
+      inputs: for each argument its shape, with names for the sizes that vary, as in
+        ("B", 28, 28, 3); or a jax.ShapeDtypeStruct, or an array.
       opset: the version of ONNX's operators; GroupNormalization needs 21, RMSNormalization 23.
-      native: whether norms become ONNX's operators; False: ordinary operators, which compute what
-        the norms of this package do, as accurately, and need no newer opset.
+      native: whether norms become ONNX's operators; False: ordinary operators, which compute as
+        the norms of this package do, and need no newer opset.
       output_path: a file to write the model to, too.
       **options: the other options of `jax2onnx.to_onnx`, such as input_names or inputs_as_nchw.
 

@@ -401,8 +401,9 @@ def test_the_running_statistics_of_a_model_are_in_the_graph():
 
 
 def test_convolutions_meet_their_norms_without_a_transpose_between_and_swallow_them(tmp_path):
+    _, variables = linen_model()
+
     def fn(x):
-        _, variables = linen_model()
         x = nn.Conv(8, (3, 3), use_bias=False).apply({"params": variables["params"]["Conv_0"]}, x)
         x = by_state(x, variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"])
         return nn.Conv(8, (3, 3)).apply({"params": variables["params"]["Conv_1"]}, nn.relu(x))
@@ -694,6 +695,14 @@ def test_an_export_that_fails_leaves_nothing_behind_either():
         export(fn, x.shape, opset=21, native=True)
     np.testing.assert_array_equal(fn(x), rms_norm(jnp.maximum(x, 0.0)))
     assert operators(export(fn, x.shape, native=False)) != operators(export(fn, x.shape))
+
+
+def test_with_channels_second_at_its_ends_a_graph_is_the_operator_alone():
+    model = export(by_state, X, inputs_as_nchw=[0], outputs_as_nchw=[0])
+    assert [node.op_type for node in model.graph.node] == [BATCH]
+    x = normal((3, 4, 5, C))
+    y = run(model, np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+    np.testing.assert_allclose(np.moveaxis(y, 1, -1), by_state(x), **CLOSE)
 
 
 def test_jax2onnx_itself_knows_the_norms_and_leaves_the_caches():
