@@ -111,6 +111,9 @@ def to_onnx(
     finally:
         jax.clear_caches()
         NATIVE.reset(token)
+    # Where it moves transposes, jax2onnx leaves some sizes between the nodes as they were before.
+    del model.graph.value_info[:]
+    model = onnx.shape_inference.infer_shapes(model)
     if output_path is not None:
         onnx.save_model(model, output_path)
     return model
