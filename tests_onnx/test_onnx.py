@@ -5,6 +5,7 @@ import doctest
 import functools
 import pathlib
 import re
+import sys
 
 import flax.linen as nn
 import jax
@@ -22,7 +23,8 @@ import jaxnorm.linen
 import jaxnorm.nnx
 import jaxnorm.onnx
 
-DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "onnx.md"
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "onnx.md"
 NATIVE = set(jaxnorm.onnx.OPSETS)
 # What only lays out; the rest computes.
 LAYOUT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Shape", "Gather", "Concat", "Identity"}
@@ -738,6 +740,8 @@ def test_every_block_of_the_document_is_found():
 
 @pytest.mark.parametrize(("heading", "code"), BLOCKS)
 def test_the_code_of_the_document_runs(heading, code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # one writes a file
+    folders = [str(ROOT / name) for name in ("examples", "tests")]  # as seen from the checkout
+    monkeypatch.setattr(sys, "path", [*sys.path, *folders])
     assert "assert " in code  # it shows what comes out
     exec(compile(code, f"docs/onnx.md: {heading}", "exec"), {})
