@@ -93,8 +93,11 @@ def _times(w, t, shape):
     On CPU that is a matrix product: XLA fuses the arithmetic before it into a sum over the last
     axis, and loses its vector code (a layer norm's backward pass takes two to five times as long).
     """
-    if t is None or t.ndim == 0 or t.shape != (*shape[:-1], 1) or w.size not in (1, shape[-1]):
-        return None if t is None else w * t
+    if t is None:
+        return None
+    along_rows = w.ndim == 0 or w.shape[-1] == w.size  # w has one entry, or lies on the last axis
+    if t.ndim == 0 or t.shape != (*shape[:-1], 1) or not along_rows:
+        return w * t
     row = jnp.broadcast_to(w.reshape(-1), shape[-1:])
     return lax.platform_dependent(
         t,

@@ -71,6 +71,24 @@ def test_y_and_moments_and_all_their_derivatives_are_those_of_the_plain_formula(
     )
 
 
+@pytest.mark.parametrize("axes", SAMPLES.values(), ids=SAMPLES)
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 3, 1), (3, 1, 1), (1, 3, 3), (3, 3, 1)])
+def test_no_axis_is_taken_for_another_of_its_size(axes, shape):
+    """All axes of one size: which of them the parameters lie along shows in their places alone."""
+    x, g = (jnp.asarray(RNG.standard_normal((3, 3, 3))) for _ in range(2))
+    scale, bias = (jnp.asarray(RNG.standard_normal(shape)) for _ in range(2))
+
+    def gradients(f):
+        return jax.grad(
+            lambda *a: jnp.sum(g * f(axes, *a, 0.3 + jnp.zeros(()), None)[0]), (0, 1, 2)
+        )
+
+    found, wanted = (gradients(f)(x, scale, bias) for f in (ours, plain))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, wanted
+    )
+
+
 @pytest.mark.parametrize("missing", [(), ("scale",), ("bias",), ("scale", "bias")])
 @pytest.mark.parametrize("given", [False, True])
 def test_the_derivative_to_order_three_in_any_mix_of_modes(missing, given):
