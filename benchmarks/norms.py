@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every dtype, size and layout")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run's cells")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--libraries", nargs="+", choices=ALL, default=list(ALL))
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)

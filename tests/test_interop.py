@@ -243,6 +243,19 @@ def test_a_state_that_lacks_a_part_does_not_go_out():
         interop.to_torch({"batch_stats": {"n": {"mean": np.ones(2)}}})
 
 
+def test_what_accumulates_stays_behind():
+    arrays = under("n", bn())
+    variables = interop.from_torch(arrays)
+    variables["batch_stats"] = jaxnorm.begin_accumulation(variables["batch_stats"])
+    assert_same(interop.to_torch(variables), arrays)
+
+
+def test_a_statistic_that_pytorch_does_not_have_is_an_error_that_names_it():
+    stats = interop.from_torch(under("n", bn()))["batch_stats"] | {"s": {"sigma": np.ones(3)}}
+    with pytest.raises(ValueError, match=r"to_torch: batch_stats .* but hold \['s\.sigma'\]"):
+        interop.to_torch({"params": {}, "batch_stats": stats})
+
+
 def test_what_comes_in_is_held_against_the_new_model():
     layer = jaxnorm.linen.BatchNorm(use_running_average=True)
     like = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 3)))

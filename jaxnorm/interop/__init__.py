@@ -6,8 +6,8 @@ Haiku are not imported: what is read are mappings of arrays.
 
 from jaxnorm.interop._flax import from_flax as from_flax
 from jaxnorm.interop._flax import to_flax as to_flax
+from jaxnorm.interop._from_torch import from_torch as from_torch
 from jaxnorm.interop._haiku import from_haiku as from_haiku
 from jaxnorm.interop._nnx import from_nnx as from_nnx
 from jaxnorm.interop._nnx import to_nnx as to_nnx
-from jaxnorm.interop._torch import from_torch as from_torch
-from jaxnorm.interop._torch import to_torch as to_torch
+from jaxnorm.interop._to_torch import to_torch as to_torch

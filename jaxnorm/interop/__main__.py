@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.interop._torch import Entry, _safetensors, read_torch, variables_of, write_torch
+from jaxnorm.interop import _leaves
+from jaxnorm.interop._from_torch import read_torch, variables_of
+from jaxnorm.interop._leaves import Entry
+from jaxnorm.interop._to_torch import write_torch
 from jaxnorm.interop._trees import flatten, split
 
 NORMS_HAVE = ("scale", "mean")
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def convert_file(options: Any) -> str:
     """Reads, converts and writes; the table of what was done."""
-    safetensors = _safetensors("convert")
+    safetensors = _leaves.safetensors("convert")
     try:
         arrays = safetensors.load_file(options.source)
     except Exception as error:  # the library's own type of error is not public

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxnorm.interop._trees import Tree, flatten, nest, split
+from jaxnorm.interop._trees import Tree, flatten, nest, settled, split
 
 STATE = ("mean", "var", "count")
 
@@ -60,7 +60,7 @@ def from_nnx(tree: Mapping[Any, Any]) -> Tree:
     References:
       flax.nnx.to_pure_dict, flax 0.12.
     """
-    flat = {name: a for name, a in flatten(tree).items() if ".accumulation." not in f".{name}"}
+    flat = settled(flatten(tree))
     norms = {split(name)[0] for name in flat if split(name)[1] == "mean"}
 
     def of_a_state(name: str) -> bool:

@@ -20,6 +20,11 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def settled(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves without those that a state accumulates, which are nobody else's business."""
+    return {name: value for name, value in flat.items() if ".accumulation." not in f".{name}"}
+
+
 def nest(function: str, flat: Mapping[str, Any]) -> Tree:
     """Nested dicts of the leaves that have these dotted names."""
     tree: Tree = {}

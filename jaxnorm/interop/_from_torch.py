@@ -1,39 +1,18 @@
-"""How does a PyTorch model come and go? Its state dict, norm by norm, bit for bit."""
+"""How does a PyTorch model come? Its state dict, norm by norm, bit for bit."""
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check, safetensors
 from jaxnorm.interop._trees import Tree, array, flatten, inverted, join, nest, renamed, split
 from jaxnorm.variables import statistics_dtype
 
-# PyTorch's leaf, our collection and our leaf.
-LEAVES = {
-    "weight": ("params", "scale"),
-    "bias": ("params", "bias"),
-    "running_mean": ("batch_stats", "mean"),
-    "running_var": ("batch_stats", "var"),
-    "num_batches_tracked": ("batch_stats", "count"),
-}
-THEIRS = {ours: theirs for theirs, ours in LEAVES.items()}
-RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 MOST = np.iinfo(np.int32).max
-
-Convert = Callable[[str, np.ndarray], tuple[str, Any] | None]
-
-
-class Entry(NamedTuple):
-    """One array on its way: what it is called there and here, and what became of it."""
-
-    theirs: str | None
-    collection: str
-    ours: str | None
-    value: Any
-    note: str = ""
 
 
 def from_torch(
@@ -111,72 +90,6 @@ def from_torch(
     return variables_of(entries)
 
 
-def to_torch(
-    variables: Mapping[str, Any],
-    *,
-    names: Mapping[str, str] | None = None,
-    convert: Convert | None = None,
-    track_running_stats: bool | None = None,
-    like: Mapping[str, Any] | None = None,
-    file: str | os.PathLike[str] | None = None,
-) -> dict[str, np.ndarray]:
-    """Turns variables into a PyTorch state dict: the inverse of `from_torch`.
-
-    A norm is a module with a scale, or with running statistics. For PyTorch, write
-    `model.load_state_dict({k: torch.from_numpy(v) for k, v in state_dict.items()})`.
-
-    Args:
-      variables: {"params": ..., "batch_stats": ...}; the second may be missing.
-      names: the same map as for `from_torch`, from PyTorch's names to those here.
-      convert: `convert(name, array)` for each array that is no norm's, after `names`: its new
-        dotted name in PyTorch and array; or None to leave it out.
-      track_running_stats: None: as they are. False leaves the running statistics out. True gives
-        the norms that have none first ones.
-      like: the state dict of the PyTorch model: the same names and shapes are to come out, and its
-        dtypes do; half-precision statistics, say, that `from_torch` had widened.
-      file: the path of a .safetensors file that is written too.
-
-    Returns:
-      A dict of NumPy arrays, writable copies, by dotted names; counts are int64.
-
-    Raises:
-      ValueError: naming the keys, if a state lacks a part or two arrays get one name; if
-        anything is missing, unexpected or of another shape than in `like`.
-
-    Example:
-      >>> import jaxnorm
-      >>> from jaxnorm import interop
-      >>> variables = {"params": {"bn": jaxnorm.init_params(2)},
-      ...              "batch_stats": {"bn": jaxnorm.init_batch_stats(2)}}
-      >>> list(interop.to_torch(variables))[:3]
-      ['bn.weight', 'bn.bias', 'bn.running_mean']
-
-    References:
-      torch.nn.Module.load_state_dict, PyTorch 2.13.
-    """
-    entries = write_torch(
-        variables, names=names, convert=convert, track_running_stats=track_running_stats
-    )
-    state_dict: dict[str, np.ndarray] = {}
-    for entry in entries:
-        if entry.theirs is None:
-            continue
-        if entry.theirs in state_dict:
-            raise ValueError(f"to_torch: {entry.theirs!r} should be one array, but is two")
-        state_dict[entry.theirs] = entry.value
-    if like is not None:
-        _check("to_torch", {k: v.shape for k, v in state_dict.items()}, _shapes(like), {})
-        state_dict = {
-            key: state_dict[key].astype(array("to_torch", key, like[key]).dtype) for key in like
-        }
-    if file is not None:
-        _safetensors("to_torch").save_file(state_dict, file)
-    return state_dict
-
-
-# ---- PyTorch's names to ours ----
-
-
 def read_torch(
     state_dict: Mapping[str, Any] | str | os.PathLike[str],
     *,
@@ -189,7 +102,7 @@ def read_torch(
     """Every array of the state dict, with what it is here."""
     given: Any = state_dict
     if isinstance(state_dict, str | os.PathLike):
-        given = _safetensors("from_torch").load_file(state_dict)
+        given = safetensors("from_torch").load_file(state_dict)
     arrays = {name: array("from_torch", name, value) for name, value in given.items()}
     found = _norms(arrays) if norms is None else _named(arrays, norms)
     inverted("from_torch", names or {})
@@ -323,120 +236,8 @@ def variables_of(entries: list[Entry]) -> Tree:
     return {collection: nest("from_torch", leaves) for collection, leaves in flat.items()}
 
 
-# ---- Our names to PyTorch's ----
-
-
-def write_torch(
-    variables: Mapping[str, Any],
-    *,
-    names: Mapping[str, str] | None,
-    convert: Convert | None,
-    track_running_stats: bool | None,
-) -> list[Entry]:
-    """Every array of the variables, with what it is in PyTorch."""
-    theirs = inverted("to_torch", names or {})
-    params, stats = (
-        {k: array("to_torch", k, v) for k, v in flatten(variables.get(name, {})).items()}
-        for name in ("params", "batch_stats")
-    )
-    norms = dict.fromkeys(split(name)[0] for name in (*params, *stats) if _of_a_norm(name, stats))
-    entries = []
-    for module in norms:
-        entries += _write_norm(module, renamed(module, theirs), params, stats, track_running_stats)
-    for name, value in params.items():
-        module, leaf = split(name)
-        if module in norms and leaf in ("scale", "bias"):
-            continue
-        known = join(renamed(module, theirs), leaf)
-        new_name, new = (
-            (known, value) if convert is None else convert(known, value) or (None, value)
-        )
-        note = "left out" if new_name is None else "" if new is value else "converted"
-        entries.append(Entry(new_name, "params", name, np.array(new, order="C"), note))
-    return entries
-
-
-def _of_a_norm(name, stats):
-    module, leaf = split(name)
-    return leaf == "scale" or join(module, "mean") in stats or join(module, "var") in stats
-
-
-def _write_norm(module, theirs, params, stats, track_running_stats):
-    leaves = {
-        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])].copy()
-        for ours in THEIRS
-        if join(module, ours[1]) in (params if ours[0] == "params" else stats)
-    }
-    tracked = [ours for ours in leaves if ours[0] == "batch_stats"]
-    if 0 < len(tracked) < len(RUNNING):
-        raise ValueError(
-            f"to_torch: batch_stats of {module!r} should have mean, var and count, but has "
-            f"{[leaf for _, leaf in tracked]}"
-        )
-    notes = dict.fromkeys(leaves, "")
-    if track_running_stats is False:
-        notes |= dict.fromkeys(tracked, "left out")
-    elif track_running_stats and not tracked:
-        shape = next(iter(leaves.values())).shape
-        for leaf, value in (("mean", np.zeros), ("var", np.ones)):
-            leaves["batch_stats", leaf] = value(shape, np.float32)
-        leaves["batch_stats", "count"] = np.zeros((), np.int32)
-        notes |= dict.fromkeys([o for o in leaves if o[0] == "batch_stats"], "a first one")
-    if ("batch_stats", "count") in leaves:
-        leaves["batch_stats", "count"] = leaves["batch_stats", "count"].astype(np.int64)
-    return [
-        Entry(
-            None if notes[ours] == "left out" else join(theirs, THEIRS[ours]),
-            ours[0],
-            None if notes[ours] == "a first one" else join(module, ours[1]),
-            value,
-            notes[ours],
-        )
-        for ours, value in leaves.items()
-    ]
-
-
-# ---- What is expected ----
-
-
-def _shapes(arrays):
-    return {name: tuple(np.shape(value)) for name, value in arrays.items()}
-
-
 def _check_variables(entries, like):
     found = {f"{e.collection}.{e.ours}": np.shape(e.value) for e in entries if e.ours is not None}
     origin = {f"{e.collection}.{e.ours}": e.theirs for e in entries if e.ours and e.theirs}
     expected = {k: v for k, v in like.items() if k in ("params", "batch_stats")}
-    _check("from_torch", found, {k: v.shape for k, v in flatten(expected).items()}, origin)
-
-
-def _check(function, found, expected, origin):
-    """Both have the same names and shapes."""
-
-    def named(name):
-        return f"{name!r} (from {origin[name]!r})" if name in origin else repr(name)
-
-    problems = [f"{named(name)} is missing" for name in expected if name not in found]
-    problems += [f"{named(name)} is not expected" for name in found if name not in expected]
-    problems += [
-        f"{named(name)} should have shape {tuple(expected[name])}, but has {tuple(found[name])}"
-        for name in found
-        if name in expected and tuple(found[name]) != tuple(expected[name])
-    ]
-    if problems:
-        raise ValueError(
-            f"{function}: what comes out should be like the given model, but\n  "
-            + "\n  ".join(problems)
-            + "\nwrite names= where modules are called otherwise, and track_running_stats=False "
-            "or True to leave running statistics out or begin with first ones"
-        )
-
-
-def _safetensors(function):
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            f"{function}: files need safetensors; write pip install 'jaxnorm[interop]'"
-        ) from error
-    return safetensors.numpy
+    check("from_torch", found, {k: v.shape for k, v in flatten(expected).items()}, origin)

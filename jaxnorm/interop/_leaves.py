@@ -1,0 +1,62 @@
+"""What do PyTorch's state dict and our variables have in common? A table of leaves, and checks."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# PyTorch's leaf, our collection and our leaf.
+LEAVES = {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+    "num_batches_tracked": ("batch_stats", "count"),
+}
+THEIRS = {ours: theirs for theirs, ours in LEAVES.items()}
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+Convert = Callable[[str, np.ndarray], tuple[str, Any] | None]
+
+
+class Entry(NamedTuple):
+    """One array on its way: what it is called there and here, and what became of it."""
+
+    theirs: str | None
+    collection: str
+    ours: str | None
+    value: Any
+    note: str = ""
+
+
+def check(function, found, expected, origin):
+    """Both have the same names and shapes."""
+
+    def named(name):
+        return f"{name!r} (from {origin[name]!r})" if name in origin else repr(name)
+
+    problems = [f"{named(name)} is missing" for name in expected if name not in found]
+    problems += [f"{named(name)} is not expected" for name in found if name not in expected]
+    problems += [
+        f"{named(name)} should have shape {tuple(expected[name])}, but has {tuple(found[name])}"
+        for name in found
+        if name in expected and tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        raise ValueError(
+            f"{function}: what comes out should be like the given model, but\n  "
+            + "\n  ".join(problems)
+            + "\nwrite names= where modules are called otherwise, and track_running_stats=False "
+            "or True to leave running statistics out or begin with first ones"
+        )
+
+
+def safetensors(function):
+    """The library for files, which only they need."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: files need safetensors; write pip install 'jaxnorm[interop]'"
+        ) from error
+    return safetensors.numpy
