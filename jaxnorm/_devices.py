@@ -1,6 +1,7 @@
 """Who holds the rest of a sample? The devices along mapped axes, asked in one collective."""
 
 import dataclasses
+import math
 from collections.abc import Hashable, Sequence
 
 import jax
@@ -81,3 +82,11 @@ def devices(
             f"{size - 1}, once, in groups of one size, but is {axis_index_groups}"
         )
     return Devices(axis_name, groups)
+
+
+def explicit_devices(x: jax.Array, axis: int) -> int:
+    """Over how many devices an axis of x is spread, as far as x's type says."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    names = () if names is None else names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)

@@ -1,7 +1,6 @@
 """How does a norm run? Check, lay out, normalize, and update where there is a state."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm import _checks
-from jaxnorm._devices import HERE
+from jaxnorm._devices import HERE, explicit_devices
 from jaxnorm._moments import Moments, Sample, about_zero, measure, widen
 from jaxnorm._normalize import normalize, renormalize
 from jaxnorm._running import advance
@@ -61,7 +60,7 @@ def tracked_norm(
             mean, var = layout.spread(state["mean"]), layout.spread(state["var"])
     shape, fold = x.shape, None
     if virtual_batch_size is not None and not use_running_average:
-        _checks.virtual_batches(function, virtual_batch_size, shape, layout, _explicit_devices(x))
+        _checks.virtual_batches(function, virtual_batch_size, shape, layout, explicit_devices(x, 0))
         fold = functools.partial(_fold, size=virtual_batch_size)
         x, mask, scale, bias = (None if a is None else fold(a) for a in (x, mask, scale, bias))
         batch_axis, samples_on, entries_on = 0, entries_on, HERE
@@ -150,11 +149,3 @@ def _fold(a, *, size):
     if a.shape[0] == 1 and size != 1:
         return a[None]
     return a.reshape(a.shape[0] // size, size, *a.shape[1:])
-
-
-def _explicit_devices(a):
-    """Over how many devices the first axis is spread, as far as a's type says."""
-    sharding = jax.typeof(a).sharding
-    names = sharding.spec[0] if len(sharding.spec) else None
-    names = () if names is None else names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names)

@@ -34,6 +34,17 @@ def test_variance_keeps_its_digits_at_any_offset(offset):
     assert_moments(jax.jit(lambda x: jaxnorm.moments(x, 0))(x), x, 0, rtol=5e-7)
 
 
+@pytest.mark.parametrize("step", [2, 16])  # as the shift reads: of 8 and of 64 entries
+@pytest.mark.parametrize("axes", [(0,), (0, 1, 2)])
+def test_a_part_that_is_nothing_like_the_rest_costs_four_bits_at_most(axes, step):
+    x = RNG.standard_normal((4 * step, *(4 * step,) * (len(axes) - 1), 5)) + 1e3
+    x[(slice(None),) * (len(axes) > 1) + (slice(None, None, step),)] = 0
+    x += 1e4
+    x = x.astype(np.float32)
+    # The mean squared is 15 times the variance about the shift: 2^4 times a few roundings.
+    assert_moments(jaxnorm.moments(x, axes), x, axes, rtol=16 * 2.0**-22)
+
+
 @pytest.mark.parametrize("constant", [0.1, 1e3, 3.3333e9, 1e10])
 @pytest.mark.parametrize("n", [1, 3, 1000])
 def test_a_constant_has_variance_zero(constant, n):
