@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import jaxnorm
+import jaxnorm.inspect
 import jaxnorm.interop
 import jaxnorm.linen
 import jaxnorm.nnx
@@ -17,8 +18,9 @@ import jaxnorm.nnx
 ROOT = pathlib.Path(__file__).parent.parent
 FUNCTIONS = [
     f
-    for room in (jaxnorm, jaxnorm.interop)
-    for _, f in inspect.getmembers(room, inspect.isfunction)
+    for room in (jaxnorm, jaxnorm.interop, jaxnorm.inspect)
+    for name, f in inspect.getmembers(room, inspect.isfunction)
+    if not name.startswith("_") and f.__module__.startswith(room.__name__)
 ]
 LAYERS, NNX_LAYERS = (
     [c for _, c in inspect.getmembers(face, inspect.isclass) if c.__module__ == face.__name__]
