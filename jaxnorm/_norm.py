@@ -13,13 +13,17 @@ from jaxnorm._moments import Moments, Sample, about_zero, measure, widen
 from jaxnorm._normalize import normalize, renormalize
 from jaxnorm._running import advance
 
+# Traced, differentiated and lowered once for all layers of one shape.
+_measure = jax.jit(measure, static_argnums=0)
+_normalize = jax.jit(normalize, static_argnums=0)
+
 
 def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
     """y of a norm without a state, whose parameters lie along the layout's channels."""
     scale, bias, mask = _operands(function, x, params, mask, layout)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    measured = measure(sample, x, mask)
-    return normalize(dtype, x, scale, bias, jnp.asarray(epsilon, float), mask, *measured)
+    measured = _measure(sample, x, mask)
+    return _normalize(dtype, x, scale, bias, jnp.asarray(epsilon, float), mask, *measured)
 
 
 def tracked_norm(
@@ -116,13 +120,13 @@ def _one_sample(
     """y, and the moments to update the state by; mean and var are the state's, where it is used."""
     if mean is not None:
         mean, var = lax.stop_gradient((widen(mean, x), widen(var, x)))
-    measured: Any = measure(sample, x, mask) if update_stats or not by_state else None
+    measured: Any = _measure(sample, x, mask) if update_stats or not by_state else None
     used = measured
     if by_state:
         used = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
     elif limits is not None:
         scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, limits)
-    y = normalize(dtype, x, scale, bias, epsilon, mask, *used)
+    y = _normalize(dtype, x, scale, bias, epsilon, mask, *used)
     return y, about_zero(*measured) if update_stats else None
 
 

@@ -18,7 +18,7 @@ NORMS = {
     "rms": jaxnorm.rms_norm,
 }
 # Sums over arrays of x's size, as reductions or, over rows going backwards, as matrix products:
-# of d and d * d forward (layer norm: of x too, of which the others sum a part; RMS: of x * x alone),
+# of d and d * d forward (layer norm: of x too, where the others sum a part; RMS: of x * x alone),
 # of g and g * x_hat backward, and for layer and RMS norm the same two, or one, again over the rows.
 SUMS = {"batch": 4, "instance": 4, "group32": 4, "group4": 4, "layer": 7, "rms": 3 + 1}
 

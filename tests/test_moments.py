@@ -34,6 +34,17 @@ def test_variance_keeps_its_digits_at_any_offset(offset):
     assert_moments(jax.jit(lambda x: jaxnorm.moments(x, 0))(x), x, 0, rtol=5e-7)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_shift_is_one_number_in_whatever_the_compiler_fuses_it_into(masked):
+    x = (RNG.standard_normal((16, 12, 12, 8)) + 1e6).astype(np.float32)
+    mask = RNG.random((16, 12, 12, 1)) < 0.6 if masked else np.ones((16, 12, 12, 1), bool)
+    measured = jax.jit(measure, static_argnums=0)(Sample((0, 1, 2)), x, mask if masked else None)
+    shift, mean = (np.asarray(a, np.float64) for a in (measured[0], measured[1].mean))
+    expected = x.mean((0, 1, 2), np.float64, where=mask)
+    # The pair has the mean to float32's rounding of d, a few units at most, not of 1e6.
+    np.testing.assert_allclose((shift + mean).ravel(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("step", [2, 16])  # as the shift reads: of 8 and of 64 entries
 @pytest.mark.parametrize("axes", [(0,), (0, 1, 2)])
 def test_a_part_that_is_nothing_like_the_rest_costs_four_bits_at_most(axes, step):
