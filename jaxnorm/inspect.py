@@ -185,13 +185,15 @@ def plot_layers(
         style: dict[str, Any] = {"fmt": "o", "ms": 3, "lw": 0.8, "color": "#e6842a"}
         axes.errorbar(channels, other, other_std, label=names[1], **style)
         axes.set_title(name, size=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in panels[len(pairs) :]:
         axes.set_visible(False)
     for axes in panels[max(0, len(pairs) - columns) : len(pairs)]:
         axes.set_xlabel("channel, by running mean")
     for axes in panels[::columns]:
         axes.set_ylabel("mean ± std")
-    panels[0].legend(frameon=False, fontsize=8)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

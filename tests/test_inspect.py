@@ -98,7 +98,7 @@ def test_layers_are_drawn_by_running_mean_and_the_other_beside_them():
     bars = axes.containers[0].lines[2][0].get_segments()  # of the batch's standard deviations
     length = [segment[1, 1] - segment[0, 1] for segment in bars]
     np.testing.assert_allclose(length, 2 * np.sqrt(batch["a"]["var"][order]), rtol=1e-5)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["then", "now"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["then", "now"]
 
 
 def test_more_norms_than_fit_in_a_row_go_on_in_the_next():

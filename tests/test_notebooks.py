@@ -1,0 +1,55 @@
+"""Are the notebooks what they are made of, and ready to be opened? (nbmake runs them.)"""
+
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
+
+
+def cells(path):
+    return [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
+
+
+def test_there_are_six():
+    assert {path.stem for path in SCRIPTS} == {
+        "quickstart",
+        "instance_vs_batch",
+        "choosing_a_norm",
+        "from_pytorch",
+        "numerics",
+        "many_devices",
+    }
+    assert {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")} == {p.stem for p in SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_notebook_is_its_script_without_outputs(script):
+    notebook = script.with_suffix(".ipynb")
+    assert cells(notebook) == cells(script), "write: make notebooks"
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_it_opens_with_a_badge_a_title_and_one_cell_that_installs(script):
+    notebook = jupytext.read(script)
+    opening, install = notebook.cells[:2]
+    path = f"github/jaxnorm/jaxnorm/blob/main/notebooks/{script.stem}.ipynb"
+    badge = r"\[!\[Open In Colab\]\(https://\S+\)\]\(https://colab.research.google.com/(\S+)\)"
+    assert re.findall(rf"^{badge}\n\n# \w", opening.source) == [path]
+    assert install.metadata["tags"] == ["skip-execution"]
+    assert "jaxnorm @ git" in install.source or "jaxnorm[examples] @ git" in install.source
+    assert "pip install" not in "".join(cell.source for cell in notebook.cells[2:])
+
+
+def test_the_readme_and_the_notebooks_themselves_name_them_all():
+    for text in ((ROOT / "README.md").read_text(), SCRIPTS[-1].read_text()):
+        for script in SCRIPTS:
+            assert script.stem in text
