@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # jax2onnx and the other tests need different versions of orbax.
 VENV_ONNX ?= .venv-onnx
+NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 
-.PHONY: help demo test test-onnx lint bench bench-full
+.PHONY: help demo test test-onnx lint notebooks package bench bench-full
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the whole test suite"
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make lint   check format, style and types"
+	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
+	@echo "make package   build the sdist and the wheel, and try both in empty environments"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
 
@@ -19,14 +22,30 @@ demo: $(VENV)/with-examples
 
 test: $(VENV)/with-test
 	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest --nbmake $(filter-out %/from_pytorch.ipynb, $(NOTEBOOKS)) --numprocesses auto
+
+notebooks: $(VENV)/with-test
+	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
 
 test-onnx: $(VENV_ONNX)/with-test-onnx
 	$(VENV_ONNX)/bin/pytest tests_onnx --numprocesses auto
+	$(VENV_ONNX)/bin/pytest --nbmake notebooks/from_pytorch.ipynb
 
 lint: $(VENV)/with-test $(VENV)/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Each is installed with nothing beside it, and tried from a folder outside the checkout.
+package: $(VENV)/with-dev
+	rm -rf dist build/package
+	$(BIN)/python -m build --outdir dist
+	for file in dist/*.whl dist/*.tar.gz; do \
+	  $(PYTHON) -m venv --clear build/package && \
+	  build/package/bin/pip install --quiet --disable-pip-version-check $$file && \
+	  cp tests/smoke.py build/package/ && \
+	  (cd build/package && bin/python smoke.py ../../jaxnorm) || exit 1; \
+	done
 
 bench: $(VENV)/with-bench
 	$(BIN)/python benchmarks/norms.py $(ARGS)

@@ -1,0 +1,152 @@
+"""Is what the README says of other libraries so? Each cell of its table, measured."""
+
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+import torch
+
+import jaxnorm
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+TABLE = README[README.index("## Beside the others") :].split("\n## ")[0]
+PEERS = ("jaxnorm", "flax.linen", "Haiku", "Equinox", "Keras", "PyTorch")
+# The libraries warn of their own and of JAX's changes.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def row(title):
+    """A row of the table: what it says of each library."""
+    (line,) = re.findall(rf"^\| {re.escape(title)}.*$", TABLE, re.M)
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    return dict(zip(PEERS, cells, strict=False))
+
+
+def test_the_table_s_columns():
+    assert re.search(r"^\| +\|.*" + r" \| ".join(map(re.escape, PEERS)), TABLE, re.M)
+
+
+def train(peer, x):
+    """Batch norm's y, and its first running mean and variance where the batch weighs all."""
+    c = x.shape[-1]
+    if peer == "jaxnorm":
+        y, state = jaxnorm.batch_norm(x, None, jaxnorm.init_batch_stats(c), momentum=1.0)
+        return y, state["mean"], state["var"]
+    if peer == "flax.linen":
+        layer = nn.BatchNorm(use_running_average=False, momentum=0.0)
+        y, updates = layer.init_with_output(jax.random.key(0), x)
+        y, updates = layer.apply(updates, x, mutable=["batch_stats"])
+        return y, updates["batch_stats"]["mean"], updates["batch_stats"]["var"]
+    if peer == "Haiku":
+        net = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.0)(x, is_training=True))
+        y, state = net.apply(*net.init(None, x), None, x)
+        means, variances = (state[f"batch_norm/~/{k}_ema"]["average"] for k in ("mean", "var"))
+        return y, means.ravel(), variances.ravel()
+    if peer == "Equinox":
+        norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+            c, axis_name="batch", mode="batch", momentum=0.0
+        )
+        axes = {"in_axes": (0, None), "out_axes": (0, None)}
+        y, state = jax.vmap(norm, axis_name="batch", **axes)(x, state)
+        # Its statistics are what evaluation uses: y = (x - mean) / sqrt(var + eps) at 0 and 1.
+        at, _ = jax.vmap(eqx.nn.inference_mode(norm), axis_name="batch", **axes)(
+            jnp.stack([jnp.zeros(c), jnp.ones(c)]), state
+        )
+        slope = at[1] - at[0]
+        return y, -at[0] / slope, 1 / slope**2 - norm.eps
+    if peer == "Keras":
+        layer = keras.layers.BatchNormalization(momentum=0.0)
+        y = layer(x, training=True)
+        return y, np.asarray(layer.moving_mean), np.asarray(layer.moving_variance)
+    layer = torch.nn.BatchNorm1d(c, momentum=1.0)
+    y = layer(torch.tensor(np.asarray(x))).detach().numpy()
+    return y, layer.running_mean.numpy(), layer.running_var.numpy()
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_error_of_y_far_from_zero(peer):
+    x = np.random.default_rng(0).standard_normal((4096, 64)) + 1e4
+    x = x.astype(np.float32)
+    y = np.asarray(train(peer, x)[0], np.float64)
+    epsilon = 1e-3 if peer == "Keras" else 1e-5
+    exact = (x - x.mean(0, np.float64)) / np.sqrt(x.var(0, np.float64) + epsilon)
+    error = np.abs(y - exact).max()
+    said = row("largest error of y")[peer]
+    if said == "NaN":
+        assert np.isnan(error)
+    else:  # the order of magnitude: which entry is the worst differs from machine to machine
+        said = float(said.replace(",", ""))
+        assert said / 3 < error < said * 3
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_running_variance(peer):
+    _, mean, var = train(peer, np.array([[1.0], [3.0]], np.float32))
+    np.testing.assert_allclose(mean, 2, rtol=1e-4)
+    unbiased = np.allclose(var, 2, rtol=1e-3)
+    assert unbiased or np.allclose(var, 1, rtol=1e-3)
+    assert row("running variance")[peer] == ("unbiased" if unbiased else "biased")
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_running_statistics_after_a_batch_with_nan(peer):
+    _, mean, var = train(peer, np.array([[1.0], [np.nan], [2.0]], np.float32))
+    survives = bool(np.isfinite(mean).all() and np.isfinite(var).all())
+    assert row("running statistics after a NaN")[peer] == ("kept" if survives else "NaN")
+
+
+def masked(peer, x, mask):
+    if peer == "jaxnorm":
+        return jaxnorm.batch_norm(x, mask=mask)[0]
+    if peer == "flax.linen":
+        layer = nn.BatchNorm(use_running_average=False)
+        return layer.init_with_output(jax.random.key(0), x, mask=mask)[0]
+    layer = keras.layers.BatchNormalization()
+    layer.build(x.shape)
+    trained = [v.value for v in layer.trainable_variables]
+    rest = [v.value for v in layer.non_trainable_variables]
+    return layer.stateless_call(trained, rest, x, training=True, mask=mask[..., 0])[0]
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_gradient_with_nan_under_the_mask(peer):
+    said = row("gradient with NaN under the mask")[peer]
+    if said == "no mask":
+        call = {
+            "Haiku": hk.BatchNorm.__call__,
+            "Equinox": eqx.nn.BatchNorm.__call__,
+            "PyTorch": torch.nn.BatchNorm1d.forward,
+        }[peer]
+        assert "mask" not in call.__code__.co_varnames
+        return
+    x = jnp.array([[[1.0, 2.0], [3.0, 1.0], [4.0, 4.0], [jnp.nan, jnp.nan]]])
+    mask = np.array([[[True], [True], [True], [False]]])
+    gradient = jax.grad(lambda x: jnp.sum(jnp.where(mask, masked(peer, x, mask), 0) ** 3))(x)
+    assert said == ("finite" if jnp.isfinite(gradient).all() else "NaN")
+
+
+def test_who_has_an_instance_norm_with_running_statistics():
+    said = row("instance norm with running statistics")
+    options = {
+        "jaxnorm": "batch_stats" in jaxnorm.instance_norm.__code__.co_varnames,
+        "flax.linen": hasattr(nn.InstanceNorm, "use_running_average"),
+        "Haiku": "decay_rate" in hk.InstanceNorm.__init__.__code__.co_varnames,
+        "Equinox": hasattr(eqx.nn, "InstanceNorm"),
+        "Keras": hasattr(keras.layers, "InstanceNormalization"),
+    }
+    assert {peer: said[peer] == "yes" for peer in options} == options
+    layer = torch.nn.InstanceNorm1d(1, track_running_stats=True)
+    layer(torch.ones(2, 1, 3))
+    assert said["PyTorch"] == "yes, not counted"
+    assert layer.running_mean != 0
+    assert layer.num_batches_tracked == 0
