@@ -209,10 +209,9 @@ def measure(
     # is (mean - shift)^2 p / (1 - p). A mask may leave nothing of a part.
     part = sample.part(x) if mask is None else x
     shift = sample.mean(part, jnp.maximum(sample.count(part, mask, x.dtype), 1))
-    # Rounded to a bit less, it is one number wherever XLA computes it anew: in x - total / n the
-    # quotient may stay unrounded (FMA), and what is summed would be another x - shift.
-    bits = jnp.finfo(x.dtype)
-    shift = lax.reduce_precision(shift, bits.nexp, bits.nmant - 1)
+    # One number wherever XLA computes it anew: as x - total / n the quotient could stay unrounded in
+    # one place (FMA) and not in another. A maximum in between, with the lowest float, rounds it.
+    shift = jnp.maximum(shift, jnp.finfo(x.dtype).min)
     d = select(mask, x - shift)
     mean = sample.mean(d, n)
     var = jnp.maximum(sample.sum(d * d) / n - mean * mean, 0)
