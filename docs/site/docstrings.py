@@ -24,7 +24,7 @@ class Docstrings(griffe.Extension):
             text = re.sub(r"^References:\n((?:  .*\n?)+)", _references, text, flags=re.M)
             obj.docstring.value = text
 
-    def on_class(self, *, cls, loader, **kwargs):
+    def on_class_members(self, *, node, cls, agent, **kwargs):
         """Makes a dataclass of each layer of Linen, as nn.Module does when it runs."""
         if cls.module.path == "jaxnorm.linen":
             dataclass = griffe.ExprName("dataclass", parent=DATACLASSES)
