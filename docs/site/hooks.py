@@ -30,7 +30,7 @@ def on_files(files, config):
     """Adds notebooks/*.ipynb, as if they lay in docs/."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         name = f"notebooks/{path.name}"
-        files.append(File.generated(config, name, abs_src_path=str(path)))
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
