@@ -1,9 +1,11 @@
 """How does the site take in what lies outside docs/? Notebooks as pages, the rest as links."""
 
+import html as entities
 import os
 import pathlib
 import re
 
+from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
@@ -50,7 +52,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Does so for notebooks, which are no Markdown, and leads their links into docs/ to pages."""
+    """Does so for notebooks, where links into docs/ lead to pages, and formulas become MathML."""
     if not page.file.src_uri.startswith("notebooks/"):
         return html
 
@@ -65,7 +67,16 @@ def on_page_content(html, page, config, files):
             return found[0]
         return f'href="{url}{found["rest"] or ""}"'
 
-    return re.sub(r'href="(?P<path>[^":#?]+)(?P<rest>#[^"]*)?"', link, html)
+    html = re.sub(r'href="(?P<path>[^":#?]+)(?P<rest>#[^"]*)?"', link, html)
+    code = r"(<(pre|code|script|style)\b.*?</\2>|<div [^>]*clipboard-copy-txt.*?</div>)"
+    text = code + r"|\$\$(?P<block>[^$]+)\$\$|\$(?P<inline>[^$\n]+)\$"
+    return re.sub(text, _formula, html, flags=re.S)
+
+
+def _formula(found):
+    if found["block"]:
+        return convert(entities.unescape(found["block"]), display="block")
+    return convert(entities.unescape(found["inline"])) if found["inline"] else found[0]
 
 
 def _on_github(config, path):
