@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 # jax2onnx and the other tests need different versions of orbax.
 VENV_ONNX ?= .venv-onnx
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
+VENV_DOCS ?= .venv-docs
+# Whether `make docs` runs the notebooks.
+EXECUTE ?= true
 
-.PHONY: help demo test test-onnx lint notebooks package bench bench-full
+.PHONY: help demo test test-onnx lint notebooks docs package bench bench-full
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the whole test suite"
@@ -14,6 +17,7 @@ help:
 	@echo "make lint   check format, style and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
 	@echo "make package   build the sdist and the wheel, and try both in empty environments"
+	@echo "make docs   build the documentation in build/site; EXECUTE=false leaves the notebooks unrun"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
 
@@ -47,6 +51,9 @@ package: $(VENV)/with-dev
 	  (cd build/package && bin/python smoke.py ../../jaxnorm) || exit 1; \
 	done
 
+docs: $(VENV_DOCS)/with-docs
+	EXECUTE=$(EXECUTE) NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
+
 bench: $(VENV)/with-bench
 	$(BIN)/python benchmarks/norms.py $(ARGS)
 
@@ -63,4 +70,7 @@ $(VENV)/with-%: pyproject.toml
 	$(environment)
 
 $(VENV_ONNX)/with-%: pyproject.toml
+	$(environment)
+
+$(VENV_DOCS)/with-%: pyproject.toml
 	$(environment)

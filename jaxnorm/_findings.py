@@ -13,7 +13,7 @@ class Finding(NamedTuple):
     """Something that is wrong with one leaf of a model's variables.
 
     Attributes:
-      path: where it is, such as "['batch_stats']['BatchNorm_0']['var']".
+      path: where it is, such as `['batch_stats']['BatchNorm_0']['var']`.
       problem: what is wrong there, and what it leads to.
 
     Example:

@@ -209,7 +209,7 @@ def measure(
     # is (mean - shift)^2 p / (1 - p). A mask may leave nothing of a part.
     part = sample.part(x) if mask is None else x
     shift = sample.mean(part, jnp.maximum(sample.count(part, mask, x.dtype), 1))
-    # One number wherever XLA computes it anew: as x - total / n the quotient could stay unrounded in
+    # One number wherever XLA computes it anew: in x - total / n the quotient could stay unrounded in
     # one place (FMA) and not in another. A maximum in between, with the lowest float, rounds it.
     shift = jnp.maximum(shift, jnp.finfo(x.dtype).min)
     d = select(mask, x - shift)

@@ -131,3 +131,33 @@ def test_the_readme_names_every_room():
     readme = (ROOT / "README.md").read_text()
     rooms = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxnorm").rglob("*.py")}
     assert rooms == set(re.findall(r"\]\((jaxnorm/[/\w]+\.py)\)", readme))
+
+
+@pytest.mark.parametrize(
+    ("page", "room"),
+    {
+        "functions": jaxnorm,
+        "linen": jaxnorm.linen,
+        "nnx": jaxnorm.nnx,
+        "interop": jaxnorm.interop,
+        "inspect": jaxnorm.inspect,
+        "onnx": None,  # jax2onnx is not here
+    }.items(),
+)
+def test_every_public_name_is_on_its_page_of_the_reference(page, room):
+    public = ["jaxnorm.onnx.to_onnx"]
+    if room is not None:
+        public = [
+            f"{room.__name__}.{name}"
+            for name, value in vars(room).items()
+            if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value))
+            if value.__module__.startswith(room.__name__)
+        ]
+    text = (ROOT / "docs" / "api" / f"{page}.md").read_text()
+    assert sorted(re.findall(r"^::: (\S+)$", text, re.M)) == sorted(public)
+
+
+def test_every_document_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r"[\w/]+\.md", navigation))

@@ -1,0 +1,65 @@
+"""How do docstrings become pages? Formulas as MathML, reST tables as Markdown's, Linen's fields."""
+
+import inspect
+import re
+
+import griffe
+from latex2mathml.converter import convert
+
+MATH = re.compile(r"^\.\. math::(.*(?:\n(?: +.*)?$)*)", re.M)
+TABLE = re.compile(r"^(=+(?: +=+)+)\n(.*)\n\1\n((?:.*\n)+?)\1$", re.M)
+
+
+class Docstrings(griffe.Extension):
+    """Rewrites docstrings before they are parsed, and gives Linen's layers their arguments."""
+
+    def on_object(self, *, obj, loader, **kwargs):
+        """Rewrites the docstring of a function or class."""
+        if obj.docstring is not None:
+            text = inspect.cleandoc(obj.docstring.value)
+            text = MATH.sub(lambda m: _formula(m[1]), text)
+            text = TABLE.sub(_table, text)
+            # "Examples:" is the name by which Griffe knows a section of code.
+            text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
+            text = re.sub(r"^References:\n((?:  .*\n?)+)", _references, text, flags=re.M)
+            obj.docstring.value = text
+
+    def on_class_members(self, *, node, cls, agent, **kwargs):
+        """Makes a dataclass of each layer of Linen, as nn.Module does when it runs."""
+        if cls.module.path == "jaxnorm.linen":
+            dataclass = griffe.ExprName("dataclass", parent=DATACLASSES)
+            cls.decorators.append(griffe.Decorator(dataclass, lineno=None, endlineno=None))
+
+
+DATACLASSES = griffe.Module("dataclasses")
+DATACLASSES.set_member("dataclass", griffe.Class("dataclass"))
+
+
+def _formula(tex):
+    # Words upright: by itself TeX takes each letter for a variable. MathML needs no script.
+    words = r"(\\[A-Za-z]+(?:\{[A-Za-z]+\})?)|([A-Za-z]{3,})"
+    tex = re.sub(words, lambda m: m[1] or rf"\text{{{m[2]}}}", tex)
+    lines = re.split(r",\s*\\quad\s*", " ".join(tex.split()))
+    math = "".join(f"<p>{convert(line, display='block')}</p>" for line in lines)
+    return f'<div class="formula">{math}</div>\n\n'
+
+
+def _table(found):
+    """A row whose first column is empty goes on with the row before it."""
+    starts = [m.start() for m in re.finditer("=+", found[1])]
+    ends = [*starts[1:], None]
+    rows = []
+    for line in [found[2], *found[3].splitlines()]:
+        cells = [line[a:b].strip() for a, b in zip(starts, ends, strict=True)]
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]
+    rows.insert(1, ["---"] * len(starts))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _references(found):
+    lines = inspect.cleandoc(found[1]).splitlines()
+    lines = [re.sub(r"(https?://\S+?)(?=[.,;]?(?:\s|$))", r"<\1>", line) for line in lines]
+    return "References:\n" + "".join(f"  {line}  \n" for line in lines)

@@ -1,0 +1,86 @@
+"""How does the site take in what lies outside docs/? Notebooks as pages, the rest as links."""
+
+import html as entities
+import os
+import pathlib
+import re
+
+from latex2mathml.converter import convert
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+
+ROOT = pathlib.Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def on_config(config):
+    """Leaves out the notebooks that are not there (yet), and their section where none is."""
+    config.watch.append(str(NOTEBOOKS))
+    nav = []
+    for section in config.nav:
+        ((title, pages),) = section.items()
+        if title == "Notebooks":
+            pages = [page for page in pages if (ROOT / page).exists()]
+        if pages:
+            nav.append({title: pages})
+    config.nav = nav
+    return config
+
+
+@event_priority(100)  # before mkdocs-jupyter, which makes them pages
+def on_files(files, config):
+    """Adds notebooks/*.ipynb, as if they lay in docs/."""
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        name = f"notebooks/{path.name}"
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Turns relative links to files outside docs/ into links to the repository."""
+    if page.file.src_uri == "changelog.md":
+        return markdown
+    folder = pathlib.PurePosixPath("docs", page.file.src_uri).parent
+
+    def link(found):
+        path = os.path.normpath(folder / found["path"])
+        if path.startswith("docs/"):
+            return found[0]
+        return f"]({_on_github(config, path)}{found['rest']})"
+
+    return re.sub(r"\]\((?P<path>\.\./[^)#\s]+)(?P<rest>#[^)\s]*)?\)", link, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Does so for notebooks, where links into docs/ lead to pages, and formulas become MathML."""
+    if not page.file.src_uri.startswith("notebooks/"):
+        return html
+
+    def link(found):
+        path = os.path.normpath(os.path.join("notebooks", found["path"]))
+        inside = files.get_file_from_path(path.removeprefix("docs/"))
+        if inside is not None:
+            url = inside.url_relative_to(page.file)
+        elif (ROOT / path).exists():
+            url = _on_github(config, path)
+        else:
+            return found[0]
+        return f'href="{url}{found["rest"] or ""}"'
+
+    html = re.sub(r'href="(?P<path>[^":#?]+)(?P<rest>#[^"]*)?"', link, html)
+    code = r"(<(pre|code|script|style)\b.*?</\2>|<div [^>]*clipboard-copy-txt.*?</div>)"
+    text = code + r"|\$\$(?P<block>[^$]+)\$\$|\$(?P<inline>[^$\n]+)\$"
+    return re.sub(text, _formula, html, flags=re.S)
+
+
+def _formula(found):
+    if found["block"]:
+        return convert(entities.unescape(found["block"]), display="block")
+    return convert(entities.unescape(found["inline"])) if found["inline"] else found[0]
+
+
+def _on_github(config, path):
+    kind = "tree" if (ROOT / path).is_dir() else "blob"
+    if not (ROOT / path).exists():
+        raise FileNotFoundError(f"a page links to {path}, which does not exist")
+    return f"{config.repo_url.rstrip('/')}/{kind}/main/{path}"
