@@ -20,6 +20,9 @@ class Finding(NamedTuple):
       >>> import jaxnorm
       >>> print(jaxnorm.Finding("['bn']['count']", "is missing"))
       ['bn']['count'] is missing
+
+    References:
+      jax.tree_util.keystr, whose notation the paths are in.
     """
 
     path: str

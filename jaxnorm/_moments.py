@@ -35,6 +35,10 @@ class Moments:
       >>> m = jaxnorm.moments(jnp.array([[1.0, 5.0], [3.0, 5.0]]), axis=0)
       >>> print(m.count, m.mean, m.var)
       [2. 2.] [2. 5.] [1. 0.]
+
+    References:
+      Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
+      Variances, 1979, which merges such triples.
     """
 
     # Annotated loosely: JAX rebuilds the class with tracers, None and other things in its fields.
@@ -209,7 +213,7 @@ def measure(
     # is (mean - shift)^2 p / (1 - p). A mask may leave nothing of a part.
     part = sample.part(x) if mask is None else x
     shift = sample.mean(part, jnp.maximum(sample.count(part, mask, x.dtype), 1))
-    # One number wherever XLA computes it anew: in x - total / n the quotient could stay unrounded in
+    # One number wherever XLA computes it anew: in x - total / n the quotient may stay unrounded in
     # one place (FMA) and not in another. A maximum in between, with the lowest float, rounds it.
     shift = jnp.maximum(shift, jnp.finfo(x.dtype).min)
     d = select(mask, x - shift)

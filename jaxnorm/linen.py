@@ -473,37 +473,127 @@ class RMSNorm(nn.Module):
 
 
 class BatchNorm1d(BatchNorm):
-    """`BatchNorm` for (N, C) and (N, L, C) alone."""
+    """`BatchNorm` for (N, C) and (N, L, C) alone.
+
+    Raises:
+      ValueError: if x has another rank; else as `BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> layer = jaxnorm.linen.BatchNorm1d(use_running_average=False)
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 2)))
+      >>> y.shape
+      (4, 6, 2)
+
+    References:
+      torch.nn.BatchNorm1d, PyTorch 2.13.
+    """
 
     ranks = (2, 3)
 
 
 class BatchNorm2d(BatchNorm):
-    """`BatchNorm` for (N, H, W, C) alone."""
+    """`BatchNorm` for (N, H, W, C) alone.
+
+    Raises:
+      ValueError: if x has another rank; else as `BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> layer = jaxnorm.linen.BatchNorm2d(use_running_average=False)
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 6, 2)))
+      >>> y.shape
+      (4, 6, 6, 2)
+
+    References:
+      torch.nn.BatchNorm2d, PyTorch 2.13.
+    """
 
     ranks = (4,)
 
 
 class BatchNorm3d(BatchNorm):
-    """`BatchNorm` for (N, D, H, W, C) alone."""
+    """`BatchNorm` for (N, D, H, W, C) alone.
+
+    Raises:
+      ValueError: if x has another rank; else as `BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> layer = jaxnorm.linen.BatchNorm3d(use_running_average=False)
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 6, 6, 2)))
+      >>> y.shape
+      (4, 6, 6, 6, 2)
+
+    References:
+      torch.nn.BatchNorm3d, PyTorch 2.13.
+    """
 
     ranks = (5,)
 
 
 class InstanceNorm1d(InstanceNorm):
-    """`InstanceNorm` for (N, L, C), and for one sample (L, C)."""
+    """`InstanceNorm` for (N, L, C), and for one sample (L, C).
+
+    Raises:
+      ValueError: if x has another rank; else as `InstanceNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> layer = jaxnorm.linen.InstanceNorm1d()
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 2)))
+      >>> y.shape
+      (4, 6, 2)
+
+    References:
+      torch.nn.InstanceNorm1d, PyTorch 2.13.
+    """
 
     ranks = (2, 3)
 
 
 class InstanceNorm2d(InstanceNorm):
-    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C)."""
+    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C).
+
+    Raises:
+      ValueError: if x has another rank; else as `InstanceNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> layer = jaxnorm.linen.InstanceNorm2d()
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 6, 2)))
+      >>> y.shape
+      (4, 6, 6, 2)
+
+    References:
+      torch.nn.InstanceNorm2d, PyTorch 2.13.
+    """
 
     ranks = (3, 4)
 
 
 class InstanceNorm3d(InstanceNorm):
-    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C)."""
+    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C).
+
+    Raises:
+      ValueError: if x has another rank; else as `InstanceNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxnorm.linen
+      >>> layer = jaxnorm.linen.InstanceNorm3d()
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 6, 6, 2)))
+      >>> y.shape
+      (4, 6, 6, 6, 2)
+
+    References:
+      torch.nn.InstanceNorm3d, PyTorch 2.13.
+    """
 
     ranks = (4, 5)
 
@@ -543,6 +633,9 @@ def recalibrate(
       ...     layer, variables, [x[:2], x[2:]], use_running_average=False)
       >>> print(new["batch_stats"]["mean"], new["batch_stats"]["var"])
       [4.] [8.5]
+
+    References:
+      As `jaxnorm.recalibrate`.
     """
 
     def step(batch_stats, batch, others):

@@ -433,37 +433,133 @@ class RMSNorm(nnx.Module):
 
 
 class BatchNorm1d(BatchNorm):
-    """`BatchNorm` for (N, C) and (N, L, C) alone."""
+    """`BatchNorm` for (N, C) and (N, L, C) alone.
+
+    Raises:
+      ValueError: if x has another rank; else as `BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.BatchNorm1d(2, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.ones((4, 6, 2)))
+      >>> y.shape
+      (4, 6, 2)
+
+    References:
+      torch.nn.BatchNorm1d, PyTorch 2.13.
+    """
 
     ranks = (2, 3)
 
 
 class BatchNorm2d(BatchNorm):
-    """`BatchNorm` for (N, H, W, C) alone."""
+    """`BatchNorm` for (N, H, W, C) alone.
+
+    Raises:
+      ValueError: if x has another rank; else as `BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.BatchNorm2d(2, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.ones((4, 6, 6, 2)))
+      >>> y.shape
+      (4, 6, 6, 2)
+
+    References:
+      torch.nn.BatchNorm2d, PyTorch 2.13.
+    """
 
     ranks = (4,)
 
 
 class BatchNorm3d(BatchNorm):
-    """`BatchNorm` for (N, D, H, W, C) alone."""
+    """`BatchNorm` for (N, D, H, W, C) alone.
+
+    Raises:
+      ValueError: if x has another rank; else as `BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.BatchNorm3d(2, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.ones((4, 6, 6, 6, 2)))
+      >>> y.shape
+      (4, 6, 6, 6, 2)
+
+    References:
+      torch.nn.BatchNorm3d, PyTorch 2.13.
+    """
 
     ranks = (5,)
 
 
 class InstanceNorm1d(InstanceNorm):
-    """`InstanceNorm` for (N, L, C), and for one sample (L, C)."""
+    """`InstanceNorm` for (N, L, C), and for one sample (L, C).
+
+    Raises:
+      ValueError: if x has another rank; else as `InstanceNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.InstanceNorm1d(2, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.ones((4, 6, 2)))
+      >>> y.shape
+      (4, 6, 2)
+
+    References:
+      torch.nn.InstanceNorm1d, PyTorch 2.13.
+    """
 
     ranks = (2, 3)
 
 
 class InstanceNorm2d(InstanceNorm):
-    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C)."""
+    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C).
+
+    Raises:
+      ValueError: if x has another rank; else as `InstanceNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.InstanceNorm2d(2, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.ones((4, 6, 6, 2)))
+      >>> y.shape
+      (4, 6, 6, 2)
+
+    References:
+      torch.nn.InstanceNorm2d, PyTorch 2.13.
+    """
 
     ranks = (3, 4)
 
 
 class InstanceNorm3d(InstanceNorm):
-    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C)."""
+    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C).
+
+    Raises:
+      ValueError: if x has another rank; else as `InstanceNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.InstanceNorm3d(2, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.ones((4, 6, 6, 6, 2)))
+      >>> y.shape
+      (4, 6, 6, 6, 2)
+
+    References:
+      torch.nn.InstanceNorm3d, PyTorch 2.13.
+    """
 
     ranks = (4, 5)
 
@@ -489,6 +585,9 @@ def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
       >>> y = layer(x[:2]), layer(x[2:])
       >>> print(layer.mean[...], layer.count[...])
       [0.3] 1
+
+    References:
+      As `jaxnorm.begin_accumulation`.
     """
     layers = dict(_tracking(model))
     states = {name: _batch_stats(layer) for name, layer in layers.items()}
@@ -510,6 +609,9 @@ def end_accumulation(model: nnx.Module) -> None:
       >>> jaxnorm.nnx.end_accumulation(layer)
       >>> layer.accumulation is None
       True
+
+    References:
+      As `jaxnorm.end_accumulation`.
     """
     for _, layer in _tracking(model):
         layer.accumulation = nnx.data(None)
@@ -546,6 +648,9 @@ def recalibrate(
       >>> jaxnorm.nnx.recalibrate(layer, [x[:2], x[2:]])
       >>> print(layer.mean[...], layer.var[...])
       [4.] [8.5]
+
+    References:
+      As `jaxnorm.recalibrate`.
     """
     graph, variables = nnx.split(model)
 

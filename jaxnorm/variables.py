@@ -20,6 +20,9 @@ class Affine(TypedDict, total=False):
       >>> params: jaxnorm.Affine = jaxnorm.init_params(3)
       >>> sorted(params)
       ['bias', 'scale']
+
+    References:
+      The names of flax.linen.BatchNorm, flax 0.12; PyTorch's weight and bias.
     """
 
     scale: jax.Array
@@ -42,6 +45,10 @@ class BatchStats(TypedDict):
       >>> batch_stats: jaxnorm.BatchStats = jaxnorm.init_batch_stats(3)
       >>> sorted(batch_stats)
       ['count', 'mean', 'var']
+
+    References:
+      The names of flax.linen.BatchNorm, flax 0.12; PyTorch's running_mean, running_var and
+      num_batches_tracked.
     """
 
     mean: jax.Array

@@ -53,6 +53,22 @@ def test_every_function_documents_its_arguments_its_result_an_example_and_its_so
     assert documented == list(inspect.signature(function).parameters)
 
 
+CLASSES = [c for _, c in inspect.getmembers(jaxnorm, inspect.isclass)] + LAYERS + NNX_LAYERS
+OF_FLAX = [
+    f
+    for face in (jaxnorm.linen, jaxnorm.nnx)
+    for _, f in inspect.getmembers(face, inspect.isfunction)
+    if f.__module__ == face.__name__ and not f.__name__.startswith("_")
+]
+
+
+@pytest.mark.parametrize("public", CLASSES + OF_FLAX, ids=lambda c: f"{c.__module__}.{c.__name__}")
+def test_every_class_has_an_example_that_runs_and_its_source(public):
+    doc = inspect.getdoc(public)
+    assert re.search(r"^Example:\n  >>> ", doc, re.M)
+    assert re.search(r"^References:\n  \w", doc, re.M)
+
+
 @pytest.mark.parametrize(
     "layer", [c for c in LAYERS if c.__name__[-1] != "d"], ids=lambda c: c.__name__
 )
