@@ -1,4 +1,4 @@
-"""What does a whole training step take? Three models, in which only the norms differ."""
+"""What does a whole training step take? Four models, in which only the norms differ."""
 
 from typing import Any
 
@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from libraries import LIBRARIES
-
-MODELS = ("conv net", "ResNet-18", "transformer")
 
 
 class Net:
@@ -88,10 +86,18 @@ def transformer(net: Net, x: jax.Array) -> jax.Array:
     return net.norm("layer", x).mean(1)
 
 
+def deep(net: Net, x: jax.Array) -> jax.Array:
+    """Fifty dense layers with batch norm: little work in each, and much to compile."""
+    for _ in range(50):
+        x = jax.nn.relu(net.norm("batch", x @ net.weight(x.shape[-1], x.shape[-1])))
+    return x
+
+
 INPUTS = {
     "conv net": (conv_net, (16, 28, 28, 64)),
     "ResNet-18": (resnet18, (16, 32, 32, 3)),
     "transformer": (transformer, (8, 128, 256)),
+    "50 dense layers": (deep, (64, 256)),
 }
 
 

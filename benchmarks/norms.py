@@ -60,7 +60,7 @@ def cells(full: bool) -> list[dict[str, Any]]:
                     "training": training,
                 }
             )
-    steps = ("conv net", "ResNet-18", "transformer")
+    steps = ("conv net", "ResNet-18", "transformer", "50 dense layers")
     return jobs + [{"kind": "step", "model": model} for model in steps]
 
 

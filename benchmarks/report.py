@@ -105,10 +105,19 @@ def step_table(cells: list[dict[str, Any]]) -> str:
         ours = answers.get("jaxnorm", {}).get("minimum")
         row = [time_cell(answers[library], library, ours) for library in libraries]
         lines.append(f"| {cell['job']['model']} | " + " | ".join(row) + " |")
-        compiled = [answers[library].get("compile_seconds", 0) for library in libraries]
-        seconds = " | ".join(f"{s:.1f} s" for s in compiled)
-        lines.append(f"| {cell['job']['model']}, to compile | {seconds} |")
+        compiled = compile_cells(answers, libraries)
+        lines.append(f"| {cell['job']['model']}, to compile | {compiled} |")
     return "\n".join(lines)
+
+
+def compile_cells(answers: dict[str, Any], libraries: list[str]) -> str:
+    """Seconds to trace, lower and compile, and ours as a ratio to them."""
+    ours, row = answers.get("jaxnorm", {}).get("compile_seconds"), []
+    for library in libraries:
+        seconds = answers[library].get("compile_seconds")
+        ratio = f" ({ours / seconds:.2f})" if seconds and ours and library != "jaxnorm" else ""
+        row.append(f"{seconds:.1f} s{ratio}" if seconds else "–")  # noqa: RUF001
+    return " | ".join(row)
 
 
 def memory_table(cells: list[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ def measure(run: Callable[[], Any]) -> list[float]:
     return times
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # the rounds of a job come one after the other
 def prepare_jax(library: str, job: str) -> tuple[Callable[[], Any], dict[str, Any]]:
     """The compiled program of a job on its data, and what its compiler says of it."""
     import end_to_end
@@ -70,7 +70,7 @@ def prepare_jax(library: str, job: str) -> tuple[Callable[[], Any], dict[str, An
     return lambda: jax.block_until_ready(compiled(*arguments)), facts
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def prepare_torch(library: str, job: str) -> tuple[Callable[[], Any], dict[str, Any]]:
     """PyTorch's layer on its data, in the memory layout that the job names."""
     import torch

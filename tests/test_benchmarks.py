@@ -97,7 +97,10 @@ def test_the_report_shows_ours_as_a_ratio(report, tmp_path):
         mode: {"job": {**job, "mode": mode, "training": True}, "cores": 1, "libraries": libraries}
         for mode in ("forward", "forward+backward")
     }
-    step = {name: {"minimum": 0.1, "compile_seconds": 1.5} for name in ("jaxnorm", "flax.linen")}
+    step = {
+        name: {"minimum": 0.1, "compile_seconds": seconds}
+        for name, seconds in (("jaxnorm", 1.5), ("flax.linen", 3.0))
+    }
     cells["step"] = {"job": {"kind": "step", "model": "net"}, "cores": 1, "libraries": step}
     results = {"cells": cells, "machine": {"processor": "a", "cores": 2}, "versions": {"jax": "1"}}
     path = tmp_path / "norms.json"
@@ -106,4 +109,5 @@ def test_the_report_shows_ours_as_a_ratio(report, tmp_path):
     assert "| rms | 8x4 | float32 | 1.00 | 4.00 (0.25) | – | 0.50 (2.00) |" in page  # noqa: RUF001
     assert "1.0 / 2.0 / 5.0" in page
     assert "| net | 100.00 | 100.00 (1.00) |" in page
+    assert "| net, to compile | 1.5 s | 3.0 s (0.50) |" in page
     assert path.with_suffix(".png").stat().st_size > 10_000
