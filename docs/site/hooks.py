@@ -37,16 +37,19 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turns relative links to files outside docs/ into links to the repository."""
+    """Turns relative links to files outside docs/ into links to notebooks and the repository."""
     if page.file.src_uri == "changelog.md":
         return markdown
     folder = pathlib.PurePosixPath("docs", page.file.src_uri).parent
 
     def link(found):
         path = os.path.normpath(folder / found["path"])
+        rest = found["rest"] or ""
         if path.startswith("docs/"):
             return found[0]
-        return f"]({_on_github(config, path)}{found['rest']})"
+        if files.get_file_from_path(path):  # a notebook, which is a page
+            return f"]({os.path.relpath(path, folder.relative_to('docs'))}{rest})"
+        return f"]({_on_github(config, path)}{rest})"
 
     return re.sub(r"\]\((?P<path>\.\./[^)#\s]+)(?P<rest>#[^)\s]*)?\)", link, markdown)
 
