@@ -51,8 +51,14 @@ package: $(VENV)/with-dev
 	  (cd build/package && bin/python smoke.py ../../jaxnorm) || exit 1; \
 	done
 
-docs: $(VENV_DOCS)/with-docs
-	EXECUTE=$(EXECUTE) NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
+# To run them all, the notebooks need an environment of their own: one of them writes ONNX.
+ifeq ($(EXECUTE), true)
+docs: $(VENV_DOCS)/with-notebooks $(VENV_DOCS)/with-docs
+	EXECUTE=true NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
+else
+docs: $(VENV)/with-docs
+	EXECUTE=false NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+endif
 
 bench: $(VENV)/with-bench
 	$(BIN)/python benchmarks/norms.py $(ARGS)

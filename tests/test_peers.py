@@ -1,5 +1,6 @@
 """Is what the README says of other libraries so? Each cell of its table, measured."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 
 import jaxnorm
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 TABLE = README[README.index("## Beside the others") :].split("\n## ")[0]
 PEERS = ("jaxnorm", "flax.linen", "Haiku", "Equinox", "Keras", "PyTorch")
 # The libraries warn of their own and of JAX's changes.
@@ -150,3 +152,35 @@ def test_who_has_an_instance_norm_with_running_statistics():
     assert said["PyTorch"] == "yes, not counted"
     assert layer.running_mean != 0
     assert layer.num_batches_tracked == 0
+
+
+BENCHMARK = json.loads((ROOT / "docs" / "benchmarks" / "norms.json").read_text())["cells"]
+
+
+def measured(norm, mode):
+    """What the last run of the benchmarks says of a norm in float32 on (32, 56, 56, 64)."""
+    for cell in BENCHMARK.values():
+        job = cell["job"]
+        if (job.get("norm"), job.get("mode"), job.get("training")) == (norm, mode, True) and job[
+            "shape"
+        ] == [32, 56, 56, 64]:
+            names = {
+                "Haiku": "dm-haiku",
+                "Equinox": "equinox",
+                "Keras": "keras",
+                "PyTorch": "torch",
+            }
+            return {peer: cell["libraries"][names.get(peer, peer)] for peer in PEERS}
+    raise AssertionError(f"the benchmarks have no {norm}, {mode}")
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms"])
+def test_the_benchmark_s_numbers(norm):
+    answers = measured(norm, "forward+backward")
+    ours = answers["jaxnorm"]["minimum"]
+    said = row(f"{norm} norm, forward and backward, time".replace("rms", "RMS"))
+    kept = row(f"{norm} norm, kept for the backward pass".replace("rms", "RMS"))
+    for peer, answer in answers.items():
+        time = f"{answer['minimum'] / ours:.1f}" if "minimum" in answer else "–"  # noqa: RUF001
+        share = f"{answer['kept'] / answer['x_bytes']:.1f}" if "kept" in answer else "–"  # noqa: RUF001
+        assert (peer, said[peer], kept[peer]) == (peer, time, share)
