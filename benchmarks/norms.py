@@ -42,7 +42,7 @@ def cells(full: bool) -> list[dict[str, Any]]:
     dtypes = ("float32", "bfloat16") if full else ("float32",)
     layouts = ("last", "first") if full else ("last",)
     shapes = SHAPES + MORE_SHAPES if full else SHAPES
-    for dtype, layout, shape, norm in itertools.product(dtypes, layouts, shapes, NORMS):
+    for layout, dtype, shape, norm in itertools.product(layouts, dtypes, shapes, NORMS):
         if len(shape) == 2 and (norm in ("instance", "group32", "group4") or layout == "first"):
             continue
         given = (shape[0], shape[-1], *shape[1:-1]) if layout == "first" else shape
