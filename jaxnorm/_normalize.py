@@ -1,6 +1,7 @@
 """What is computed? y = scale * x_hat + bias, and its derivative."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
+from jaxnorm._devices import explicit_devices
 from jaxnorm._moments import Moments, centre, select
 
 
@@ -77,8 +79,8 @@ def _normalize_jvp(dtype, primals, tangents):
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
         wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
-        a = _combine((one, scale_dot), (one, _times(w, wide_dot, x.shape)))
-        b = _combine((one, bias_dot), (one, _times(w, _combine((-r, mean_dot)), x.shape)))
+        a = _combine((one, scale_dot), (one, _times(w, wide_dot, x)))
+        b = _combine((one, bias_dot), (one, _times(w, _combine((-r, mean_dot)), x)))
         x_hat = standardize(x, mask, shift, moments, epsilon)
         y_dot = _combine((w * r, x_dot), (x_hat, a), (one, b))
         y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the shift moves
@@ -87,24 +89,34 @@ def _normalize_jvp(dtype, primals, tangents):
     return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in moving))
 
 
-def _times(w, t, shape):
-    """w * t. Where t has one entry for each row of x, its transpose is a sum over the rows.
+def _times(w, t, x):
+    """w * t. Where they lie along x's axes in turn, its transpose is a sum along the axis of w.
 
-    On CPU that is a matrix product: XLA fuses the arithmetic before it into a sum over the last
-    axis, and loses its vector code (a layer norm's backward pass takes two to five times as long).
+    On CPU that is a matrix product: XLA fuses the arithmetic around such a sum with it, and loses
+    its vector code (a layer norm's backward pass takes two to thirty times as long).
     """
     if t is None:
         return None
-    along_rows = w.ndim == 0 or w.shape[-1] == w.size  # w has one entry, or lies on the last axis
-    if t.ndim == 0 or t.shape != (*shape[:-1], 1) or not along_rows:
+    summed = [a for a in range(t.ndim) if t.shape[a] < x.shape[a]]
+    if len(summed) != 1 or (w.ndim and w.shape[summed[0]] != w.size):
         return w * t
-    row = jnp.broadcast_to(w.reshape(-1), shape[-1:])
-    return lax.platform_dependent(
-        t,
-        row,
-        cpu=lambda t, row: jnp.matmul(t, row[None], precision=lax.Precision.HIGHEST),
-        default=lambda t, row: t * row,
-    )
+    (axis,) = summed
+    behind = range(axis + 1, x.ndim)
+    if axis == 0 or any(explicit_devices(t, a) > 1 for a in behind):
+        return w * t
+    along = jnp.broadcast_to(w.reshape(-1, 1), (x.shape[axis], 1))
+
+    def product(t, along):
+        if not behind:
+            return jnp.matmul(t, along.T, precision=lax.Precision.HIGHEST)
+        rows = t.reshape(*t.shape[: axis + 1], math.prod(t.shape[a] for a in behind))
+        along = along * jnp.ones_like(rows[..., :1])
+        return jnp.matmul(along, rows, precision=lax.Precision.HIGHEST).reshape(x.shape)
+
+    def plain(t, along):
+        return along.reshape(-1, *(1 for _ in behind)) * t
+
+    return lax.platform_dependent(t, along, cpu=product, default=plain)
 
 
 def _combine(*terms):
