@@ -50,6 +50,11 @@ import jaxnorm
 import jaxnorm.inspect
 import jaxnorm.linen
 
+sys.path += ["../examples", "jaxnorm/examples"]  # beside this notebook, or cloned above
+import averaging
+import digits
+import tqdm
+
 plt.rcParams |= {
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
@@ -221,12 +226,12 @@ print(np.asarray(y_synced).reshape(devices, -1, 3).mean(1).round(2))
 # %% [markdown]
 # ## Replicas that were not synced, put together
 #
-# Suppose it has happened: four replicas saw 20 batches each, of their own photograph, and hold four
+# Suppose it has happened: four replicas saw 12 batches each, of their own photograph, and hold four
 # states. The variance of the whole is the mean of the variances plus the variance of the means;
 # averaging the states leaf by leaf forgets the second. `merge_batch_stats` does not.
 
 # %%
-BATCHES = 20
+BATCHES = 12
 epoch = np.stack(
     [
         np.concatenate([parts(photograph, EACH) for photograph in PHOTOGRAPHS.values()])
@@ -283,13 +288,8 @@ assert np.abs(jaxnorm.merge_batch_stats(once)["var"] / expected["var"] - 1).max(
 # scanned digits at a high learning rate ([averaging.py](../examples/averaging.py)).
 
 # %%
-sys.path += ["../examples", "jaxnorm/examples"]  # beside this notebook, or cloned above
-import averaging
-import digits
-import tqdm
-
 averaging.tqdm = functools.partial(tqdm.tqdm, disable=True)  # no progress bars here
-SEEDS, EPOCHS = 2, 8
+SEEDS, EPOCHS = 2, 6
 images, test = digits.load_sklearn()
 model = digits.Classifier(jaxnorm.linen.BatchNorm)
 accuracies, states = {}, {}
