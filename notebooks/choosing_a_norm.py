@@ -572,9 +572,9 @@ plt.show()
 # What was seen here, on 1,797 images of 64 pixels and networks of two convolutions:
 #
 # - Take a norm: every one of them trained to a lower loss than none.
-# - For accuracy on images like those of training, the norms are equals: at batches of 32, five seeds
-#   on 450 test images do not tell them apart. The learning rate mattered more than the norm: with
-#   batches of 2 and the largest learning rate, every network guessed.
+# - For accuracy on images like those of training, the norms are equals: at batches of 32, five
+#   seeds on 450 test images do not tell them apart. The learning rate mattered more than the norm:
+#   with batches of 2 and the largest learning rate, every network guessed.
 # - Where brightness and contrast may change, instance norm, or batch norm by the statistics of the
 #   images at hand, did not lose a point. Batch norm by running statistics lost the most, layer norm
 #   and no norm much, group norm less.
