@@ -215,9 +215,8 @@ assert ratios["running statistics"] < 0.85
 # `jaxnorm.onnx.to_onnx` exports the function that evaluates. An instance norm by running statistics
 # is what ONNX calls BatchNormalization.
 
+
 # %%
-
-
 def run(exported, **inputs):
     """What onnxruntime computes."""
     session = onnxruntime.InferenceSession(exported.SerializeToString())

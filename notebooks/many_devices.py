@@ -146,9 +146,8 @@ assert apart((y_synced, stats_synced), (y_one, stats_one)) < 1e-5
 # The same without `axis_name`. Now there are four states, and had we claimed `out_specs=P()` for
 # them, JAX would have refused. They come out as four rows.
 
+
 # %%
-
-
 def own(x, params, batch_stats):
     """Batch norm of what this device has; a row of the states."""
     y, new = jaxnorm.batch_norm(x, params, batch_stats)
@@ -349,5 +348,6 @@ for name, value in jaxnorm.inspect.drift(left.batch_stats, anew.batch_stats).ite
     print(f"{name:28} {value:.2f}")
 
 # %% [markdown]
-# Distances of a tenth of a standard deviation are hard to see, and were worth a point of accuracy
-# or two: averaged weights are to be recalibrated before they are judged.
+# Distances of about a tenth of a standard deviation are hard to see. What they cost differs from
+# seed to seed, from nothing to some points of accuracy; over the seeds recalibration helped both
+# averages. So recalibrate averaged weights before you judge them.
