@@ -90,19 +90,19 @@ def _normalize_jvp(dtype, primals, tangents):
 
 
 def _times(w, t, x):
-    """w * t. Where they lie along x's axes in turn, its transpose is a sum along the axis of w.
+    """w * t. Where w lies along the one axis that t leaves out, its transpose is a sum along it.
 
     On CPU that is a matrix product: XLA fuses the arithmetic around such a sum with it, and loses
     its vector code (a layer norm's backward pass takes two to thirty times as long).
     """
     if t is None:
         return None
-    summed = [a for a in range(t.ndim) if t.shape[a] < x.shape[a]]
+    summed = [a for a in range(t.ndim) if t.shape[a] != x.shape[a]]
     if len(summed) != 1 or (w.ndim and w.shape[summed[0]] != w.size):
         return w * t
     (axis,) = summed
     behind = range(axis + 1, x.ndim)
-    if axis == 0 or any(explicit_devices(t, a) > 1 for a in behind):
+    if (axis == 0 and behind) or any(explicit_devices(t, a) > 1 for a in behind):
         return w * t
     along = jnp.broadcast_to(w.reshape(-1, 1), (x.shape[axis], 1))
 

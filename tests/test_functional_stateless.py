@@ -230,6 +230,20 @@ def test_export_with_symbolic_sizes_serves_any_size(kind):
         np.testing.assert_allclose(exported.call(x), NORMS[kind](x), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("norm", [jaxnorm.layer_norm, jaxnorm.rms_norm])
+def test_the_gradient_exports_with_symbolic_sizes_too(norm, axis):
+    def gradient(x):
+        params = jaxnorm.init_params(8, use_bias=norm is jaxnorm.layer_norm)
+        return jax.grad(lambda x: jnp.sum(jnp.sin(norm(x, params, axis=axis))))(x)
+
+    n, height, width = export.symbolic_shape("n, height, width")
+    sizes = (n, height, width, 8) if axis == -1 else (n, 8, height, width)
+    exported = export.export(jax.jit(gradient))(jax.ShapeDtypeStruct(sizes, jnp.float32))
+    x = jnp.asarray(RNG.standard_normal((2, 3, 5, 8) if axis == -1 else (2, 8, 3, 5)), jnp.float32)
+    np.testing.assert_allclose(exported.call(x), gradient(x), rtol=0, atol=2e-6)
+
+
 SPREAD = {"group": P(None, "d"), "layer": P(None, None, "d"), "rms": P(None, None, "d")}
 
 
