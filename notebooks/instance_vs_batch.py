@@ -46,8 +46,8 @@ params = jaxnorm.init_params(3)
 batch, _ = jaxnorm.batch_norm(x, params)
 instance, _ = jaxnorm.instance_norm(x, params)
 print("mean of each channel of the first two samples")
-print("  batch norm   ", np.array(batch[:2].mean((1, 2))).round(3).tolist())
-print("  instance norm", (np.array(instance[:2].mean((1, 2))).round(3) + 0.0).tolist())
+print("  batch norm   ", np.float64(batch[:2].mean((1, 2))).round(3).tolist())
+print("  instance norm", (np.float64(instance[:2].mean((1, 2))).round(3) + 0.0).tolist())
 
 # %% [markdown]
 # So instance norm is batch norm with every sample for a batch of its own. In JAX that is one word:
@@ -91,7 +91,7 @@ if importlib.util.find_spec("torch"):
     for name, norm in norms.items():
         for _ in range(3):
             norm(images)
-        mean = norm.running_mean.numpy().round(2).tolist()
+        mean = np.float64(norm.running_mean).round(2).tolist()
         print(f"{name:32}{int(norm.num_batches_tracked):7}  {mean}")
 else:
     print("PyTorch is not installed: skipped")
@@ -110,7 +110,7 @@ for name, (norm, momentum) in calls.items():
     state = jaxnorm.init_batch_stats(3)
     for _ in range(3):
         _, state = norm(x, params, state, momentum=momentum)
-    print(f"{name:32}{int(state['count']):7}  {np.array(state['mean']).round(2).tolist()}")
+    print(f"{name:32}{int(state['count']):7}  {np.float64(state['mean']).round(2).tolist()}")
     assert state["count"] == 3
 
 # %% [markdown]
@@ -153,6 +153,8 @@ for axes, (title, evaluate) in zip(
     assert not grads[2].any()
 panels[0].set_ylabel("|gradient of the loss|")
 figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right", frameon=False)
+plt.show()
+
 # %% [markdown]
 # The bars of the running statistics are not small, they are 0: the state is a constant for the
 # derivative, in training (where it is not used for y at all) and in evaluation (where it is).
@@ -207,6 +209,7 @@ for column, (title, images) in enumerate(columns.items()):
         shown = image if column < 2 else 0.5 + np.asarray(image) / 5  # -2.5 is black, 2.5 is white
         axes.imshow(np.clip(shown, 0, 1))
         axes.axis("off")
+plt.show()
 
 # %%
 apart = {

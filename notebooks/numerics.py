@@ -163,6 +163,8 @@ for axes, (title, errors) in zip(panels, results.items(), strict=True):
     axes.spines[["top", "right"]].set_visible(False)
 panels[0].set_ylabel("largest error of y (y is about 1)")
 figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+plt.show()
+
 # %%
 print(f"{'largest error of y':24}{'mean 0':>10}{'100':>10}{'1e4':>10}{'1e6':>10}")
 for title, errors in results.items():
@@ -235,6 +237,7 @@ axes.set(xlabel="step, momentum 0.01", ylabel="running mean", ylim=(0, 3.3))
 axes.text(0, target + 0.05, "mean of the data", size=8)
 axes.spines[["top", "right"]].set_visible(False)
 assert abs(curves["jaxnorm: x bfloat16, state float32"][-1] - target) < 0.02
+plt.show()
 
 # %% [markdown]
 # ## Masks, and NaN in the padding
@@ -271,6 +274,7 @@ for axes, (title, (values, colors, limit)) in zip(panels, pictures.items(), stri
     axes.set(title=title, xlabel="step")
     figure.colorbar(image, ax=axes)
 panels[0].set_ylabel("sequence")
+plt.show()
 
 
 # %%

@@ -51,6 +51,7 @@ for axes, image, label in zip(panels, train_x, train_y, strict=False):
     axes.imshow(image[..., 0], cmap="gray_r")
     axes.set_title(label, size=9)
     axes.axis("off")
+plt.show()
 
 
 # %%
@@ -187,6 +188,7 @@ for name, values in (("Linen", losses), ("NNX", nnx_losses)):
 axes.set(xlabel="step", ylabel="cross-entropy, mean of 20 steps", yscale="log")
 axes.legend(frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
+plt.show()
 
 # %% [markdown]
 # ## The classical mistakes, and what each one gets
