@@ -461,3 +461,21 @@ def test_one_value_a_device_is_several_values():
     )
     x = jnp.array([[1.0], [3.0], [1.0], [3.0]])
     np.testing.assert_allclose(f(x), [[-1], [1], [-1], [1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, None, "d")])
+@pytest.mark.parametrize("norm", ["batch", "layer, features second"])
+def test_axes_that_are_known_to_be_spread_are_neither_thinned_nor_joined(norm, spec):
+    """Of 100 rows on four devices a sixteenth is 7, which four devices cannot share."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jnp.asarray(RNG.standard_normal((100, 3, 100, 2)), jnp.float32)
+
+    def loss(x):
+        y = jaxnorm.batch_norm(x)[0] if norm == "batch" else jaxnorm.layer_norm(x, axis=1)
+        return jnp.sum(jnp.sin(y))
+
+    expected = jax.grad(loss)(x)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(loss))(jax.device_put(x, jax.NamedSharding(mesh, spec)))
+    # Sums over thousands of float32 terms, in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
