@@ -16,7 +16,7 @@ help:
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make lint   check format, style and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
-	@echo "make package   build the sdist and the wheel, and try both in empty environments"
+	@echo "make package   build the sdist and the wheel, and try both in an empty environment"
 	@echo "make docs   build the documentation in build/site; EXECUTE=false leaves the notebooks unrun"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
@@ -40,16 +40,16 @@ lint: $(VENV)/with-test $(VENV)/with-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Each is installed with nothing beside it, and tried from a folder outside the checkout.
+# The wheel brings what it needs into an empty environment; the sdist takes its place there.
 package: $(VENV)/with-dev
 	rm -rf dist build/package
 	$(BIN)/python -m build --outdir dist
-	for file in dist/*.whl dist/*.tar.gz; do \
-	  $(PYTHON) -m venv --clear build/package && \
-	  build/package/bin/pip install --quiet --disable-pip-version-check $$file && \
-	  cp tests/smoke.py build/package/ && \
-	  (cd build/package && bin/python smoke.py ../../jaxnorm) || exit 1; \
-	done
+	$(PYTHON) -m venv build/package
+	build/package/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	cp tests/smoke.py build/package
+	cd build/package && bin/python smoke.py ../../jaxnorm
+	build/package/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz
+	cd build/package && bin/python smoke.py ../../jaxnorm
 
 # To run them all, the notebooks need an environment of their own: one of them writes ONNX.
 ifeq ($(EXECUTE), true)
