@@ -132,9 +132,10 @@ def drift(batch_stats: Any, reference: Any) -> dict[str, jax.Array]:
       batch statistics are apart. https://arxiv.org/abs/2105.07576
     """
     found = {}
+    tiny = jnp.finfo(jnp.float32).tiny  # a channel that is dead in both has not moved: 0, not 0 / 0
     for name, a, b in _pairs("drift", batch_stats, reference):
-        off = (a["mean"] - b["mean"]) ** 2 / b["var"]
-        wide = (jnp.sqrt(a["var"] / b["var"]) - 1) ** 2
+        off = (a["mean"] - b["mean"]) ** 2 / (b["var"] + tiny)
+        wide = (jnp.sqrt((a["var"] + tiny) / (b["var"] + tiny)) - 1) ** 2
         for key, squares in (("mean_drift", off), ("std_drift", wide)):
             found[f"{name}/{key}" if name else key] = jnp.sqrt(jnp.mean(squares))
     return found

@@ -86,6 +86,11 @@ def test_drift_is_in_standard_deviations_of_the_reference():
     np.testing.assert_allclose(found["n/std_drift"], wide, rtol=1e-5)
 
 
+def test_a_dead_channel_that_stays_dead_has_not_moved():
+    dead = {"n": {"mean": np.float32([0, 1]), "var": np.float32([0, 1])}}
+    assert inspect.drift(dead, dead) == {"n/mean_drift": 0, "n/std_drift": 0}
+
+
 def test_layers_are_drawn_by_running_mean_and_the_other_beside_them():
     running, batch = {"a": state(5), "b": state(3)}, {"a": state(5, 1), "b": state(3, 1)}
     figure = inspect.plot_layers(running, batch, names=("then", "now"))
