@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,30 +30,39 @@ class Devices:
         return len(self.groups[0]) if self.groups else lax.axis_size(self.axis_name)
 
     def sum(self, *xs: jax.Array) -> Sequence[jax.Array]:
-        """For each x, of one shape, its sum over the devices."""
+        """For each x, of one shape, its sum over the devices, all in one collective."""
         if self.axis_name is None:
             return xs
-        stacked = jnp.stack(xs)
-        if self.groups is None:
-            return tuple(lax.psum(stacked, self.axis_name))
-        return tuple(jnp.sum(self.rows(stacked), axis=0))
+        return tuple(self._reduce(jnp.stack(xs), lax.psum, 0))
 
-    def rows(self, x: jax.Array) -> jax.Array:
-        """Every device's x on a new leading axis; 0 for the devices of other groups.
-
-        One psum of a table that each device writes its own row into: shard_map's default checks
-        refuse all_gather for replicated outputs, and psum refuses groups there and under vmap.
-        """
+    def max(self, *xs: jax.Array) -> Sequence[jax.Array]:
+        """For each x, of one shape, the largest over the devices, all in one collective."""
         if self.axis_name is None:
-            return x[None]
-        size, k = lax.axis_size(self.axis_name), lax.axis_index(self.axis_name)
-        table = lax.psum(jnp.zeros((size, *x.shape), x.dtype).at[k].set(x), self.axis_name)
+            return xs
+        return tuple(self._reduce(jnp.stack(xs), lax.pmax, -jnp.inf))
+
+    def any(self, flags: jax.Array) -> jax.Array:
+        """Whether any flag is True on any device of the axis, whatever its group.
+
+        The flags are alike on the devices of a group, so without groups nothing is asked.
+        """
         if self.groups is None:
-            return table
+            return jnp.any(flags)
+        return lax.pmax(jnp.any(flags).astype(jnp.int32), self.axis_name) > 0
+
+    def _reduce(self, x: jax.Array, collective: Callable[..., jax.Array], empty: float) -> jax.Array:
+        """One collective over the devices of this group.
+
+        With groups it is of a table with one row a group, into which each device puts its x: psum
+        refuses groups under shard_map and vmap.
+        """
+        if self.groups is None:
+            return collective(x, self.axis_name)
+        size, k = lax.axis_size(self.axis_name), lax.axis_index(self.axis_name)
         group_of = {i: g for g, group in enumerate(self.groups) for i in group}
-        group = jnp.asarray([group_of[i] for i in range(size)])
-        same = (group == group[k]).reshape(size, *(1,) * x.ndim)
-        return jnp.where(same, table, jnp.zeros((), x.dtype))
+        group = jnp.asarray([group_of[i] for i in range(size)])[k]
+        table = jnp.full((len(self.groups), *x.shape), empty, x.dtype).at[group].set(x)
+        return collective(table, self.axis_name)[group]
 
 
 HERE = Devices()

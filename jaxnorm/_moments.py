@@ -2,18 +2,16 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm import _checks
-from jaxnorm._devices import HERE, AxisName, Devices, devices, explicit_devices
-from jaxnorm.variables import statistics_dtype
+from jaxnorm import _checks, _platforms
+from jaxnorm._devices import AxisName, Devices, devices
+from jaxnorm._sample import Sample, select, widen
 
 
 @jax.tree_util.register_dataclass
@@ -45,95 +43,6 @@ class Moments:
     count: Any
     mean: Any
     var: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """The entries that share one mean: the reduced axes of x, and the devices that hold the rest.
-
-    Attributes:
-      axes: the reduced axes of x, not negative.
-      groups: the axis of x along which neighbours belong together, and how many groups they make;
-        it is not reduced: each of its entries gets the sum of its group.
-      centred: whether the mean is subtracted; without, it counts as 0, and var is E[x^2].
-      devices: those that the sample is spread over.
-    """
-
-    axes: tuple[int, ...]
-    groups: tuple[int, int] | None = None
-    centred: bool = True
-    devices: Devices = HERE
-
-    def sum(self, x: jax.Array) -> jax.Array:
-        """Sums over this device's entries; the reduced axes stay, with size 1.
-
-        Over three axes or more in two steps, which the barrier keeps apart: some versions of XLA
-        for CPU (0.10.0; 0.10.2 does not) add all entries one after the other then, and a hundred
-        thousand of them at an offset of 1e6 are too inexact for the second pass to mend: y is off
-        by 0.07 instead of 1e-6. Over fewer axes the second step would only cost time.
-        """
-        first, rest = self.axes[:1], self.axes[1:]
-        if len(rest) > 1:
-            x, rest = lax.optimization_barrier(jnp.sum(x, rest, keepdims=True)), ()
-        return self._join(jnp.sum(x, (*first, *rest), keepdims=True))
-
-    def mean(self, x: jax.Array, n: jax.Array) -> jax.Array:
-        """The mean of n entries, on this device; 0 where the sample is not centred."""
-        total = self.sum(x) if self.centred else jnp.zeros_like(n)
-        return total / n
-
-    def part(self, x: jax.Array) -> jax.Array:
-        """A part of each sample, a sixteenth of it or more: every few entries along one axis.
-
-        Not along the last axis, whose entries are read together anyway, and along the first, which
-        may be spread over devices, only where there is no other. All of x, where an axis is known
-        to be spread, or its size is not known (jax.export).
-        """
-        inner = [
-            a
-            for a in self.axes
-            if a < x.ndim - 1 and isinstance(x.shape[a], int) and explicit_devices(x, a) == 1
-        ]
-        if not inner:
-            return x
-        axis = max([a for a in inner if a > 0] or inner, key=lambda a: x.shape[a])
-        step = min(max(x.shape[axis] // 4, 1), 16)
-        return lax.slice_in_dim(x, 0, None, step, axis)
-
-    def _join(self, sums: jax.Array) -> jax.Array:
-        """The sums of the groups, each given to all its members.
-
-        Joined after the sum over x, since a sum over a short part of an axis is slow: so a small
-        group costs no more than a large one, forward and, in the transpose, backward.
-        """
-        if self.groups is None:
-            return sums
-        axis, number = self.groups
-        size = sums.shape[axis] // number
-        split = sums.reshape(*sums.shape[:axis], number, size, *sums.shape[axis + 1 :])
-        joined = jnp.sum(split, axis + 1, keepdims=True)
-        return jnp.broadcast_to(joined, split.shape).reshape(sums.shape)
-
-    def count(self, x: jax.Array, mask: jax.Array | None, dtype: Any) -> jax.Array:
-        """Counts this device's entries, in the shape of their sum."""
-        shape = tuple(1 if a in self.axes else n for a, n in enumerate(x.shape))
-        if mask is None:
-            count = jnp.asarray(math.prod(x.shape[a] for a in self.axes), dtype)
-        else:  # the mask in its own shape: an axis that it broadcasts along multiplies
-            repeats = math.prod(x.shape[a] for a in self.axes if mask.shape[a] == 1)
-            kept = tuple(a for a in self.axes if mask.shape[a] != 1)
-            count = jnp.sum(mask, kept, dtype, keepdims=True) * jnp.asarray(repeats, dtype)
-        return self._join(jnp.broadcast_to(count, shape))
-
-
-def widen(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """x in the dtype of the arithmetic: float32, or the widest of x and the others."""
-    return x.astype(statistics_dtype(x.dtype, *(other.dtype for other in others)))
-
-
-def select(mask: jax.Array | None, x: jax.Array) -> jax.Array:
-    """x where the mask is True, and 0 elsewhere, be x NaN or Inf there."""
-    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 # ---- x -> moments ----
@@ -197,38 +106,36 @@ def about_zero(shift: jax.Array, about_shift: Moments) -> Moments:
     return dataclasses.replace(about_shift, mean=shift + about_shift.mean)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(
-    sample: Sample, x: jax.Array, mask: jax.Array | None = None
+    sample: Sample,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    guess: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Measures a sample: a shift near its mean, and the moments of x - shift.
 
-    The mean is shift + moments.mean, kept as a pair: rounded to one number it would lose the
+    A guess at the mean, such as the running mean, may save a second look; the result does not
+    depend on it but for rounding. The mean is shift + moments.mean, kept as a pair: rounded to one number it would lose the
     digits of y wherever the mean is large beside the standard deviation.
     """
-    x = select(mask, widen(x))
-    count = sample.count(x, mask, x.dtype)
-    n = jnp.maximum(count, 1)
-    # The mean of a part p of the entries will do: the variance between the part and the rest alone
-    # is (mean - shift)^2 p / (1 - p). A mask may leave nothing of a part.
-    part = sample.part(x) if mask is None else x
-    shift = sample.mean(part, jnp.maximum(sample.count(part, mask, x.dtype), 1))
-    # One number wherever XLA computes it anew: in x - total / n the quotient may stay unrounded in
-    # one place (FMA) and not in another. A maximum in between, with the lowest float, rounds it.
-    shift = jnp.maximum(shift, jnp.finfo(x.dtype).min)
-    d = select(mask, x - shift)
-    mean = sample.mean(d, n)
-    var = jnp.maximum(sample.sum(d * d) / n - mean * mean, 0)
-    return pool_devices(sample.devices, shift, Moments(count, mean, var))
+    return _measure(sample, False, x, mask, guess)
 
 
-@measure.defjvp
-def _measure_jvp(sample, primals, tangents):
-    x, mask = primals
-    x_dot, _ = tangents
-    shift, moments = measure(sample, x, mask)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _measure(sample, differentiated, x, mask, guess):
+    shift, *moments = _platforms.shifted_moments(
+        sample, x, mask, guess, differentiated=differentiated
+    )
+    return shift, Moments(*moments)
+
+
+@_measure.defjvp
+def _measure_jvp(sample, _, primals, tangents):
+    x, mask, guess = primals
+    x_dot, *_ = tangents
+    shift, moments = _measure(sample, True, x, mask, guess)
     # Checkpointed: what is kept for the backward pass is x as it came, not x - mean in float32.
-    drift = jax.checkpoint(functools.partial(moments_dot, sample))
+    drift = jax.checkpoint(functools.partial(moments_dot, sample), prevent_cse=False)
     return (shift, moments), (jnp.zeros_like(shift), drift(x, mask, shift, moments, x_dot))
 
 
@@ -244,10 +151,13 @@ def moments_dot(
 
     The shift is a constant: moving it moves neither the mean nor the variance.
     """
+    x, shift, moments = _platforms.apart_on_cpu((x, shift, moments))
+    x, x_dot, mask = map(sample.laid_out, (x, x_dot, mask))
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
+    total_dot = sample.sum(x_dot) if sample.centred else jnp.zeros_like(n)
     mean_dot, half_var_dot = sample.devices.sum(
-        sample.mean(x_dot, n), sample.sum(centre(x, mask, shift, moments) * x_dot) / n
+        total_dot / n, sample.sum(centre(x, mask, shift, moments) * x_dot) / n
     )
     return Moments(jnp.zeros_like(n), mean_dot, 2 * half_var_dot)
 
@@ -326,9 +236,15 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
 
 
 def pool_devices(devices: Devices, shift: jax.Array, moments: Moments) -> tuple[jax.Array, Moments]:
-    """Pools what the devices have measured, in one collective."""
+    """Pools what the devices have measured, in two collectives."""
     if devices.axis_name is None:
         return shift, moments
-    rows = devices.rows(jnp.stack([shift, moments.count, moments.mean, moments.var]))
-    shifts, *others = jnp.moveaxis(rows, 1, 0)
-    return pool(shifts, Moments(*others))
+    count, total = devices.sum(moments.count, moments.count * (shift + moments.mean))
+    n = jnp.maximum(count, 1)
+    common = total / n
+    mean = (shift - common) + moments.mean
+    total, squares = devices.sum(
+        moments.count * mean, moments.count * (moments.var + mean * mean)
+    )
+    mean = total / n
+    return common, Moments(count, mean, jnp.maximum(squares / n - mean * mean, 0))

@@ -9,7 +9,8 @@ from jax import lax
 
 from jaxnorm import _checks
 from jaxnorm._devices import HERE, explicit_devices
-from jaxnorm._moments import Moments, Sample, about_zero, measure, widen
+from jaxnorm._moments import Moments, about_zero, measure
+from jaxnorm._sample import Sample, widen
 from jaxnorm._normalize import normalize, renormalize
 from jaxnorm._running import advance
 
@@ -21,9 +22,11 @@ _normalize = jax.jit(normalize, static_argnums=0)
 def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
     """y of a norm without a state, whose parameters lie along the layout's channels."""
     scale, bias, mask = _operands(function, x, params, mask, layout)
-    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    dtype, shape = x.dtype if dtype is None else jnp.dtype(dtype), x.shape
     measured = _measure(sample, x, mask)
-    return _normalize(dtype, x, scale, bias, jnp.asarray(epsilon, float), mask, *measured)
+    x, scale, bias, mask = map(sample.laid_out, (x, scale, bias, mask))
+    y = _normalize(dtype, x, scale, bias, jnp.asarray(epsilon, float), mask, *measured)
+    return y.reshape(shape)
 
 
 def tracked_norm(
@@ -60,8 +63,7 @@ def tracked_norm(
     mean = var = None
     if batch_stats is not None:
         state = _checks.batch_stats(function, batch_stats, layout.shape(x))
-        if use_running_average or limits is not None:
-            mean, var = layout.spread(state["mean"]), layout.spread(state["var"])
+        mean, var = layout.spread(state["mean"]), layout.spread(state["var"])
     shape, fold = x.shape, None
     if virtual_batch_size is not None and not use_running_average:
         _checks.virtual_batches(function, virtual_batch_size, shape, layout, explicit_devices(x, 0))
@@ -120,7 +122,7 @@ def _one_sample(
     """y, and the moments to update the state by; mean and var are the state's, where it is used."""
     if mean is not None:
         mean, var = lax.stop_gradient((widen(mean, x), widen(var, x)))
-    measured: Any = _measure(sample, x, mask) if update_stats or not by_state else None
+    measured: Any = _measure(sample, x, mask, mean) if update_stats or not by_state else None
     used = measured
     if by_state:
         used = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)

@@ -1,7 +1,6 @@
 """What is computed? y = scale * x_hat + bias, and its derivative."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -10,8 +9,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxnorm._devices import explicit_devices
-from jaxnorm._moments import Moments, centre, select
+from jaxnorm import _platforms
+from jaxnorm._moments import Moments, centre
+from jaxnorm._sample import select
 
 
 def standardize(
@@ -66,21 +66,23 @@ def _normalize_jvp(dtype, primals, tangents):
     gradients of scale, of bias and of x are all made of these two. In layer norm it is x's own
     shape, and the transpose is the textbook rule. The shift is a constant, as in `moments_dot`.
     """
-    x, scale, _, epsilon, mask, shift, moments = primals
+    x, scale, _, epsilon, mask, *_ = primals
+    given = x, *primals[-2:]
     y = normalize(dtype, *primals)
     x_dot, scale_dot, bias_dot, epsilon_dot, _, _, moments_dot = tangents
     moving = x_dot, scale_dot, bias_dot, epsilon_dot, moments_dot.mean, moments_dot.var
 
     # Checkpointed: x_hat is made again from x, so that what is kept for the backward pass is x
     # itself, in x's dtype, and the two passes do not share it.
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def linear(x_dot, scale_dot, bias_dot, epsilon_dot, mean_dot, var_dot):
+        x, shift, moments = _platforms.apart_on_cpu(given)
         r = rstd(moments.var, epsilon)
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
         wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
-        a = _combine((one, scale_dot), (one, _times(w, wide_dot, x)))
-        b = _combine((one, bias_dot), (one, _times(w, _combine((-r, mean_dot)), x)))
+        a = _combine((one, scale_dot), (one, _along(w, wide_dot, x)))
+        b = _combine((one, bias_dot), (one, _along(w, _combine((-r, mean_dot)), x)))
         x_hat = standardize(x, mask, shift, moments, epsilon)
         y_dot = _combine((w * r, x_dot), (x_hat, a), (one, b))
         y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the shift moves
@@ -89,34 +91,8 @@ def _normalize_jvp(dtype, primals, tangents):
     return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in moving))
 
 
-def _times(w, t, x):
-    """w * t. Where w lies along the one axis that t leaves out, its transpose is a sum along it.
-
-    On CPU that is a matrix product: XLA fuses the arithmetic around such a sum with it, and loses
-    its vector code (a layer norm's backward pass takes two to thirty times as long).
-    """
-    if t is None:
-        return None
-    summed = [a for a in range(t.ndim) if t.shape[a] != x.shape[a]]
-    if len(summed) != 1 or (w.ndim and w.shape[summed[0]] != w.size):
-        return w * t
-    (axis,) = summed
-    behind = range(axis + 1, x.ndim)
-    if (axis == 0 and behind) or any(explicit_devices(t, a) > 1 for a in behind):
-        return w * t
-    along = jnp.broadcast_to(w.reshape(-1, 1), (x.shape[axis], 1))
-
-    def product(t, along):
-        if not behind:
-            return jnp.matmul(t, along.T, precision=lax.Precision.HIGHEST)
-        rows = t.reshape(*t.shape[: axis + 1], math.prod(t.shape[a] for a in behind))
-        along = along * jnp.ones_like(rows[..., :1])
-        return jnp.matmul(along, rows, precision=lax.Precision.HIGHEST).reshape(x.shape)
-
-    def plain(t, along):
-        return along.reshape(-1, *(1 for _ in behind)) * t
-
-    return lax.platform_dependent(t, along, cpu=product, default=plain)
+def _along(w, t, x):
+    return None if t is None else _platforms.multiply_along(w, t, x)
 
 
 def _combine(*terms):

@@ -14,8 +14,8 @@ from jaxnorm._moments import (
     merge,
     pool,
     pool_devices,
-    widen,
 )
+from jaxnorm._sample import widen
 from jaxnorm.variables import BatchStats, statistics_dtype
 
 
@@ -192,11 +192,13 @@ def _moved(stats, batch, momentum, skip_nonfinite, between) -> BatchStats:
         return jnp.where(moves, (1 - m) * old + m * new, old)
 
     count = stats["count"]
-    moved = jnp.any(moves) & (count < jnp.iinfo(count.dtype).max)
+    # One reduction, whose result is the new count itself: any(moves) would be a kernel more.
+    after = count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
+    after = jnp.where(moves, after, count)
     return {
         "mean": step(stats["mean"], mean).astype(statistics_dtype(stats["mean"].dtype)),
         "var": step(stats["var"], var).astype(statistics_dtype(stats["var"].dtype)),
-        "count": count + moved.astype(count.dtype),
+        "count": jnp.max(after) if moves.size else count,
     }
 
 

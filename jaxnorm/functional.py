@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm import _checks
 from jaxnorm._devices import AxisName, devices
 from jaxnorm._layout import Layout
-from jaxnorm._moments import Sample
+from jaxnorm._sample import Sample
 from jaxnorm._norm import tracked_norm, untracked_norm
 from jaxnorm.variables import Affine, BatchStats
 
@@ -356,11 +356,12 @@ def group_norm(
     x = _checks.float_array("group_norm", x)
     layout, batch = _checks.group_layout(x.shape, channel_axis, batch_axis, num_groups)
     (channel,) = layout.channels
-    sample = Sample(
-        tuple(a for a in layout.reduced if a not in batch),
-        groups=(channel, num_groups),
-        devices=devices("group_norm", axis_name, axis_index_groups),
-    )
+    axes = tuple(a for a in layout.reduced if a not in batch)
+    groups, where = (channel, num_groups), devices("group_norm", axis_name, axis_index_groups)
+    if axes:
+        sample = Sample(axes, groups=groups, devices=where)
+    else:  # sums for each channel would be of the size of x
+        sample = Sample((channel + 1,), split=groups, devices=where)
     return untracked_norm(
         "group_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
     )

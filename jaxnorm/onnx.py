@@ -29,7 +29,7 @@ from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primiti
 from jaxnorm import _checks, functional
 from jaxnorm._devices import HERE, Devices
 from jaxnorm._layout import Layout
-from jaxnorm._moments import select
+from jaxnorm._sample import select
 from jaxnorm._normalize import affine
 from jaxnorm.variables import statistics_dtype
 

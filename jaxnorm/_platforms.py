@@ -1,0 +1,227 @@
+"""What is formulated differently for each platform, and the measurements that say why.
+
+The figures are those of XLA's compilers, as `make bench-accelerators` gives them for one TPU v5e and one
+NVIDIA H100, and for CPU times on one core. The mathematics is the same everywhere; each function
+here says what differs. On a platform that is not named, the default is used.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnorm._devices import explicit_devices
+from jaxnorm._sample import Sample, select, widen
+
+Measured = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def formulated_for(platform: str) -> Iterator[None]:
+    """Uses a platform's formulations wherever the program runs, so that a CPU can test each."""
+    global _forced
+    before, _forced = _forced, platform
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _forced = before
+        jax.clear_caches()
+
+
+def choose(*operands: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:
+    """Applies the function of the platform that the program is compiled for.
+
+    Only inside a custom derivative rule, where JAX does not differentiate the choice: it would keep
+    the residuals of every branch.
+    """
+    if _forced is not None:
+        return platforms.get(_forced, default)(*operands)
+    return lax.platform_dependent(*operands, default=default, **platforms)
+
+
+# ---- The shift, and the moments of x - shift ----
+
+ROUNDS = 2
+
+
+def shifted_moments(
+    sample: Sample,
+    x: jax.Array,
+    mask: jax.Array | None,
+    guess: jax.Array | None,
+    *,
+    differentiated: bool,
+) -> Measured:
+    """A shift near the mean of x, and the count, mean and variance of x - shift.
+
+    On a GPU the shift is made of a part of x. Elsewhere it is known before x is, and x is measured
+    again where that was not good: a shift that is made of x costs a pass over x that no compiler
+    can hide, where the sums about a known shift are taken while x is written. On a TPU, one training
+    step of a small ResNet takes 33 million cycles with the shift made of a part, and 27 with the
+    loop (flax.linen: 27). On a GPU a loop asks the host for each layer whether it goes on, and
+    convolutions are calls of a library, so that nothing is summed while x is written; the part
+    costs 1 % of a step's bytes.
+
+    The guess, such as the running mean, is where the first measurement begins, on TPU alone: on a
+    CPU sums about any number for each channel but 0 take twice the time.
+    """
+    if not sample.centred:
+        count, zero, square = sample.moments_about(None, x, mask)
+        return zero, count, zero, square
+    about_part = functools.partial(_measure_about_part, sample, whole_rows=not differentiated)
+    until_good = functools.partial(_measure_until_good, sample)
+    operands = (x, mask, guess)
+    return choose(
+        *operands,
+        tpu=until_good,
+        cuda=about_part,
+        rocm=about_part,
+        default=lambda x, mask, guess: until_good(x, mask, None),
+    )
+
+
+def _measure_until_good(
+    sample: Sample, x: jax.Array, mask: jax.Array | None, guess: jax.Array | None
+) -> Measured:
+    """Measures about the guess or 0, and again about the mean where it was far: twice at most.
+
+    The variance is the small difference of large numbers where mean^2 is large beside it. In half
+    precision four lost bits are too few to be seen in y, so mean^2 <= 15 var is good; in float32 y is to
+    be within 2e-6, which takes mean^2 <= 3 var. The condition is written so that NaN is not good.
+
+    The loop closes over x as it came, and widens it and lays it out inside: a TPU would otherwise
+    write it out before the loop.
+    """
+    limit = 15.0 if x.dtype.itemsize < 4 else 1.0
+
+    def operands() -> tuple[jax.Array, jax.Array | None]:
+        return sample.laid_out(x), sample.laid_out(mask)
+
+    def is_bad(mean: jax.Array, var: jax.Array) -> jax.Array:
+        return ~(jnp.abs(mean) <= jnp.sqrt(limit * var))
+
+    def finite(near: jax.Array) -> jax.Array:
+        """Where the sum of finite entries was not finite, the largest entry: so constants are 0."""
+
+        def overflowed(carry: tuple[Any, ...]) -> jax.Array:
+            return (carry[0] < 1) & sample.devices.any(~jnp.isfinite(carry[1]))
+
+        def mend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            rounds, near = carry
+            # Of x less the carry, or XLA would take the maximum before the loop, always.
+            base = jnp.where(jnp.isfinite(near), near, 0)
+            largest = base + sample.max_about(base, *operands())
+            return rounds + 1, jnp.where(jnp.isfinite(near), near, largest)
+
+        return lax.while_loop(overflowed, mend, (0, near))[1]
+
+    def goes_on(carry: tuple[Any, ...]) -> jax.Array:
+        return (carry[0] < ROUNDS) & carry[1]
+
+    def again(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        rounds, _, shift, mean, var = carry
+        bad = is_bad(mean, var)
+        shift = jnp.where(bad, finite(shift + mean), shift)
+        _, new_mean, new_var = sample.moments_about(shift, *operands())
+        mean, var = jnp.where(bad, new_mean, mean), jnp.where(bad, new_var, var)
+        return rounds + 1, sample.devices.any(is_bad(mean, var)), shift, mean, var
+
+    first = None if guess is None else jnp.where(jnp.isfinite(guess), widen(guess, x), 0)
+    count, mean, var = sample.moments_about(first, *operands())
+    shift = jnp.zeros_like(mean) if first is None else first + jnp.zeros_like(mean)
+    start = 0, sample.devices.any(is_bad(mean, var)), shift, mean, var
+    _, _, shift, mean, var = lax.while_loop(goes_on, again, start)
+    return shift, count, mean, var
+
+
+def _measure_about_part(
+    sample: Sample,
+    x: jax.Array,
+    mask: jax.Array | None,
+    guess: jax.Array | None,
+    *,
+    whole_rows: bool,
+) -> Measured:
+    """Measures about the mean of a part of x, a sixteenth of it or more.
+
+    With a part p of the entries (mean - shift)^2 <= var (1 - p) / p, whatever x is, since the
+    variance between the part and the rest alone is (mean - shift)^2 p / (1 - p).
+
+    With whole rows, the mean of a norm over the last axis is that of all entries: XLA for GPU then
+    makes the forward pass one kernel that reads x once (2.0 times x's bytes; flax.linen: 3.0). With
+    the backward pass beside it that is 11 to 14 times x, and with a part 8.1 (flax.linen: 8.0).
+    """
+    x, mask = sample.laid_out(x), sample.laid_out(mask)
+    rows = sample.axes == (x.ndim - 1,)
+    # A mask may leave nothing of a part.
+    part = x if mask is not None or (rows and whole_rows) else sample.part(x)
+    count = sample.count(part, mask, widen(part).dtype)
+    if mask is None:
+        n = count * sample.devices.number()
+        # Divided before the sum, so that the sum itself is the shift: one kernel less, and one
+        # number wherever it is used. (x - total / n may be contracted to a fused multiply-add.)
+        (shift,) = sample.devices.sum(sample.sum(widen(part) * (1 / jnp.maximum(n, 1))))
+    else:
+        total, n = sample.devices.sum(sample.sum(select(mask, widen(part))), count)
+        shift = jnp.maximum(total / jnp.maximum(n, 1), jnp.finfo(n.dtype).min)
+    return shift, *sample.moments_about(shift, x, mask)
+
+
+# ---- The forward pass and the backward pass ----
+
+
+@jax.custom_jvp
+def apart_on_cpu(arrays: Any) -> Any:
+    """The arrays, which XLA for CPU takes for others than those of the forward pass.
+
+    It otherwise shares x - mean between both passes, and writes it out in float32: batch norm takes
+    1.2 and layer norm two times as long. On TPU and GPU a barrier only hides from the compiler that
+    x is one operand: RMS norm on H100 moves 9 times x's bytes with it, and 8 without.
+    """
+    return jax.tree.map(
+        lambda a: choose(a, cpu=lax.optimization_barrier, default=lambda a: a), arrays
+    )
+
+
+@apart_on_cpu.defjvp
+def _apart_on_cpu_jvp(primals: Any, tangents: Any) -> Any:
+    return apart_on_cpu(*primals), tangents[0]
+
+
+# ---- Sums along the features ----
+
+
+def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+    """w * t. Where w lies along the one axis that t leaves out, its transpose is a sum along it.
+
+    On CPU that is a matrix product: XLA fuses the arithmetic around such a sum with it, and loses
+    its vector code (a layer norm's backward pass takes two to thirty times as long).
+    """
+    summed = [a for a in range(t.ndim) if t.shape[a] != x.shape[a]]
+    if len(summed) != 1 or (w.ndim and w.shape[summed[0]] != w.size):
+        return w * t
+    (axis,) = summed
+    behind = range(axis + 1, x.ndim)
+    if (axis == 0 and behind) or any(explicit_devices(t, a) > 1 for a in behind):
+        return w * t
+    along = jnp.broadcast_to(w.reshape(-1, 1), (x.shape[axis], 1))
+
+    def product(t: jax.Array, along: jax.Array) -> jax.Array:
+        if not behind:
+            return jnp.matmul(t, along.T, precision=lax.Precision.HIGHEST)
+        rows = t.reshape(*t.shape[: axis + 1], math.prod(t.shape[a] for a in behind))
+        along = along * jnp.ones_like(rows[..., :1])
+        return jnp.matmul(along, rows, precision=lax.Precision.HIGHEST).reshape(x.shape)
+
+    def plain(t: jax.Array, along: jax.Array) -> jax.Array:
+        return along.reshape(-1, *(1 for _ in behind)) * t
+
+    return choose(t, along, cpu=product, default=plain)

@@ -1,0 +1,133 @@
+"""The entries of x that share one mean, and their sums."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm._devices import HERE, Devices, explicit_devices
+from jaxnorm.variables import statistics_dtype
+
+Array = TypeVar("Array", jax.Array, jax.Array | None)
+
+
+def widen(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """x in the dtype of the arithmetic: float32, or the widest of x and the others."""
+    return x.astype(statistics_dtype(x.dtype, *(other.dtype for other in others)))
+
+
+def select(mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """x where the mask is True, and 0 elsewhere, even where x is NaN or Inf."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The entries that share one mean: the reduced axes of x, and the devices that hold the rest.
+
+    Attributes:
+      axes: the reduced axes, not negative.
+      groups: the axis along which neighbours belong together, and the number of groups; the axis
+        is not reduced: each of its entries gets the sum of its group.
+      split: an axis of x, and the number of groups that it is split into before anything is
+        summed: it becomes two axes, and `axes` counts both. `measure` takes x as it came.
+      centred: whether the mean is subtracted; otherwise it counts as 0, and var is E[x^2].
+      devices: the devices over which the sample is spread.
+    """
+
+    axes: tuple[int, ...]
+    groups: tuple[int, int] | None = None
+    split: tuple[int, int] | None = None
+    centred: bool = True
+    devices: Devices = HERE
+
+    def laid_out(self, a: Array) -> Array:
+        """An array of the rank of x, or None, with the split axis as two."""
+        if a is None or self.split is None:
+            return a
+        axis, number = self.split
+        parts = (1, 1) if a.shape[axis] == 1 else (number, a.shape[axis] // number)
+        return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Sums over this device's entries; the reduced axes stay, with size 1."""
+        return self.join(jnp.sum(x, self.axes, keepdims=True))
+
+    def join(self, sums: jax.Array, how: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
+        """The sums of the groups, each given to all of its members.
+
+        They are joined after the sum over x, since a sum over a short part of an axis is slow: so a
+        small group costs no more than a large one, forward and, in the transpose, backward.
+        """
+        if self.groups is None:
+            return sums
+        axis, _ = self.groups
+        split = Sample((), split=self.groups).laid_out(sums)
+        joined = how(split, axis + 1, keepdims=True)
+        return jnp.broadcast_to(joined, split.shape).reshape(sums.shape)
+
+    def count(self, x: jax.Array, mask: jax.Array | None, dtype: Any) -> jax.Array:
+        """The number of this device's entries, in the shape of their sum."""
+        shape = tuple(1 if a in self.axes else n for a, n in enumerate(x.shape))
+        if mask is None:
+            count = jnp.asarray(math.prod(x.shape[a] for a in self.axes), dtype)
+        else:  # the mask in its own shape: an axis that it broadcasts along multiplies
+            repeats = math.prod(x.shape[a] for a in self.axes if mask.shape[a] == 1)
+            kept = tuple(a for a in self.axes if mask.shape[a] != 1)
+            count = jnp.sum(mask, kept, dtype, keepdims=True) * jnp.asarray(repeats, dtype)
+        return self.join(jnp.broadcast_to(count, shape))
+
+    def moments_about(
+        self,
+        shift: jax.Array | None,
+        x: jax.Array,
+        mask: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The count, the mean and the biased variance of x - shift, over all devices.
+
+        One collective, or none where the sample is on one device.
+        """
+        wide = widen(x)
+        d = select(mask, wide if shift is None else wide - shift)
+        count = self.count(x, mask, d.dtype)
+        total = self.sum(d) if self.centred else jnp.zeros_like(count)
+        squares = self.sum(d * d)
+        if mask is None:
+            count = count * self.devices.number()
+            total, squares = self.devices.sum(total, squares)
+        else:
+            count, total, squares = self.devices.sum(count, total, squares)
+        n = jnp.maximum(count, 1)
+        mean = total / n
+        return count, mean, jnp.maximum(squares / n - mean * mean, 0)
+
+    def max_about(self, shift: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """The largest x - shift of each sample, over all devices."""
+        d = widen(x) - shift
+        d = d if mask is None else jnp.where(mask, d, jnp.full((), -jnp.inf, d.dtype))
+        largest = self.join(jnp.max(d, self.axes, keepdims=True, initial=-jnp.inf), jnp.max)
+        return self.devices.max(largest)[0]
+
+    def part(self, x: jax.Array) -> jax.Array:
+        """A part of each sample, a sixteenth of it or more.
+
+        It is every sixteenth entry along an inner axis; along the first axis, which may be spread
+        over devices, only where no other is reduced but the last; and of the last, whose entries
+        are read together, the first ones. All of x where an axis is known to be spread, or its size
+        is not known (jax.export).
+        """
+        axes = [
+            a for a in self.axes if isinstance(x.shape[a], int) and explicit_devices(x, a) == 1
+        ]
+        last = x.ndim - 1
+        inner = [a for a in axes if 0 < a < last] or [a for a in axes if a < last] or axes
+        if not inner:
+            return x
+        axis = max(inner, key=lambda a: x.shape[a])
+        size = x.shape[axis]
+        if axis == last:
+            return jax.lax.slice_in_dim(x, 0, -(-size // 16), axis=axis)
+        return jax.lax.slice_in_dim(x, 0, None, min(max(size, 1), 16), axis)
