@@ -9,10 +9,11 @@ VENV_DOCS ?= .venv-docs
 # Whether `make docs` runs the notebooks.
 EXECUTE ?= true
 
-.PHONY: help demo test test-onnx lint notebooks docs package bench bench-full
+.PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
-	@echo "make test   run the whole test suite"
+	@echo "make test   run the tests, but for the slow ones, and the notebooks"
+	@echo "make test-slow   run the slow tests"
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make lint   check format, style and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
@@ -25,8 +26,11 @@ demo: $(VENV)/with-examples
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: $(VENV)/with-test
-	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest -m "not slow" --numprocesses auto
 	$(BIN)/pytest --nbmake $(filter-out %/from_pytorch.ipynb, $(NOTEBOOKS)) --numprocesses auto
+
+test-slow: $(VENV)/with-test
+	$(BIN)/pytest -m slow --numprocesses auto
 
 notebooks: $(VENV)/with-test
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py

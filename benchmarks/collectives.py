@@ -1,28 +1,38 @@
-"""What does a spread batch cost? Counts the collectives of compiled programs, and their bytes.
+"""Counts the collectives of norms whose batch is spread over devices, and their bytes.
 
     python benchmarks/collectives.py
 
-prints the tables of docs/distributed.md: first as read from programs compiled for 2, 4 and 8
-devices (forced host devices: nothing else is needed), then by the formulas that the first table
-is checked against, for more.
+prints the first two tables of docs/distributed.md: as read from programs compiled for 2, 4 and 8
+devices (forced host devices: nothing else is needed), and by the formulas that the first table
+is checked against, for more devices. In an environment with libtpu
+
+    python benchmarks/collectives.py --pod v5e:16x16
+
+prints the third: the training step of a small ResNet, compiled for a TPU topology. What a loop that
+measures again would send is counted apart, since it mostly runs no round.
 """
 
 import collections
 import functools
-import math
 import os
-import re
+import sys
+from typing import Any
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import compilers  # isort: skip  # before anything else uses JAX
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from count import Computation, nbytes, parse
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from libraries import LIBRARIES
+from models import Net, resnet50, training_step
 
 import jaxnorm
+from jaxnorm import _platforms
 
 # (layers, channels, devices): each of the three grows alone.
 MEASURED = [(1, 64, 2), (1, 64, 4), (1, 64, 8), (1, 256, 8), (3, 64, 8)]
@@ -30,13 +40,13 @@ LAYERS, CHANNELS, ON_PAPER = 50, 256, (8, 64, 512)
 
 # How well the machine code is optimized does not change the collectives.
 QUICK = {"xla_backend_optimization_level": 0}
-ALL_REDUCE = re.compile(r"= (.*?) all-reduce(?:-start)?\(")
-OTHERS = re.compile(r" (?:all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+GPU = ", on GPU"  # behind the name of a kind
 
 
 def programs(kind, layers, channels, devices):
     """Forward, and a step of SGD, through a stack of norms; the batch lies on the devices."""
-    by_name = kind != "batch norm, jit"
+    by_name = "axis_name" in kind
     norm = jaxnorm.batch_norm if kind.startswith("batch") else jaxnorm.instance_norm
     norm = functools.partial(norm, axis_name="d" if by_name else None)
 
@@ -70,44 +80,53 @@ def programs(kind, layers, channels, devices):
     )
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("d"))
     args = jax.device_put(args, (whole, whole, split))
-    return [jax.jit(f).lower(*args).compile(QUICK).as_text() for f in both]
+    with _platforms.formulated_for("cuda" if kind.endswith(GPU) else "cpu"):
+        return [jax.jit(f).lower(*args).compile(QUICK).as_text() for f in both]
 
 
-def payloads(text):
-    """How many bytes each device puts into each all-reduce of the program, in rising order."""
-    assert not OTHERS.search(text), "a collective other than an all-reduce"
-    sizes = []
-    for shapes in ALL_REDUCE.findall(text):
-        arrays = re.findall(r"f32\[([\d,]*)\]", shapes)
-        assert len(arrays) == shapes.count("["), "an array other than float32"
-        sizes.append(sum(4 * math.prod(int(n) for n in a.split(",") if n) for a in arrays))
-    return sorted(sizes)
+def payloads(text: str) -> list[int]:
+    """The bytes that each device puts into each all-reduce of the program, in rising order."""
+    computations, entry = parse(text)
+    found = sent(computations[entry])
+    assert {op for op, _ in found} <= {"all-reduce"}, "a collective other than an all-reduce"
+    return sorted(size for _, size in found)
+
+
+def sent(computation: Computation) -> list[tuple[str, int]]:
+    """The kind and the bytes of each collective of a computation, its loops left out."""
+    ops = ((i, i.op.removesuffix("-start")) for i in computation.values())
+    return [
+        (op, sum(nbytes(computation[name].type) for name in i.operands))
+        for i, op in ops
+        if op in COLLECTIVES
+    ]
 
 
 # ---- The formulas: the bytes of each all-reduce, forward and in a step ----
 
 
-def batch_norm_by_name(layers, channels, devices):
-    """Forward, a table with four statistics from each device; backward, two sums."""
-    table, sums = 4 * 4 * channels * devices, 4 * 2 * channels
-    return [table] * layers, [table, sums] * layers
+def batch_norm(layers, channels, devices):
+    """Forward the sums of x - shift and of its square, and backward two sums."""
+    sums = 4 * 2 * channels
+    return [sums] * layers, [sums] * 2 * layers
 
 
-def batch_norm_under_jit(layers, channels, devices):
-    """Forward, one sum and then two more; backward, two sums."""
-    one, two = 4 * channels, 4 * 2 * channels
-    return [one, two] * layers, [one, two, two] * layers
+def batch_norm_on_gpu(layers, channels, devices):
+    """The same, and before them the shift, which is made of a part of x."""
+    sums, shift = 4 * 2 * channels, 4 * channels
+    return [shift, sums] * layers, [shift, sums, sums] * layers
 
 
-def instance_norm_by_name(layers, channels, devices):
+def instance_norm(layers, channels, devices):
     """Three sums for the state; backward, the two for scale and bias, in the same all-reduce."""
     return [4 * 3 * channels * layers], [4 * (3 + 2) * channels * layers]
 
 
 KINDS = {
-    "batch norm, axis_name": batch_norm_by_name,
-    "batch norm, jit": batch_norm_under_jit,
-    "instance norm, axis_name": instance_norm_by_name,
+    "batch norm, axis_name": batch_norm,
+    "batch norm, jit": batch_norm,
+    f"batch norm, axis_name{GPU}": batch_norm_on_gpu,
+    "instance norm, axis_name": instance_norm,
 }
 
 # ---- The tables ----
@@ -133,8 +152,57 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
+def pod(topology: str) -> list[list[Any]]:
+    """A ResNet's training step on every device of a topology, with and without its batch norms."""
+    mesh = Mesh(compilers.devices("TPU v5e", topology), ("d",))
+    data = (
+        jax.ShapeDtypeStruct((16 * mesh.size, 64, 64, 3), jnp.bfloat16),
+        jax.ShapeDtypeStruct((16 * mesh.size,), jnp.int32),
+    )
+    LIBRARIES["by name"] = make_by_name
+    rows = []
+    ways = {"none": "no norm, jit", "jaxnorm": "jit", "by name": "shard_map and axis_name"}
+    for library, way in ways.items():
+        net = Net(library, "batch")
+        jax.eval_shape(lambda x, labels, net=net: resnet50(net, x, labels, 1), *data)
+        params, state = net.variables()
+
+        def loss(params, state, x, labels, library=library):
+            net = Net(library, "batch", (params, state))
+            value = resnet50(net, x, labels, 1)
+            value = jax.lax.pmean(value, "d") if library == "by name" else value
+            return value, net.new_states
+
+        step = training_step(loss)
+        if library == "by name":
+            specs = (P(), P(), P("d"), P("d"))
+            step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
+        whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("d"))
+        jitted = jax.jit(step, in_shardings=(whole, whole, split, split), out_shardings=whole)
+        computations, entry = parse(jitted.lower(params, state, *data).compile().as_text())
+        found = [size for _, size in sent(computations[entry])]
+        rows.append([way, mesh.size, len(found), f"{sum(found):,}", net.number_of_norms()])
+    return rows
+
+
+def make_by_name(norm: str, shape: tuple[int, ...], layout: str) -> Any:
+    """jaxnorm's batch norm over the devices of a mapped axis."""
+    params, state, _ = LIBRARIES["jaxnorm"](norm, shape, layout)
+    return params, state, lambda p, s, x, training: jaxnorm.batch_norm(x, p, s, axis_name="d")
+
+
 def main():
-    """Prints both tables."""
+    """Prints both tables, or the one of a TPU topology."""
+    if sys.argv[1:2] == ["--pod"]:
+        head = [
+            "the batch is spread by",
+            "batch norms",
+            "collectives",
+            "bytes",
+            "of these, gradients",
+        ]
+        print(table(head, pod(sys.argv[2])))
+        return
     rows = []
     for kind in KINDS:
         for case in MEASURED:

@@ -1,6 +1,7 @@
 """Compiles programs for TPUs and NVIDIA GPUs on a machine that has neither.
 
-The environment needs `libtpu` for a TPU, or JAX's CUDA plugin for a GPU; `make` builds one for each.
+The environment needs `libtpu` for a TPU, or JAX's CUDA plugin for a GPU; `make` builds one for
+each.
 Import this module before anything else uses JAX: it sets the variables that the compilers read.
 """
 

@@ -1,13 +1,14 @@
 """Counts what a compiled program does, from its text: cycles, bytes and kernels.
 
-The cost of a program is that of the instructions of its ENTRY computation, plus that of the body of
-every loop that is called from it, times the number of its rounds. A loop whose number of rounds is not
-known when the program is compiled counts no round; the cost with one round is reported beside it.
+The cost of a program is that of the instructions of its ENTRY computation, plus that of the body
+of every loop that is called from it, times the number of its rounds. A loop whose number of rounds
+is not known when the program is compiled counts no round; the cost with one round is reported
+beside it.
 
-- Cycles are the sum of XLA's `estimated_cycles`, which its TPU compiler gives to the instructions of
-  the vector and matrix units. Copies that run beside them and what is done with single numbers have
-  no estimate and count nothing; any other instruction without one, such as a custom call, makes the
-  sum None.
+- Cycles are the sum of XLA's `estimated_cycles`, which its TPU compiler gives to the instructions
+  of the vector and matrix units. Copies that run beside them and what is done with single numbers
+  have no estimate and count nothing; any other instruction without one, such as a custom call,
+  makes the sum None.
 - Bytes are those of the operands and results of the instructions. An operand that is read through a
   slice counts as the slice; one that is updated in place counts as the update.
 - Kernels are the instructions that take time.
@@ -27,7 +28,13 @@ FREE = {
 # The second half of an asynchronous instruction; the first half has the operands and the result.
 ENDS = re.compile(r".*-(done|update)$")
 # Calls that hand out memory, or say something to the compiler, and compute nothing.
-EMPTY_CALLS = {"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
+EMPTY_CALLS = {
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "Sharding",
+    "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+}
 SLICES = {"slice", "dynamic-slice"}
 NUMBER = 8  # bytes of a single number, at most
 
@@ -41,6 +48,7 @@ class Cost:
     kernels: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
+        """The cost of one after the other."""
         known = self.cycles is not None and other.cycles is not None
         return Cost(
             self.cycles + other.cycles if known else None,  # type: ignore[operator]
@@ -49,6 +57,7 @@ class Cost:
         )
 
     def __mul__(self, times: int) -> "Cost":
+        """The cost of so many times the same."""
         cycles = None if self.cycles is None else self.cycles * times
         return Cost(cycles, self.bytes * times, self.kernels * times)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,36 +33,28 @@ class Devices:
         """For each x, of one shape, its sum over the devices, all in one collective."""
         if self.axis_name is None:
             return xs
-        return tuple(self._reduce(jnp.stack(xs), lax.psum, 0))
+        return tuple(self._psum(jnp.stack(xs)))
 
-    def max(self, *xs: jax.Array) -> Sequence[jax.Array]:
-        """For each x, of one shape, the largest over the devices, all in one collective."""
-        if self.axis_name is None:
-            return xs
-        return tuple(self._reduce(jnp.stack(xs), lax.pmax, -jnp.inf))
+    def most(self, numbers: jax.Array) -> jax.Array:
+        """The largest of each number on all devices of the axis, whatever their group.
 
-    def any(self, flags: jax.Array) -> jax.Array:
-        """Whether any flag is True on any device of the axis, whatever its group.
-
-        The flags are alike on the devices of a group, so without groups nothing is asked.
+        The numbers are alike on the devices of a group, so without groups nothing is asked.
         """
-        if self.groups is None:
-            return jnp.any(flags)
-        return lax.pmax(jnp.any(flags).astype(jnp.int32), self.axis_name) > 0
+        return numbers if self.groups is None else lax.pmax(numbers, self.axis_name)
 
-    def _reduce(self, x: jax.Array, collective: Callable[..., jax.Array], empty: float) -> jax.Array:
-        """One collective over the devices of this group.
+    def _psum(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices of this group.
 
         With groups it is of a table with one row a group, into which each device puts its x: psum
         refuses groups under shard_map and vmap.
         """
         if self.groups is None:
-            return collective(x, self.axis_name)
+            return lax.psum(x, self.axis_name)
         size, k = lax.axis_size(self.axis_name), lax.axis_index(self.axis_name)
         group_of = {i: g for g, group in enumerate(self.groups) for i in group}
         group = jnp.asarray([group_of[i] for i in range(size)])[k]
-        table = jnp.full((len(self.groups), *x.shape), empty, x.dtype).at[group].set(x)
-        return collective(table, self.axis_name)[group]
+        table = jnp.zeros((len(self.groups), *x.shape), x.dtype).at[group].set(x)
+        return lax.psum(table, self.axis_name)[group]
 
 
 HERE = Devices()

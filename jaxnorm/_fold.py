@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import _checks
-from jaxnorm._sample import widen
 from jaxnorm._normalize import affine, rstd
+from jaxnorm._sample import widen
 from jaxnorm.variables import Affine, BatchStats
 
 

@@ -61,10 +61,10 @@ def moments(
     .. math::
         d = x - s, \quad e = E[d], \quad mean = s + e, \quad var = E[d^2] - e^2
 
-    The shift s is the mean of a sixteenth of x or more, spread over x. So e^2 is at most 15 var,
-    whatever x holds, and the difference loses four bits at most: as accurate for temperatures in
-    kelvin, or at an offset of 1e6, as for data around zero, and exactly 0 for constants.
-    Differentiable to any order.
+    The shift s is near the mean: on GPU it is the mean of a part of x, and elsewhere x is measured
+    about 0 and again about its mean where that was large beside the standard deviation. So the
+    difference loses few bits: as accurate for temperatures in kelvin, or at an offset of 1e6, as
+    for data around zero, and exactly 0 for constants. Differentiable to any order.
 
     Args:
       x: the data, of any shape and any float dtype.
@@ -114,9 +114,9 @@ def measure(
 ) -> tuple[jax.Array, Moments]:
     """Measures a sample: a shift near its mean, and the moments of x - shift.
 
-    A guess at the mean, such as the running mean, may save a second look; the result does not
-    depend on it but for rounding. The mean is shift + moments.mean, kept as a pair: rounded to one number it would lose the
-    digits of y wherever the mean is large beside the standard deviation.
+    A guess of the mean, such as the running mean, can save a second pass; the result depends on it
+    by rounding alone. The mean is shift + moments.mean, kept as a pair: rounded to one number it
+    would lose the digits of y wherever the mean is large beside the standard deviation.
     """
     return _measure(sample, False, x, mask, guess)
 
@@ -243,8 +243,6 @@ def pool_devices(devices: Devices, shift: jax.Array, moments: Moments) -> tuple[
     n = jnp.maximum(count, 1)
     common = total / n
     mean = (shift - common) + moments.mean
-    total, squares = devices.sum(
-        moments.count * mean, moments.count * (moments.var + mean * mean)
-    )
+    total, squares = devices.sum(moments.count * mean, moments.count * (moments.var + mean * mean))
     mean = total / n
     return common, Moments(count, mean, jnp.maximum(squares / n - mean * mean, 0))

@@ -10,9 +10,9 @@ from jax import lax
 from jaxnorm import _checks
 from jaxnorm._devices import HERE, explicit_devices
 from jaxnorm._moments import Moments, about_zero, measure
-from jaxnorm._sample import Sample, widen
 from jaxnorm._normalize import normalize, renormalize
 from jaxnorm._running import advance
+from jaxnorm._sample import Sample, widen
 
 # Traced, differentiated and lowered once for all layers of one shape.
 _measure = jax.jit(measure, static_argnums=0)

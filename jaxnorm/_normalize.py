@@ -67,7 +67,7 @@ def _normalize_jvp(dtype, primals, tangents):
     shape, and the transpose is the textbook rule. The shift is a constant, as in `moments_dot`.
     """
     x, scale, _, epsilon, mask, *_ = primals
-    given = x, *primals[-2:]
+    measured = primals[-2:]
     y = normalize(dtype, *primals)
     x_dot, scale_dot, bias_dot, epsilon_dot, _, _, moments_dot = tangents
     moving = x_dot, scale_dot, bias_dot, epsilon_dot, moments_dot.mean, moments_dot.var
@@ -76,14 +76,16 @@ def _normalize_jvp(dtype, primals, tangents):
     # itself, in x's dtype, and the two passes do not share it.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def linear(x_dot, scale_dot, bias_dot, epsilon_dot, mean_dot, var_dot):
-        x, shift, moments = _platforms.apart_on_cpu(given)
+        shift, moments = _platforms.apart_on_cpu(measured)
         r = rstd(moments.var, epsilon)
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
         wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
         a = _combine((one, scale_dot), (one, _along(w, wide_dot, x)))
         b = _combine((one, bias_dot), (one, _along(w, _combine((-r, mean_dot)), x)))
-        x_hat = standardize(x, mask, shift, moments, epsilon)
+        x_hat = one  # of no use where neither scale nor variance moves: x need not be kept
+        if a is not None:
+            x_hat = standardize(_platforms.apart_on_cpu(x), mask, shift, moments, epsilon)
         y_dot = _combine((w * r, x_dot), (x_hat, a), (one, b))
         y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the shift moves
         return jnp.broadcast_to(y_dot.astype(dtype), y.shape)

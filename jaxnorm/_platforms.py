@@ -1,8 +1,8 @@
 """What is formulated differently for each platform, and the measurements that say why.
 
-The figures are those of XLA's compilers, as `make bench-accelerators` gives them for one TPU v5e and one
-NVIDIA H100, and for CPU times on one core. The mathematics is the same everywhere; each function
-here says what differs. On a platform that is not named, the default is used.
+The figures are estimates of XLA's compilers for one TPU v5e and one NVIDIA H100, as
+`make bench-accelerators` gives them, and times on one core for CPU. The mathematics is the same
+everywhere; each function says what differs. A platform that is not named uses the default.
 """
 
 import contextlib
@@ -64,11 +64,10 @@ def shifted_moments(
 
     On a GPU the shift is made of a part of x. Elsewhere it is known before x is, and x is measured
     again where that was not good: a shift that is made of x costs a pass over x that no compiler
-    can hide, where the sums about a known shift are taken while x is written. On a TPU, one training
-    step of a small ResNet takes 33 million cycles with the shift made of a part, and 27 with the
-    loop (flax.linen: 27). On a GPU a loop asks the host for each layer whether it goes on, and
-    convolutions are calls of a library, so that nothing is summed while x is written; the part
-    costs 1 % of a step's bytes.
+    can hide, where the sums about a known shift are taken while x is written. On a TPU, one
+    training step of a small ResNet takes 33 million cycles with the shift made of a part, and 27
+    with the loop (flax.linen: 27). On a GPU a loop asks the host for each layer whether it goes
+    on, and convolutions are calls of a library, so that nothing is summed while x is written.
 
     The guess, such as the running mean, is where the first measurement begins, on TPU alone: on a
     CPU sums about any number for each channel but 0 take twice the time.
@@ -94,11 +93,13 @@ def _measure_until_good(
     """Measures about the guess or 0, and again about the mean where it was far: twice at most.
 
     The variance is the small difference of large numbers where mean^2 is large beside it. In half
-    precision four lost bits are too few to be seen in y, so mean^2 <= 15 var is good; in float32 y is to
-    be within 2e-6, which takes mean^2 <= 3 var. The condition is written so that NaN is not good.
+    precision the four bits that mean^2 <= 15 var may cost are not seen in y. In float32 y is to be
+    within 2e-6 at every offset: with mean^2 <= var it is within 1.4e-6, with 3 var within 3.8e-6
+    and with 15 var within 1e-5. The condition is written so that NaN is not good.
 
     The loop closes over x as it came, and widens it and lays it out inside: a TPU would otherwise
-    write it out before the loop.
+    write it out before the loop. Each sample counts its rounds that are left, since JAX 0.10.2
+    cannot vmap a loop that carries a single number over an axis that is sharded explicitly.
     """
     limit = 15.0 if x.dtype.itemsize < 4 else 1.0
 
@@ -106,39 +107,31 @@ def _measure_until_good(
         return sample.laid_out(x), sample.laid_out(mask)
 
     def is_bad(mean: jax.Array, var: jax.Array) -> jax.Array:
-        return ~(jnp.abs(mean) <= jnp.sqrt(limit * var))
+        return ~((jnp.abs(mean) <= jnp.sqrt(limit * var)) & (var < jnp.inf))
 
-    def finite(near: jax.Array) -> jax.Array:
-        """Where the sum of finite entries was not finite, the largest entry: so constants are 0."""
+    def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.any(carry[0] > 0)
 
-        def overflowed(carry: tuple[Any, ...]) -> jax.Array:
-            return (carry[0] < 1) & sample.devices.any(~jnp.isfinite(carry[1]))
-
-        def mend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            rounds, near = carry
-            # Of x less the carry, or XLA would take the maximum before the loop, always.
-            base = jnp.where(jnp.isfinite(near), near, 0)
-            largest = base + sample.max_about(base, *operands())
-            return rounds + 1, jnp.where(jnp.isfinite(near), near, largest)
-
-        return lax.while_loop(overflowed, mend, (0, near))[1]
-
-    def goes_on(carry: tuple[Any, ...]) -> jax.Array:
-        return (carry[0] < ROUNDS) & carry[1]
-
-    def again(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        rounds, _, shift, mean, var = carry
+    def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        rounds, shift, mean, var = carry
         bad = is_bad(mean, var)
-        shift = jnp.where(bad, finite(shift + mean), shift)
-        _, new_mean, new_var = sample.moments_about(shift, *operands())
+        # Where the sum of finite entries overflowed, the first round sums them in another unit.
+        near = shift + mean
+        finite = jnp.isfinite(near)
+        shift = jnp.where(bad & finite, near, shift)
+        unit = jnp.where(finite, 1, 1 / jnp.maximum(count, 1))
+        _, new_mean, new_var = sample.moments_about(shift, *operands(), unit)
         mean, var = jnp.where(bad, new_mean, mean), jnp.where(bad, new_var, var)
-        return rounds + 1, sample.devices.any(is_bad(mean, var)), shift, mean, var
+        rounds = sample.devices.most(jnp.where(is_bad(mean, var), rounds - 1, 0))
+        return rounds, shift, mean, var
 
-    first = None if guess is None else jnp.where(jnp.isfinite(guess), widen(guess, x), 0)
-    count, mean, var = sample.moments_about(first, *operands())
-    shift = jnp.zeros_like(mean) if first is None else first + jnp.zeros_like(mean)
-    start = 0, sample.devices.any(is_bad(mean, var)), shift, mean, var
-    _, _, shift, mean, var = lax.while_loop(goes_on, again, start)
+    if guess is not None:
+        guess = guess.astype(widen(x).dtype)
+        guess = jnp.where(jnp.isfinite(guess), guess, 0)
+    count, mean, var = sample.moments_about(guess, *operands())
+    shift = jnp.zeros_like(mean) if guess is None else guess + jnp.zeros_like(mean)
+    rounds = sample.devices.most(jnp.where(is_bad(mean, var), ROUNDS, 0))
+    _, shift, mean, var = lax.while_loop(goes_on, again, (rounds, shift, mean, var))
     return shift, count, mean, var
 
 
@@ -186,9 +179,9 @@ def apart_on_cpu(arrays: Any) -> Any:
     1.2 and layer norm two times as long. On TPU and GPU a barrier only hides from the compiler that
     x is one operand: RMS norm on H100 moves 9 times x's bytes with it, and 8 without.
     """
-    return jax.tree.map(
-        lambda a: choose(a, cpu=lax.optimization_barrier, default=lambda a: a), arrays
-    )
+    # One barrier for each array: a common one would make all vary over the same mapped axes.
+    barriers = functools.partial(jax.tree.map, lax.optimization_barrier)
+    return choose(arrays, cpu=barriers, default=lambda arrays: arrays)
 
 
 @apart_on_cpu.defjvp

@@ -85,15 +85,18 @@ class Sample:
         shift: jax.Array | None,
         x: jax.Array,
         mask: jax.Array | None,
+        unit: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The count, the mean and the biased variance of x - shift, over all devices.
 
-        One collective, or none where the sample is on one device.
+        One collective, or none where the sample is on one device. What is summed for the mean can
+        be multiplied by a unit first, so that a sum of finite entries does not overflow.
         """
         wide = widen(x)
         d = select(mask, wide if shift is None else wide - shift)
         count = self.count(x, mask, d.dtype)
-        total = self.sum(d) if self.centred else jnp.zeros_like(count)
+        scaled = d if unit is None else d * unit
+        total = self.sum(scaled) if self.centred else jnp.zeros_like(count)
         squares = self.sum(d * d)
         if mask is None:
             count = count * self.devices.number()
@@ -101,15 +104,12 @@ class Sample:
         else:
             count, total, squares = self.devices.sum(count, total, squares)
         n = jnp.maximum(count, 1)
-        mean = total / n
-        return count, mean, jnp.maximum(squares / n - mean * mean, 0)
-
-    def max_about(self, shift: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """The largest x - shift of each sample, over all devices."""
-        d = widen(x) - shift
-        d = d if mask is None else jnp.where(mask, d, jnp.full((), -jnp.inf, d.dtype))
-        largest = self.join(jnp.max(d, self.axes, keepdims=True, initial=-jnp.inf), jnp.max)
-        return self.devices.max(largest)[0]
+        if not self.centred:
+            return count, total, squares / n
+        mean = total / (n if unit is None else n * unit)
+        # Where squares of finite numbers overflow, so may the mean's: Inf - Inf would be NaN.
+        var = jnp.where(squares == jnp.inf, squares, squares / n - mean * mean)
+        return count, mean, jnp.maximum(var, 0)
 
     def part(self, x: jax.Array) -> jax.Array:
         """A part of each sample, a sixteenth of it or more.
@@ -119,9 +119,7 @@ class Sample:
         are read together, the first ones. All of x where an axis is known to be spread, or its size
         is not known (jax.export).
         """
-        axes = [
-            a for a in self.axes if isinstance(x.shape[a], int) and explicit_devices(x, a) == 1
-        ]
+        axes = [a for a in self.axes if isinstance(x.shape[a], int) and explicit_devices(x, a) == 1]
         last = x.ndim - 1
         inner = [a for a in axes if 0 < a < last] or [a for a in axes if a < last] or axes
         if not inner:

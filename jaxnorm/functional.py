@@ -8,8 +8,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm import _checks
 from jaxnorm._devices import AxisName, devices
 from jaxnorm._layout import Layout
-from jaxnorm._sample import Sample
 from jaxnorm._norm import tracked_norm, untracked_norm
+from jaxnorm._sample import Sample
 from jaxnorm.variables import Affine, BatchStats
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]

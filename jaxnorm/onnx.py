@@ -29,8 +29,8 @@ from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primiti
 from jaxnorm import _checks, functional
 from jaxnorm._devices import HERE, Devices
 from jaxnorm._layout import Layout
-from jaxnorm._sample import select
 from jaxnorm._normalize import affine
+from jaxnorm._sample import select
 from jaxnorm.variables import statistics_dtype
 
 # Operator -> the opset from which on it is what is written here.

@@ -1,4 +1,4 @@
-"""What every test runs under: four host devices, and fixtures for the number formats."""
+"""What every test runs under: four devices, kept programs, and fixtures for number formats."""
 
 import os
 
@@ -8,6 +8,17 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+
+
+def pytest_configure(config):
+    """Keep what is compiled, for the other workers and the next run.
+
+    Compiling takes most of the time. `pytest --cache-clear` removes what is kept, and
+    JAX_COMPILATION_CACHE_DIR names another folder for it.
+    """
+    if jax.config.jax_compilation_cache_dir is None and hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture
@@ -26,6 +37,6 @@ def strict():
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget():
-    """What a file has compiled is of no use to the next, and stays in memory."""
+    """What a file has compiled is of little use to the next, and stays in memory."""
     yield
     jax.clear_caches()

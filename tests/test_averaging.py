@@ -22,6 +22,7 @@ def averaging():
         sys.path.remove(str(EXAMPLES))
 
 
+@pytest.mark.slow
 def test_recalibration_repairs_averaged_weights(averaging, capsys):
     averaging.main(["--seeds", "1"])
     output = capsys.readouterr().out

@@ -417,6 +417,7 @@ def kill_while_saving(folder):
         child.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_to_the_state_of_an_undisturbed_run(tmp_path):
     with start(tmp_path / "undisturbed") as undisturbed:
         for attempt in range(5):  # again where the machine was too busy to see a save in its middle

@@ -173,7 +173,13 @@ def test_a_step_moves_params_and_batch_stats(batch, name):
     assert [int(count) for count in counts] == [1, 1]
 
 
-@pytest.mark.parametrize("name", digits.NORMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "BatchNorm" else pytest.mark.slow)
+        for name in digits.NORMS
+    ],
+)
 def test_twenty_steps_lower_the_loss(batch, name):
     state = state_of(name, batch)
     losses = []
@@ -202,6 +208,7 @@ def test_instance_statistics_see_no_contrast(batch):
     np.testing.assert_array_equal(plain, changed)
 
 
+@pytest.mark.slow
 def test_main_prints_four_rows_and_writes_both_pictures(tmp_path, capsys):
     digits.main(["--epochs", "1", "--out", str(tmp_path / "new")])
     out = capsys.readouterr().out

@@ -8,6 +8,8 @@ import pytest
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 # tests_onnx runs that page, where jax2onnx is.
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if page.name != "onnx.md"]
+# `make test` runs what a first reader copies.
+FIRST_PAGES = ("index.md", "training.md", "masks.md", "dtypes.md", "watching.md")
 BLOCKS = [
     (page.name, heading, code)
     for page in PAGES
@@ -23,7 +25,15 @@ def test_every_block_is_under_a_heading_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("page", "heading", "code"), BLOCKS, ids=[": ".join(b[:2]) for b in BLOCKS]
+    ("page", "heading", "code"),
+    [
+        pytest.param(
+            *block,
+            id=": ".join(block[:2]),
+            marks=() if block[0] in FIRST_PAGES else pytest.mark.slow,
+        )
+        for block in BLOCKS
+    ],
 )
 def test_the_code_of_the_page_runs(page, heading, code):
     assert "assert " in code  # it shows what comes out

@@ -29,6 +29,7 @@ NETWORKS = [  # what differs between the faces, and the rest once
     ("linen", "Transformer", "RMSNorm"),
     ("nnx", "Transformer", "RMSNorm"),
 ]
+TRAINED_FAST = [("linen", "ResNet18", "BatchNorm"), ("nnx", "Transformer", "LayerNorm")]
 NAMES = ["BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
 each_face = pytest.mark.parametrize("face", FACES)
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -154,7 +155,13 @@ SHAPES = {"linen": linen_shapes, "nnx": nnx_shapes}
 TRAIN = {"linen": train_linen, "nnx": train_nnx}
 
 
-@pytest.mark.parametrize(("face", "network", "kind"), NETWORKS)
+@pytest.mark.parametrize(
+    ("face", "network", "kind"),
+    [
+        pytest.param(*network, marks=() if network in TRAINED_FAST else pytest.mark.slow)
+        for network in NETWORKS
+    ],
+)
 def test_a_model_trains_the_same_after_changing_the_import(x64, face, network, kind):
     theirs, ours = (TRAIN[face](norms, network, kind) for norms in FACES[face])
     first, losses, last, evaluate = ours

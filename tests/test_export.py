@@ -83,4 +83,6 @@ def test_a_model_leaves_with_symbolic_sizes_and_comes_back_elsewhere(face, tmp_p
     subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True)
     for k, x in enumerate(xs):
         # The same program but for the sizes, which are known here: other fusions, other rounding.
-        np.testing.assert_allclose(np.load(tmp_path / f"y{k}.npy"), model(x), rtol=1e-4, atol=2e-5)
+        # In a channel that relu leaves constant, a rounding of 1e-7 is divided by sqrt(epsilon),
+        # which is 1e-3.
+        np.testing.assert_allclose(np.load(tmp_path / f"y{k}.npy"), model(x), rtol=1e-4, atol=5e-4)

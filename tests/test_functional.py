@@ -284,7 +284,14 @@ def test_a_poisoned_channel_has_nan_in_y_and_its_state_alone_is_kept(norm):
 
 @both
 @pytest.mark.parametrize(
-    "case", ["batch", "masked", "running", "frozen"], ids=lambda case: f"{case} statistics"
+    "case",
+    [
+        pytest.param("batch", marks=pytest.mark.slow),
+        pytest.param("masked", marks=pytest.mark.slow),
+        "running",
+        pytest.param("frozen", marks=pytest.mark.slow),
+    ],
+    ids=lambda case: f"{case} statistics",
 )
 def test_derivatives_of_every_order_and_mode(x64, norm, case):
     mask = jnp.asarray(RNG.random((3, 4, 2)) < 0.7).at[:, :2].set(True)

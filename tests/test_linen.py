@@ -43,7 +43,15 @@ def names(options):
     ],
     ids=names,
 )
-@pytest.mark.parametrize("axes", [-1, 1, (1, 3), (-1, 2)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        -1,
+        pytest.param(1, marks=pytest.mark.slow),
+        (1, 3),
+        pytest.param((-1, 2), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["BatchNorm", "InstanceNorm"])
 def test_flax_arguments_give_flax_parameters_state_and_outputs(name, axes, options):
     if name == "BatchNorm":

@@ -24,7 +24,8 @@ def assert_moments(found, x, axis, where=None, rtol=1e-6):
 @pytest.mark.parametrize("axis", [0, -1, (0, 2), (1, -1, 0), ()])
 def test_moments_are_numpys_over_any_axes(axis):
     x = RNG.normal(3, 2, (4, 5, 6)).astype(np.float32)
-    assert_moments(jaxnorm.moments(x, axis), x, axis)
+    # The variance is the difference of squares of up to twice its size: a few roundings of those.
+    assert_moments(jaxnorm.moments(x, axis), x, axis, rtol=2e-6)
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4, 1e5, 1e6])
@@ -97,7 +98,7 @@ def test_moments_of_float64_stay_float64(x64):
         assert leaf.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_moments_have_every_derivative(x64, masked):
     x = jnp.asarray(RNG.standard_normal((5, 3)))
     mask = jnp.asarray(RNG.random((5, 3)) < 0.6) if masked else None
@@ -180,7 +181,7 @@ def test_merging_two_samples_gives_the_moments_of_their_union(offset, cut):
     a, b = (jaxnorm.moments(part, 0) for part in (x[:cut], x[cut:]))
     merged = jaxnorm.merge_moments(a, b)
     # The means are numbers of their own here, rounded to float32: eps * offset beside spread 2.
-    rtol = 1e-6 + 2.0**-23 * offset
+    rtol = 2e-6 + 2.0**-23 * offset
     assert_moments(merged, x, 0, rtol=rtol)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol),

@@ -14,6 +14,7 @@ import pytest
 import two_processes
 
 SCRIPT = pathlib.Path(two_processes.__file__)
+pytestmark = pytest.mark.slow
 LIMIT = 120  # seconds, for processes that take about ten: none outlives a failed test
 
 

@@ -430,7 +430,14 @@ def averages_so_far(xs, axis):
     return {key: row.mean(axis=1).cumsum(axis=0) / steps for key, row in rows.items()}
 
 
-@pytest.mark.parametrize(("affine", "axis"), [(True, 1), (True, -1), (False, -1)])
+@pytest.mark.parametrize(
+    ("affine", "axis"),
+    [
+        (True, 1),
+        pytest.param(True, -1, marks=pytest.mark.slow),
+        pytest.param(False, -1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("momentum", ["untracked", 0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize(("norm", "shape"), SPACES)
 def test_fifty_steps_of_training_and_then_evaluation_are_pytorchs(

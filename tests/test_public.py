@@ -131,9 +131,9 @@ def test_nothing_is_computed_in_a_face():
         assert not re.search(r"mean\(|rsqrt|astype|jnp\.(sum|where|sqrt)", text)
 
 
-def test_every_file_says_which_question_it_answers():
+def test_every_file_says_what_it_contains():
     for path in (ROOT / "jaxnorm").rglob("*.py"):
-        assert re.match(r'"""[A-Z][^\n]*\?', path.read_text()), path.name
+        assert re.match(r'"""[A-Z][^\n]*[?.]', path.read_text()), path.name
 
 
 def test_the_readme_s_code_runs():

@@ -137,7 +137,7 @@ def test_a_virtual_batch_that_would_span_explicit_devices_is_an_error():
             jax.jit(functools.partial(jaxnorm.batch_norm, virtual_batch_size=4))(x)
 
 
-def test_axis_name_spreads_the_update_alone_in_one_collective():
+def test_axis_name_spreads_the_update_alone_in_two_small_collectives():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(x):
@@ -147,7 +147,9 @@ def test_axis_name_spreads_the_update_alone_in_one_collective():
     spread = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("d"), out_specs=(P("d"), P())))
     expected = jaxnorm.batch_norm(X, PARAMS, STATE, virtual_batch_size=2)
     chex.assert_trees_all_close(spread(X), expected, rtol=1e-6, atol=2e-6)
-    assert spread.lower(X).compile().as_text().count(" all-reduce(") == 1
+    # The sums of the means, and then of the squares about their mean: a table would be one, and
+    # grow with the number of devices.
+    assert spread.lower(X).compile().as_text().count(" all-reduce(") <= 2
     with pytest.raises(ValueError, match="but is 4 for 2 samples"):
         jax.shard_map(
             functools.partial(jaxnorm.batch_norm, virtual_batch_size=4),

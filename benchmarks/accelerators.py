@@ -1,0 +1,241 @@
+"""Measures what the compilers for TPUs and NVIDIA GPUs make of every library's norms.
+
+    python benchmarks/accelerators.py            # TPU v5e and H100; under an hour on two cores
+    python benchmarks/accelerators.py --full     # every library and target, and full depth
+    python benchmarks/accelerators.py --report   # the page and the plot anew, from the last run
+
+Nothing is run, and neither a TPU nor a GPU is needed. Each of the two compilers is asked in a
+process and an environment of its own, both at the same time. A run goes on where it was stopped.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerators_report import write_report
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = ROOT / "docs" / "benchmarks"
+PYTHONS = {
+    "TPU": os.environ.get("TPU_PYTHON", str(ROOT / ".venv-tpu/bin/python")),
+    "NVIDIA": os.environ.get("GPU_PYTHON", str(ROOT / ".venv-gpu/bin/python")),
+}
+TARGETS = ("TPU v5e", "NVIDIA H100")
+MORE_TARGETS = ("TPU v6e", "NVIDIA A100")
+LIBRARIES = ("jaxnorm", "flax.linen")
+MORE_LIBRARIES = ("flax.nnx", "dm-haiku", "equinox", "keras")
+NORMS = ("batch", "instance", "group32", "group4", "layer", "rms")
+MODES = ("forward", "forward+backward")
+# Past the 50 MB of the H100's cache: images, and tokens as rows.
+SHAPES = ((256, 28, 28, 256), (65536, 1024))
+MORE_SHAPES = ((64, 1024, 1024),)
+RESNETS = tuple(f"ResNet-50, {norm} norm" for norm in ("batch", "instance", "group"))
+TRANSFORMERS = ("GPT-2, layer norm", "Llama, RMS norm")
+SCANS = ("GPT-2 under scan, layer norm", "Llama under scan, RMS norm")
+MODULES = {
+    "ResNet-50 in Linen, batch norm": "flax.linen",
+    "ResNet-50 in NNX, batch norm": "flax.nnx",
+}
+UNROLLED = (*RESNETS, "StarGAN, instance norm", *TRANSFORMERS)
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "dm-haiku", "equinox", "keras")
+# Reasons why an answer is missing that lie in the environment, and not in the library.
+AGAIN = ("ModuleNotFoundError", "the process has ended")
+Job = dict[str, Any]
+
+
+# ---- Jobs ----
+
+
+def jobs(full: bool, targets: list[str], only: str | None) -> Iterator[Job]:
+    """Everything to compile: the steps first, and then the cells."""
+    libraries = LIBRARIES + MORE_LIBRARIES if full else LIBRARIES
+    for job in itertools.chain(
+        steps(full, libraries) if only != "cells" else (),
+        cells(full) if only != "steps" else (),
+    ):
+        chosen = job.pop("libraries", libraries)
+        for target in targets:
+            if job.get("full") and target in MORE_TARGETS:
+                continue
+            for library in chosen:
+                yield {**job, "target": target, "library": library}
+
+
+def steps(full: bool, libraries: tuple[str, ...]) -> Iterator[Job]:
+    """The training steps, with the libraries that each of them is compiled with."""
+    for model in (*UNROLLED, *SCANS):
+        yield step(model, False, (*libraries, "none"))
+    for model, twin in MODULES.items():
+        yield step(model, False, ("jaxnorm", twin, "none"))
+    for model in UNROLLED if full else ():
+        yield step(model, True, (*LIBRARIES, "none"))
+    for model, twin in MODULES.items() if full else ():
+        yield step(model, True, ("jaxnorm", twin, "none"))
+
+
+def step(model: str, full: bool, libraries: tuple[str, ...]) -> Job:
+    """A training step at one depth."""
+    return {"kind": "step", "model": model, "full": full, "libraries": libraries}
+
+
+def cells(full: bool) -> Iterator[Job]:
+    """Single norms, in training, and batch norm with running statistics in evaluation."""
+    shapes = SHAPES + MORE_SHAPES if full else SHAPES
+    for layout, norm, shape in itertools.product(("last", "first"), NORMS, shapes):
+        if len(shape) == 2 and (norm == "instance" or layout == "first"):
+            continue
+        given = (shape[0], shape[-1], *shape[1:-1]) if layout == "first" else shape
+        trainings = (True, False) if norm == "batch" else (True,)
+        for dtype, training, mode in itertools.product(("float32", "bfloat16"), trainings, MODES):
+            yield {
+                "kind": "cell",
+                "norm": norm,
+                "shape": list(given),
+                "dtype": dtype,
+                "layout": layout,
+                "mode": mode,
+                "training": training,
+            }
+
+
+# ---- Running ----
+
+
+class Worker:
+    """The process of one compiler."""
+
+    def __init__(self, compiler: str, core: int) -> None:
+        self.process = subprocess.Popen(
+            [PYTHONS[compiler], "-W", "ignore", str(HERE / "accelerators_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        os.sched_setaffinity(self.process.pid, {core})
+
+    def ask(self, job: Job) -> dict[str, Any]:
+        """What came of the job; `missing` where it could not be done."""
+        sent, received = self.process.stdin, self.process.stdout
+        assert sent is not None
+        assert received is not None
+        try:
+            sent.write(json.dumps(job) + "\n")
+            sent.flush()
+            return json.loads(received.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            return {"missing": f"the process has ended with {self.process.wait()}"}
+
+
+class Results:
+    """What came of the jobs so far, in a file that is written after each of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.all = json.loads(path.read_text()) if path.exists() else {"versions": {}, "rows": {}}
+
+    def answers(self, job: Job) -> dict[str, Any]:
+        """The answers of all libraries to a job, for its target."""
+        shared = {k: v for k, v in job.items() if k not in ("target", "library")}
+        key = json.dumps(shared)
+        row = self.all["rows"].setdefault(key, {"job": shared, "targets": {}})
+        return row["targets"].setdefault(job["target"], {})
+
+    def has(self, job: Job) -> bool:
+        """Whether an answer is there that another try would not change."""
+        answer = self.answers(job).get(job["library"])
+        return answer is not None and not answer.get("missing", "").startswith(AGAIN)
+
+    def save(self, job: Job, answer: dict[str, Any]) -> None:
+        """Adds an answer."""
+        with self.lock:
+            self.answers(job)[job["library"]] = answer
+            self.write()
+
+    def write(self) -> None:
+        """Writes the file as a whole, or not at all."""
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.all, indent=1) + "\n")
+        new.replace(self.path)
+
+
+def run(wanted: list[Job], results: Results) -> None:
+    """Asks both compilers at the same time for what is not there yet."""
+    wanted = [job for job in wanted if not results.has(job)]
+    cores = sorted(os.sched_getaffinity(0))
+    with tqdm(total=len(wanted), unit="program") as bar:
+
+        def ask(compiler: str, core: int) -> None:
+            chosen = [job for job in wanted if job["target"].startswith(compiler)]
+            worker = Worker(compiler, core) if chosen else None
+            for job in chosen:
+                if worker is None or worker.process.poll() is not None:
+                    worker = Worker(compiler, core)
+                results.save(job, worker.ask(job))
+                bar.update()
+            if worker is not None:
+                worker.process.kill()
+                worker.process.wait()
+
+        threads = [
+            threading.Thread(target=ask, args=(compiler, cores[i % len(cores)]))
+            for i, compiler in enumerate(PYTHONS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def versions() -> dict[str, str]:
+    """What was measured, in both environments."""
+    ask = (
+        "import json; from importlib import metadata as m;"
+        "print(json.dumps({d.metadata['Name'].lower(): d.version for d in m.distributions()}))"
+    )
+    found: dict[str, str] = {"python": platform.python_version()}
+    for python in PYTHONS.values():
+        if Path(python).exists():
+            answer = subprocess.run([python, "-c", ask], capture_output=True, check=True).stdout
+            installed = json.loads(answer)
+            found |= {name: installed[name] for name in PACKAGES if name in installed}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, cwd=ROOT, text=True
+    ).stdout.strip()
+    return {"jaxnorm": f"{project['version']} ({commit})".replace(" ()", ""), **found}
+
+
+def main() -> None:
+    """Parses the command line, compiles and reports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="every library, target and depth")
+    parser.add_argument("--report", action="store_true", help="compile nothing")
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier run's answers")
+    parser.add_argument("--only", choices=("cells", "steps"))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS + MORE_TARGETS)
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / ("accelerators-full.json" if options.full else "accelerators.json")
+    if options.fresh and not options.report:
+        path.unlink(missing_ok=True)
+    if not options.report:
+        results = Results(path)
+        results.all["versions"] = versions()
+        targets = options.targets or [*TARGETS, *(MORE_TARGETS if options.full else ())]
+        run(list(jobs(options.full, targets, options.only)), results)
+    print(write_report(path))
+
+
+if __name__ == "__main__":
+    main()

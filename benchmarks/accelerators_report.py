@@ -1,0 +1,295 @@
+"""Writes the page and the plot of what the compilers for TPUs and NVIDIA GPUs make of the norms."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.patches
+from report import COLORS
+
+DASH = "–"  # noqa: RUF001
+OURS, NONE = "jaxnorm", "none"
+Row = dict[str, Any]
+Answer = dict[str, Any]
+
+INTRODUCTION = """\
+These figures are estimates and counts that the compilers make. Nothing was run, and no figure is a
+time that a device takes.
+
+- **Cycles** (TPU) are the sum of the estimates that XLA's TPU compiler attaches to its
+  instructions. A program with an instruction that has no estimate is not comparable: n/c.
+- **Bytes** are those that the instructions' operands and results have: on a GPU, what its kernels
+  read and write.
+- **Kernels** (GPU) are counted apart from bytes: a small one takes microseconds, whatever it moves.
+  Kernels per norm are those that the program has more than the same model without norms, divided
+  by the number of norms.
+- **Temporaries** are the peak memory that the program allocates beside its arguments and results.
+- **To compile** is the time to trace, lower and compile, the one figure that depends on the load of
+  the machine that compiles.
+- jaxnorm measures a second time where the first sums were not good. The rounds of that loop are not
+  known to the compiler and count as none; the cost with one round of every such loop stands in
+  square brackets.
+- A ratio is jaxnorm's figure divided by the other library's: below 1, jaxnorm is ahead. A dash
+  means that the library has no such norm, or not in this layout; an empty place, that the program
+  was not compiled."""
+
+
+def write_report(path: Path) -> str:
+    """Writes the page and the plot beside the results; the page's text."""
+    results = json.loads(path.read_text())
+    rows = list(results["rows"].values())
+    steps = [row for row in rows if row["job"]["kind"] == "step"]
+    cells = [row for row in rows if row["job"]["kind"] == "cell"]
+    found = list(
+        dict.fromkeys(t for row in rows for t, answers in row["targets"].items() if answers)
+    )
+    found.sort(key=is_tpu, reverse=True)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    page = ["# What compilers make of the norms", "", INTRODUCTION, "", f"Versions: {versions}."]
+    page += ["", "## Summary", "", summary(cells, steps, found)]
+    page += ["", f"![The norms' share of a training step]({path.stem}.png)"]
+    for title, chosen, table in (
+        ("Training steps", steps, step_table),
+        ("Single norms", cells, cell_table),
+    ):
+        for target in found:
+            if any(row["targets"].get(target) for row in chosen):
+                page += ["", f"## {title}, {target}", "", table(chosen, target)]
+    text = "\n".join(page) + "\n"
+    path.with_suffix(".md").write_text(text)
+    if steps:
+        plot(steps, found, path.with_suffix(".png"))
+    return text
+
+
+# ---- Figures ----
+
+
+def is_tpu(target: str) -> bool:
+    """Whether cycles are estimated."""
+    return target.startswith("TPU")
+
+
+def figure(answer: Answer | None, target: str) -> float | None:
+    """What a program costs: cycles on a TPU, bytes on a GPU."""
+    return (answer or {}).get("cycles" if is_tpu(target) else "bytes")
+
+
+def ratio(ours: float | None, other: float | None) -> float | None:
+    """Ours divided by the other, where both are known."""
+    return ours / other if ours is not None and other else None
+
+
+def written(number: float | None, form: str = ".2f") -> str:
+    """A number, or a dash."""
+    return DASH if number is None else f"{number:{form}}"
+
+
+def twin(job: dict[str, Any]) -> str:
+    """The library that a model is compared with."""
+    return "flax.nnx" if "NNX" in job["model"] else "flax.linen"
+
+
+def name_of_step(job: dict[str, Any]) -> str:
+    """The model's name, and its depth where that is the full one."""
+    return job["model"] + (", full depth" if job["full"] else "")
+
+
+def name_of_cell(job: dict[str, Any]) -> str:
+    """The norm, the array and the mode, as cells of a table."""
+    shape = "x".join(map(str, job["shape"]))
+    first = ", channels first" if job["layout"] == "first" else ""
+    mode = job["mode"] if job["training"] else f"evaluation, {job['mode']}"
+    return f"{job['norm']} | {shape}{first} | {job['dtype']} | {mode}"
+
+
+# ---- Summary ----
+
+
+def summary(cells: list[Row], steps: list[Row], targets: list[str]) -> str:
+    """For each target the cells' ratios to the best other library, and each step's to Flax."""
+    lines = [
+        "Single norms, channels last: jaxnorm's figure divided by that of the best other library.",
+        "",
+        "| target | figure | cells | geometric mean | worst | above 1.03 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for target in targets:
+        found = {}
+        for row in cells:
+            value = ratio_to_best(row, target)
+            if row["job"]["layout"] == "last" and value is not None:
+                found[name_of_cell(row["job"]).replace(" | ", ", ")] = value
+        if found:
+            mean = math.exp(sum(map(math.log, found.values())) / len(found))
+            worst = max(found, key=lambda name: found[name])
+            above = sum(value > 1.03 for value in found.values())
+            unit = "cycles" if is_tpu(target) else "bytes"
+            lines.append(
+                f"| {target} | {unit} | {len(found)} | {mean:.2f} "
+                f"| {found[worst]:.2f} ({worst}) | {above} |"
+            )
+    lines += ["", "Training steps: jaxnorm's figure divided by that of Flax.", ""]
+    lines += ["| model | " + " | ".join(targets) + " |", "|---" * (1 + len(targets)) + "|"]
+    for row in steps:
+        name, other = name_of_step(row["job"]), twin(row["job"])
+        values = (ratio_to(row, target, other) for target in targets)
+        lines.append(f"| {name} | " + " | ".join(written(v, ".3f") for v in values) + " |")
+    return "\n".join(lines)
+
+
+def ratio_to(row: Row, target: str, library: str) -> float | None:
+    """jaxnorm's figure divided by a library's."""
+    answers = row["targets"].get(target, {})
+    return ratio(figure(answers.get(OURS), target), figure(answers.get(library), target))
+
+
+def ratio_to_best(row: Row, target: str) -> float | None:
+    """jaxnorm's figure divided by that of the best other library."""
+    others = [library for library in row["targets"].get(target, {}) if library != OURS]
+    ratios = [ratio_to(row, target, library) for library in others]
+    return max((value for value in ratios if value is not None), default=None)
+
+
+# ---- Steps ----
+
+
+def step_table(steps: list[Row], target: str) -> str:
+    """A row for each model and library; ratios are to Flax."""
+    tpu = is_tpu(target)
+    head = ["model", "library", *(["million cycles", "ratio"] if tpu else []), "GB", "ratio"]
+    head += ["" if tpu else "kernels per norm", "temporaries, MB", "ratio", "to compile, ratio"]
+    head = [title for title in head if title]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in steps:
+        answers = row["targets"].get(target, {})
+        for library, answer in answers.items():
+            cost = step_cells(answers, library, twin(row["job"]), tpu)
+            text = [DASH] * (len(head) - 2) if "missing" in answer else cost
+            lines.append(f"| {name_of_step(row['job'])} | {library} | " + " | ".join(text) + " |")
+    return "\n".join(lines) + "\n\nRatios in this table are the row's figure divided by Flax's."
+
+
+def step_cells(answers: dict[str, Answer], library: str, other: str, tpu: bool) -> list[str]:
+    """What stands in the columns of one library."""
+    answer, flax = answers[library], answers.get(other, {})
+
+    def column(key: str, unit: float, form: str) -> list[str]:
+        once = (answer["once"] or {}).get(key) if key != "temporaries" else None
+        text = "n/c" if answer[key] is None else f"{answer[key] / unit:{form}}"
+        text += f" [{once / unit:{form}}]" if once is not None else ""
+        return [text, written(ratio(answer[key], flax.get(key)))]
+
+    columns = column("cycles", 1e6, ".2f") if tpu else []
+    columns += column("bytes", 1e9, ".2f")
+    if not tpu:
+        without = answers.get(NONE, {}).get("kernels")
+        more = None if without is None else (answer["kernels"] - without) / answer["norms"]
+        columns.append(written(more, ".1f"))
+    columns += column("temporaries", 1e6, ".0f")
+    return [*columns, written(ratio(answer["seconds"], flax.get("seconds")))]
+
+
+# ---- Cells ----
+
+
+def cell_table(cells: list[Row], target: str) -> str:
+    """A row for each cell, a column for each library."""
+    libraries = list(
+        dict.fromkeys(library for row in cells for library in row["targets"].get(target, {}))
+    )
+    unit = (
+        "Million cycles" if is_tpu(target) else "Bytes as multiples of x's bytes; number of kernels"
+    )
+    lines = [f"{unit}; in brackets jaxnorm's figure as a ratio to it.", ""]
+    lines += ["| norm | x | dtype | mode | " + " | ".join(libraries) + " |"]
+    lines.append("|---" * (4 + len(libraries)) + "|")
+    for row in cells:
+        if row["targets"].get(target):
+            texts = [cell_text(row, target, library) for library in libraries]
+            lines.append(f"| {name_of_cell(row['job'])} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def cell_text(row: Row, target: str, library: str) -> str:
+    """A library's figure, with one round of the loops, and the ratio."""
+    answer = row["targets"][target].get(library)
+    if answer is None:
+        return ""
+    if "missing" in answer:
+        return DASH
+    key, unit = ("cycles", 1e6) if is_tpu(target) else ("bytes", bytes_of_x(row["job"]))
+    if answer[key] is None:
+        return "n/c"
+    text = f"{answer[key] / unit:.2f}"
+    if answer["once"] and answer["once"][key] is not None:
+        text += f" [{answer['once'][key] / unit:.2f}]"
+    text += "" if is_tpu(target) else f"; {answer['kernels']}"
+    value = None if library == OURS else ratio_to(row, target, library)
+    return text if value is None else f"{text} ({value:.2f})"
+
+
+def bytes_of_x(job: dict[str, Any]) -> int:
+    """How many bytes the array has that is normalized."""
+    return math.prod(job["shape"]) * {"float32": 4, "bfloat16": 2}[job["dtype"]]
+
+
+# ---- Plot ----
+
+
+def plot(steps: list[Row], targets: list[str], path: Path) -> None:
+    """The norms' share of a step: a column of panels for each model, a row for each target."""
+    steps = [row for row in steps if not row["job"]["full"]]
+    libraries = [
+        library
+        for library in COLORS
+        if any(library in answers for row in steps for answers in row["targets"].values())
+    ]
+    size = (1.3 * len(steps) + 1, 2.6 * len(targets) + 0.9)
+    drawing = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    grid = drawing.subplots(len(targets), len(steps), squeeze=False)
+    for target, panels in zip(targets, grid, strict=True):
+        for row, axes in zip(steps, panels, strict=True):
+            draw_panel(axes, row["targets"].get(target, {}), target, libraries)
+        unit = "cycles" if is_tpu(target) else "bytes"
+        panels[0].set_ylabel(f"{target}\n% of the {unit} without norms", size=9)
+    for row, axes in zip(steps, grid[0], strict=True):
+        model, norm = row["job"]["model"].rsplit(", ", 1)
+        parts = model.replace(" in ", "\nin ").replace(" under ", "\nunder ").split("\n")
+        axes.set_title("\n".join([*parts, norm] if len(parts) > 1 else ["", model, norm]), size=8)
+    handles = [matplotlib.patches.Patch(color=COLORS[library]) for library in libraries]
+    drawing.legend(handles, libraries, loc="outside lower center", ncols=len(libraries))
+    drawing.suptitle(
+        "What the norms add to a training step, as compiled: lower is better. "
+        "Each panel has its own scale.",
+        size=11,
+    )
+    drawing.savefig(path, dpi=130)
+
+
+def draw_panel(axes: Any, answers: dict[str, Answer], target: str, libraries: list[str]) -> None:
+    """A bar for each library: what its norms add to the model without norms, in percent."""
+    without = figure(answers.get(NONE), target)
+    shown = [library for library in libraries if figure(answers.get(library), target) is not None]
+    for k, library in enumerate(shown if without else ()):
+        share = 100 * (figure(answers[library], target) / without - 1)
+        axes.bar(k, share, 0.85, color=COLORS[library])
+        axes.annotate(
+            f"{share:.0f}" if abs(share) >= 10 else f"{share:.1f}",
+            (k, share),
+            (0, 2 if share >= 0 else -2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if share >= 0 else "top",
+            size=7,
+        )
+    axes.set_xticks([])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(y=0.12)
+    if not shown or not without:
+        axes.set_yticks([])
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -1,0 +1,219 @@
+"""What the formulation for each platform has to give, run on a CPU for every one of them.
+
+`pytest --formulation tpu` and `--formulation cuda` run whole files of tests under one of them.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+import jaxnorm
+from jaxnorm import _platforms
+
+RNG = np.random.default_rng(5)
+NORMS = {
+    "batch": lambda x, **options: jaxnorm.batch_norm(x, **options)[0],
+    "instance": lambda x, **options: jaxnorm.instance_norm(x, **options)[0],
+    "group": functools.partial(jaxnorm.group_norm, num_groups=4),
+    "layer": jaxnorm.layer_norm,
+    "rms": jaxnorm.rms_norm,
+}
+AXES = {"batch": (0, 1, 2), "instance": (1, 2), "group": (1, 2, 4), "layer": (3,), "rms": (3,)}
+CENTRED = [kind for kind in NORMS if kind != "rms"]
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@pytest.fixture(params=["cpu", "tpu", "cuda"], autouse=True)
+def formulation(request):
+    with _platforms.formulated_for(request.param):
+        yield request.param
+
+
+def normalized(kind, x):
+    """In float64 NumPy, with epsilon=0."""
+    shape, x = x.shape, np.asarray(x, np.float64)
+    x = x.reshape(*shape[:-1], 4, -1) if kind == "group" else x
+    mean, std = (f(x, axis=AXES[kind], keepdims=True) for f in (np.mean, np.std))
+    return ((x - mean) / std).reshape(shape)
+
+
+@pytest.mark.parametrize("kind", CENTRED)
+def test_y_is_within_2e_6_at_every_offset(kind):
+    """Also where the mean is about as large as the standard deviation, or a few times as large."""
+    draws = RNG.standard_normal((8, 28, 28, 32))
+    f = jax.jit(functools.partial(NORMS[kind], epsilon=0.0))
+    for offset in (0, 0.9, 1.1, 1.7, 3, 3.8, 4.2, 1e2, 1e3, 1e4, 1e5, 1e6):
+        x = (draws + offset).astype(np.float32)
+        np.testing.assert_allclose(f(x), normalized(kind, x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", CENTRED)
+@pytest.mark.parametrize("constant", [0.1, 1e-30, 3.3333e9, 1e30, LARGEST, -LARGEST])
+def test_constants_up_to_the_largest_give_0_exactly(kind, constant, formulation):
+    if formulation == "cuda":
+        constant = np.clip(constant, -1e38, 1e38)  # the part's mean must not round up to Inf
+    x = jnp.full((4, 14, 14, 32), constant, jnp.float32)
+    np.testing.assert_array_equal(jax.jit(NORMS[kind])(x), 0)
+    if kind == "batch" and not (formulation == "cuda" and abs(constant) > 1e25):
+        m = jaxnorm.moments(x, (0, 1, 2))
+        np.testing.assert_array_equal(m.mean, np.float32(constant))
+        np.testing.assert_array_equal(m.var, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, "constant", "offset"])
+def test_one_bad_channel_leaves_the_others_their_bits(bad):
+    x = RNG.standard_normal((16, 9, 9, 8)).astype(np.float32)
+    spoilt = x.copy()
+    if bad == "constant":
+        spoilt[..., 3] = LARGEST
+    elif bad == "offset":
+        spoilt[..., 3] += 1e6
+    else:
+        spoilt[2, 3, 4, 3] = bad
+    for kind in ("batch", "instance"):
+        f = jax.jit(NORMS[kind])
+        good, found = (np.delete(np.asarray(f(a)), 3, axis=-1) for a in (x, spoilt))
+        np.testing.assert_array_equal(found, good)
+
+
+def test_nan_and_inf_are_measured_a_bounded_number_of_times_and_skipped():
+    x = RNG.standard_normal((16, 9, 9, 3)).astype(np.float32)
+    x[0, 0, 0, 1], x[0, 0, 0, 2] = np.nan, np.inf
+    y, state = jax.jit(jaxnorm.batch_norm)(x, None, jaxnorm.init_batch_stats(3))
+    assert np.isnan(y[..., 1:]).all()
+    assert np.isfinite(y[..., 0]).all()
+    np.testing.assert_array_equal(state["mean"][1:], 0)
+    np.testing.assert_array_equal(state["var"][1:], 1)
+
+
+def test_samples_that_overflow_give_finite_y():
+    """Squares overflow, and sums: the variance is Inf, and y is 0 as in PyTorch, not NaN."""
+    x = RNG.standard_normal((4, 14, 14, 8)).astype(np.float32) * 1e30
+    for kind in CENTRED:
+        assert np.isfinite(jax.jit(NORMS[kind])(x)).all()
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_mask_keeps_nan_from_y_and_gradient(kind):
+    x = (RNG.standard_normal((4, 5, 5, 8)) + 3).astype(np.float32)
+    mask = RNG.random((4, 5, 5, 8)) < 0.7
+    f = lambda x: jnp.sum(jnp.sin(NORMS[kind](x, mask=mask)))  # noqa: E731
+    clean, poisoned = (jnp.asarray(np.where(mask, x, a), x.dtype) for a in (0, np.nan))
+    (value, gradient), (expected, other) = (
+        jax.jit(jax.value_and_grad(f))(a) for a in (poisoned, clean)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_array_equal(np.where(mask, 0, gradient), 0)
+    # Sums of a few hundred float32 terms.
+    np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_derivatives_in_both_modes_to_order_two(kind, x64):
+    x = jnp.asarray(RNG.standard_normal((2, 3, 2, 8)) + 3)
+    check_grads(lambda x: NORMS[kind](x), (x,), order=2)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_models_under_vmap_are_each_their_own(kind, offset):
+    """One model's samples are good, the other's are measured again."""
+    x = RNG.standard_normal((2, 4, 5, 5, 8)).astype(np.float32)
+    x[1] += offset
+    found = jax.jit(jax.vmap(NORMS[kind]))(x)
+    for a, b in zip(found, x, strict=True):
+        np.testing.assert_allclose(a, jax.jit(NORMS[kind])(b), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]], [[0, 3], [1, 2]]])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_on_several_devices_is_one_batch(groups, offset, masked):
+    """With unequal counts, and one device that holds nothing; one group is far from 0."""
+    x = RNG.standard_normal((4, 6, 5, 8)).astype(np.float32)
+    x[2:] += np.float32(offset)
+    counts = [[[[0.3]]], [[[1.0]]], [[[0.0]]], [[[0.6]]]]
+    mask = RNG.random((4, 6, 5, 1)) < counts if masked else np.ones((4, 6, 5, 1), bool)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+
+    def synced(x, mask):
+        state = jaxnorm.init_batch_stats(8)
+        options = {"axis_name": "d", "axis_index_groups": groups}
+        f = functools.partial(jaxnorm.batch_norm, mask=mask if masked else None, **options)
+        y, vjp, state = jax.vjp(lambda x: f(x, None, state), x, has_aux=True)
+        return y, vjp(jnp.cos(y))[0], jax.tree.map(lambda a: a[None], state)
+
+    spread = jax.shard_map(synced, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P("d"))
+    y, gradient, state = jax.jit(spread)(x.reshape(24, 5, 8), mask.reshape(24, 5, 1))
+    y, gradient = (np.asarray(a).reshape(x.shape) for a in (y, gradient))
+    for group in groups or [[0, 1, 2, 3]]:
+        options = {"mask": jnp.asarray(mask[group])} if masked else {}
+        first = jaxnorm.init_batch_stats(8)
+        whole, vjp, new = jax.vjp(
+            lambda x, first=first, options=options: jaxnorm.batch_norm(x, None, first, **options),
+            jnp.asarray(x[group]),
+            has_aux=True,
+        )
+        # The sums in another order; beside a mean of 1e4 the running mean is rounded at 1e-4.
+        np.testing.assert_allclose(y[group], whole, rtol=0, atol=4e-6)
+        np.testing.assert_allclose(gradient[group], vjp(jnp.cos(whole))[0], rtol=0, atol=4e-6)
+        for k in group:
+            for key in ("mean", "var"):
+                np.testing.assert_allclose(state[key][k], new[key], rtol=2e-6, atol=1e-6)
+
+
+def test_x_alone_is_kept_for_the_backward_pass():
+    x = jnp.ones((64, 4, 128), jnp.bfloat16)
+    for norm in NORMS.values():
+        _, vjp = jax.vjp(jax.jit(norm), x)
+        kept = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size > 64 * 128]
+        assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]
+
+
+def test_a_gpu_has_no_loop_and_no_conditional(formulation):
+    x = jax.ShapeDtypeStruct((8, 6, 6, 8), jnp.float32)
+    for norm in NORMS.values():
+        step = jax.grad(lambda x, norm=norm: jnp.sum(jnp.sin(norm(x))))
+        text = str(jax.make_jaxpr(step)(x))
+        loops = re.findall(r"\b(?:while|cond)\[", text)
+        assert bool(loops) == (formulation != "cuda" and norm is not NORMS["rms"])
+
+
+def test_the_running_mean_is_where_a_tpu_begins(formulation):
+    """With a good guess nothing is measured again: the bits are those of sums about the guess."""
+    x = (RNG.standard_normal((64, 8)) + 50).astype(np.float32)
+    state = {"mean": jnp.full(8, 50.0), "var": jnp.ones(8), "count": jnp.int32(9)}
+    found, _ = jax.jit(jaxnorm.batch_norm)(x, None, state)
+    about, _ = jax.jit(jaxnorm.batch_norm)(x - np.float32(50), None, jaxnorm.init_batch_stats(8))
+    if formulation == "tpu":
+        np.testing.assert_array_equal(found, about)
+    np.testing.assert_allclose(found, about, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("guess", [np.nan, np.inf, 1e30, -1e8])
+def test_a_running_mean_that_is_far_off_does_no_harm(guess):
+    x = RNG.standard_normal((64, 3)).astype(np.float32)
+    state = {"mean": jnp.full(3, guess), "var": jnp.ones(3), "count": jnp.int32(9)}
+    found, _ = jax.jit(functools.partial(jaxnorm.batch_norm, epsilon=0.0))(x, None, state)
+    expected = (x - x.mean(0, np.float64)) / x.std(0, dtype=np.float64)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+def test_programs_for_all_platforms_are_exported_together():
+    """Here the choice is made when the program is loaded."""
+    _platforms._forced = None
+    x = jnp.asarray(RNG.standard_normal((4, 6, 6, 8)), jnp.float32)
+    for norm in NORMS.values():
+        f = jax.jit(lambda x, norm=norm: (norm(x), jax.grad(lambda x: jnp.sum(norm(x) ** 2))(x)))
+        exported = jax.export.export(f, platforms=("cpu", "cuda", "tpu"))(x)
+        found = jax.export.deserialize(exported.serialize()).call(x)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, f(x)
+        )
