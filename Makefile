@@ -6,10 +6,15 @@ BIN := $(VENV)/bin
 VENV_ONNX ?= .venv-onnx
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 VENV_DOCS ?= .venv-docs
+# The compilers for TPU and GPU, one environment each: downloads of half a gigabyte each.
+VENV_TPU ?= .venv-tpu
+VENV_GPU ?= .venv-gpu
+CUDA_COMPILER = jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12
 # Whether `make docs` runs the notebooks.
 EXECUTE ?= true
 
-.PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full
+.PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
+  test-accelerators bench-accelerators
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests, but for the slow ones, and the notebooks"
@@ -20,6 +25,8 @@ help:
 	@echo "make package   build the sdist and the wheel, and try both in an empty environment"
 	@echo "make docs   build the documentation in build/site; EXECUTE=false leaves the notebooks unrun"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
+	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
+	@echo "make bench-accelerators   what the compilers for TPU and GPU make of norms and training steps"
 	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
 
 demo: $(VENV)/with-examples
@@ -70,6 +77,14 @@ bench: $(VENV)/with-bench
 bench-full: $(VENV)/with-bench
 	$(BIN)/python benchmarks/norms.py --full $(ARGS)
 
+test-accelerators: $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
+	$(VENV_TPU)/bin/pytest tests_accelerators
+	$(VENV_GPU)/bin/pytest tests_accelerators
+
+bench-accelerators: $(VENV)/with-bench $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
+	TPU_PYTHON=$(VENV_TPU)/bin/python GPU_PYTHON=$(VENV_GPU)/bin/python \
+	  $(BIN)/python benchmarks/accelerators.py $(ARGS)
+
 define environment
 $(PYTHON) -m venv $(@D)
 $(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$*]'
@@ -84,3 +99,12 @@ $(VENV_ONNX)/with-%: pyproject.toml
 
 $(VENV_DOCS)/with-%: pyproject.toml
 	$(environment)
+
+$(VENV_TPU)/with-%: pyproject.toml
+	$(environment)
+
+$(VENV_GPU)/with-%: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps $(CUDA_COMPILER)
+	@touch $@

@@ -36,9 +36,9 @@ class Devices:
         return tuple(self._psum(jnp.stack(xs)))
 
     def most(self, numbers: jax.Array) -> jax.Array:
-        """The largest of each number on all devices of the axis, whatever their group.
+        """The largest of the numbers that the devices of the axis have, whatever their group.
 
-        The numbers are alike on the devices of a group, so without groups nothing is asked.
+        They are alike on the devices of a group, so without groups nothing is asked.
         """
         return numbers if self.groups is None else lax.pmax(numbers, self.axis_name)
 

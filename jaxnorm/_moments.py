@@ -152,7 +152,7 @@ def moments_dot(
     The shift is a constant: moving it moves neither the mean nor the variance.
     """
     x, shift, moments = _platforms.apart_on_cpu((x, shift, moments))
-    x, x_dot, mask = map(sample.laid_out, (x, x_dot, mask))
+    x, x_dot, mask = (sample.laid_out(x), sample.laid_out(x_dot), sample.laid_out(mask))
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
     total_dot = sample.sum(x_dot) if sample.centred else jnp.zeros_like(n)

@@ -98,22 +98,33 @@ def _measure_until_good(
     and with 15 var within 1e-5. The condition is written so that NaN is not good.
 
     The loop closes over x as it came, and widens it and lays it out inside: a TPU would otherwise
-    write it out before the loop. Each sample counts its rounds that are left, since JAX 0.10.2
-    cannot vmap a loop that carries a single number over an axis that is sharded explicitly.
+    write it out before the loop. The number of rounds has the rank of x, since JAX 0.10.2 cannot
+    vmap a loop that carries a single number over an axis that is sharded explicitly.
     """
     limit = 15.0 if x.dtype.itemsize < 4 else 1.0
 
     def operands() -> tuple[jax.Array, jax.Array | None]:
         return sample.laid_out(x), sample.laid_out(mask)
 
+    # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
+    packed, unpacked = (
+        lambda *arrays, change=change: [change(a, sample.axes) for a in arrays]
+        for change in (lax.squeeze, lax.expand_dims)
+    )
+
     def is_bad(mean: jax.Array, var: jax.Array) -> jax.Array:
         return ~((jnp.abs(mean) <= jnp.sqrt(limit * var)) & (var < jnp.inf))
+
+    def left(rounds: jax.Array | int, mean: jax.Array, var: jax.Array) -> jax.Array:
+        """The rounds that are left: none where all is good."""
+        some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
+        return sample.devices.most(some)
 
     def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.any(carry[0] > 0)
 
     def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rounds, shift, mean, var = carry
+        rounds, (shift, mean, var) = carry[0], unpacked(*carry[1:])
         bad = is_bad(mean, var)
         # Where the sum of finite entries overflowed, the first round sums them in another unit.
         near = shift + mean
@@ -122,16 +133,15 @@ def _measure_until_good(
         unit = jnp.where(finite, 1, 1 / jnp.maximum(count, 1))
         _, new_mean, new_var = sample.moments_about(shift, *operands(), unit)
         mean, var = jnp.where(bad, new_mean, mean), jnp.where(bad, new_var, var)
-        rounds = sample.devices.most(jnp.where(is_bad(mean, var), rounds - 1, 0))
-        return rounds, shift, mean, var
+        return left(rounds - 1, mean, var), *packed(shift, mean, var)
 
     if guess is not None:
         guess = guess.astype(widen(x).dtype)
         guess = jnp.where(jnp.isfinite(guess), guess, 0)
     count, mean, var = sample.moments_about(guess, *operands())
     shift = jnp.zeros_like(mean) if guess is None else guess + jnp.zeros_like(mean)
-    rounds = sample.devices.most(jnp.where(is_bad(mean, var), ROUNDS, 0))
-    _, shift, mean, var = lax.while_loop(goes_on, again, (rounds, shift, mean, var))
+    start = left(ROUNDS, mean, var), *packed(shift, mean, var)
+    shift, mean, var = unpacked(*lax.while_loop(goes_on, again, start)[1:])
     return shift, count, mean, var
 
 

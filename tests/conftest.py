@@ -1,5 +1,6 @@
 """What every test runs under: four devices, kept programs, and fixtures for number formats."""
 
+import contextlib
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -8,6 +9,13 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+
+from jaxnorm import _platforms
+
+
+def pytest_addoption(parser):
+    """The formulations of another platform may be run here, on a CPU."""
+    parser.addoption("--formulation", choices=["cpu", "tpu", "cuda"])
 
 
 def pytest_configure(config):
@@ -19,6 +27,13 @@ def pytest_configure(config):
     if jax.config.jax_compilation_cache_dir is None and hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _formulation(request):
+    platform = request.config.getoption("--formulation")
+    with _platforms.formulated_for(platform) if platform else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -22,5 +22,5 @@ def test_the_page_has_the_benchmark_s_tables():
     assert done.returncode == 0, done.stderr[-4000:]
     page = (ROOT / "docs" / "distributed.md").read_text()
     _, cost = page.split("\n## What it costs\n")
-    assert TABLE.findall(cost) == TABLE.findall(done.stdout)
-    assert len(TABLE.findall(cost)) == 2
+    assert TABLE.findall(cost)[:2] == TABLE.findall(done.stdout)
+    assert len(TABLE.findall(cost)) == 3  # the third needs libtpu

@@ -61,7 +61,8 @@ def test_constants_up_to_the_largest_give_0_exactly(kind, constant, formulation)
         constant = np.clip(constant, -1e38, 1e38)  # the part's mean must not round up to Inf
     x = jnp.full((4, 14, 14, 32), constant, jnp.float32)
     np.testing.assert_array_equal(jax.jit(NORMS[kind])(x), 0)
-    if kind == "batch" and not (formulation == "cuda" and abs(constant) > 1e25):
+    # Where the sum overflows, or on a GPU the square of one rounding, the variance is Inf.
+    if kind == "batch" and abs(constant) < (1e25 if formulation == "cuda" else 1e35):
         m = jaxnorm.moments(x, (0, 1, 2))
         np.testing.assert_array_equal(m.mean, np.float32(constant))
         np.testing.assert_array_equal(m.var, 0)

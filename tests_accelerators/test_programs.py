@@ -1,0 +1,133 @@
+"""What the compilers for TPU and GPU make of jaxnorm, as upper bounds relative to Flax.
+
+Nothing is run. On a TPU the compiler estimates cycles; of a GPU's program the bytes are counted
+that its kernels move, and the kernels. `make bench-accelerators` measures far more programs.
+"""
+
+import functools
+import math
+
+import compilers
+import jax
+import jax.numpy as jnp
+import pytest
+from collectives import sent
+from count import Program, parse
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from libraries import LIBRARIES
+from models import BODIES, make_step
+
+import jaxnorm
+
+IMAGES, TOKENS = (256, 28, 28, 256), (65536, 1024)
+CELLS = [
+    ("batch", IMAGES),
+    ("instance", IMAGES),
+    ("group32", IMAGES),
+    ("layer", TOKENS),
+    ("rms", TOKENS),
+]
+# Cycles of a TPU or bytes of a GPU; the largest of these cells is 1.02.
+RATIO = 1.03
+# Kernels of a forward and backward pass beside Flax's: layer norm has one more, for the shift.
+KERNELS = {"layer": 1}
+
+
+@functools.cache
+def program(target, library, norm, shape, dtype, mode):
+    """One norm in training; a barrier stands where other layers would between the two passes."""
+    params, state, apply = LIBRARIES[library](norm, (2,) * (len(shape) - 1) + shape[-1:], "last")
+    x = jax.ShapeDtypeStruct(shape, dtype)
+
+    def forward(params, state, x):
+        y, state = apply(params, state, x, True)
+        return y.astype(x.dtype), state
+
+    def both(params, state, x, g):
+        y, vjp, state = jax.vjp(lambda p, x: forward(p, state, x), params, x, has_aux=True)
+        y, g = lax.optimization_barrier((y, g))
+        return y, state, vjp(g)
+
+    arguments = (params, state, x) if mode == "forward" else (params, state, x, x)
+    return compilers.compile_for(target, forward if mode == "forward" else both, *arguments)
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("norm", "shape"), CELLS)
+def test_a_norm_costs_at_most_what_flax_s_does(target, norm, shape, dtype, mode):
+    ours, flax = (
+        Program(program(target, library, norm, shape, dtype, mode).as_text())
+        for library in ("jaxnorm", "flax.linen")
+    )
+    if target.startswith("TPU"):
+        if flax.cost().cycles is None:
+            pytest.skip("the compiler has no estimate for an instruction of Flax's program")
+        assert ours.cost().cycles <= RATIO * flax.cost().cycles
+        return
+    most = 1.04 if mode == "forward" else RATIO  # forward, the part that the shift is made of
+    assert ours.cost().bytes <= most * flax.cost().bytes
+    if mode == "both":
+        assert ours.cost().kernels <= flax.cost().kernels + KERNELS.get(norm, 0)
+
+
+@pytest.mark.parametrize(("norm", "shape"), CELLS)
+def test_only_a_tpu_has_a_loop(target, norm, shape):
+    text = program(target, "jaxnorm", norm, shape, "bfloat16", "both").as_text()
+    loops = 0 if norm == "rms" or not target.startswith("TPU") else 1
+    assert Program(text).loops() == (0, loops)
+    assert " conditional(" not in text
+
+
+def test_a_loop_reads_x_as_it_came(target):
+    """Not a widened copy of it, which a TPU would write out before the loop."""
+    compiled = program(target, "jaxnorm", "batch", IMAGES, "bfloat16", "forward")
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 2 * math.prod(IMAGES)
+
+
+def test_under_scan_the_norms_keep_a_fifth_of_what_flax_s_keep(target):
+    """Of the peak temporaries of a GPT-2's training step, less those of the step without norms."""
+    model = "GPT-2 under scan, layer norm"
+    temporaries = {}
+    for library in ("none", "jaxnorm", "flax.linen"):
+        step, arguments, _ = make_step(model, library, full=False)
+        compiled = compilers.compile_for(target, step, *arguments)
+        temporaries[library] = compiled.memory_analysis().temp_size_in_bytes
+    ours, flax = (temporaries[k] - temporaries["none"] for k in ("jaxnorm", "flax.linen"))
+    assert ours <= 0.22 * flax
+    assert model in BODIES
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+def test_on_sixteen_devices_a_synced_norm_sends_its_sums_alone(target, way):
+    if not target.startswith("TPU"):
+        pytest.skip("a topology of several GPUs needs NCCL")
+    mesh = Mesh(compilers.devices(target, "v5e:4x4"), ("d",))
+    assert mesh.size == 16
+    channels, name = 256, "d" if way == "shard_map" else None
+
+    def step(params, state, x, g):
+        f = functools.partial(jaxnorm.batch_norm, axis_name=name)
+        y, vjp, state = jax.vjp(lambda x, p: f(x, p, state), x, params, has_aux=True)
+        y, g = lax.optimization_barrier((y, g))
+        return y, state, vjp(g)[0]
+
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("d"))
+    if name:
+        out = (P("d"), P(), P("d"))
+        specs = (P(), P(), P("d"), P("d"))
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out)
+    x = jax.ShapeDtypeStruct((64, 28, 28, channels), jnp.bfloat16)
+    variables = jax.eval_shape(
+        lambda: (jaxnorm.init_params(channels), jaxnorm.init_batch_stats(channels))
+    )
+    shardings = (whole, whole, split, split)
+    lowered = jax.jit(step, in_shardings=shardings).lower(*variables, x, x)
+    computations, entry = parse(lowered.compile().as_text())
+    found = sent(computations[entry])
+    assert {op for op, _ in found} == {"all-reduce"}
+    # Forward the sums of x - shift and of its square, backward those of g and g * x_hat.
+    assert sum(size for _, size in found) <= 2 * 8 * channels
+    assert len(found) <= 4
