@@ -10,6 +10,8 @@ VENV_DOCS ?= .venv-docs
 VENV_TPU ?= .venv-tpu
 VENV_GPU ?= .venv-gpu
 CUDA_COMPILER = jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12
+# The tests that run for the formulations of every platform.
+FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py functional_stateless.py devices.py)
 # Whether `make docs` runs the notebooks.
 EXECUTE ?= true
 
@@ -18,7 +20,7 @@ EXECUTE ?= true
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests, but for the slow ones, and the notebooks"
-	@echo "make test-slow   run the slow tests"
+	@echo "make test-slow   run the slow tests, and some of the others as TPU and GPU formulate the norms"
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make lint   check format, style and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
@@ -38,6 +40,8 @@ test: $(VENV)/with-test
 
 test-slow: $(VENV)/with-test
 	$(BIN)/pytest -m slow --numprocesses auto
+	$(BIN)/pytest -m "not slow" --formulation tpu --numprocesses auto $(FORMULATED)
+	$(BIN)/pytest -m "not slow" --formulation cuda --numprocesses auto $(FORMULATED)
 
 notebooks: $(VENV)/with-test
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py

@@ -26,7 +26,7 @@ from jax.interpreters import batching
 from jax2onnx.plugins._patching import AssignSpec, MonkeyPatchSpec
 from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-from jaxnorm import _checks, functional
+from jaxnorm import _checks, _platforms, functional
 from jaxnorm._devices import HERE, Devices
 from jaxnorm._layout import Layout
 from jaxnorm._normalize import affine
@@ -105,11 +105,11 @@ def to_onnx(
       jax2onnx 0.17.1. https://github.com/enpasos/jax2onnx
     """
     token = NATIVE.set(native)
-    jax.clear_caches()
     try:
-        model = jax2onnx.to_onnx(fn, inputs, opset=opset, return_mode="proto", **options)
+        # A GPU's formulation has neither a loop nor a choice of platforms. It clears the caches.
+        with _platforms.formulated_for("cuda"):
+            model = jax2onnx.to_onnx(fn, inputs, opset=opset, return_mode="proto", **options)
     finally:
-        jax.clear_caches()
         NATIVE.reset(token)
     # Where it moves transposes, jax2onnx leaves some sizes between the nodes as they were before.
     del model.graph.value_info[:]
@@ -195,10 +195,12 @@ def _untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
         _alone(function, sample.devices)
-        kept = tuple(a for a in range(x.ndim) if a not in (*sample.axes, *layout.channels))
+        groups = sample.groups or sample.split
+        reduced = () if sample.split else sample.axes  # or they count the split axis as two
+        kept = tuple(a for a in range(x.ndim) if a not in (*reduced, *layout.channels))
         operator = None
-        if mask is None and sample.groups is not None:
-            operator = _of_channels("GroupNormalization", layout, kept, x, sample.groups[1])
+        if mask is None and groups is not None:
+            operator = _of_channels("GroupNormalization", layout, kept, x, groups[1])
         elif mask is None and layout.channels:
             name = "LayerNormalization" if sample.centred else "RMSNormalization"
             parts = tuple((a,) for a in (*kept, *layout.channels))

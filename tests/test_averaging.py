@@ -23,13 +23,14 @@ def averaging():
 
 
 @pytest.mark.slow
-def test_recalibration_repairs_averaged_weights(averaging, capsys):
+def test_recalibration_leaves_averaged_weights_accurate(averaging, capsys):
     averaging.main(["--seeds", "1"])
     output = capsys.readouterr().out
     found = dict(re.findall(r"^(the last|mean|moving).*?(\d.*%)$", output, re.M))
     left, recalibrated = (float(p) for p in re.findall(r"([\d.]+)%", found["mean"])[:2])
-    # 95.8 -> 98.0 where the document was written; another machine's sums may differ.
-    assert recalibrated > left + 0.5
+    # 95.8 -> 98.0 where the document was written, and 98.0 -> 98.2 with sums rounded otherwise: at
+    # this learning rate training is chaotic. A test image is 0.2 %.
+    assert recalibrated > left - 0.5
     assert recalibrated > 97
 
 
