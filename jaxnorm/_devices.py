@@ -1,4 +1,4 @@
-"""Who holds the rest of a sample? The devices along mapped axes, asked in one collective."""
+"""The devices along mapped axes that hold the rest of a sample, and sums over them."""
 
 import dataclasses
 import math

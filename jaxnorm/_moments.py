@@ -72,7 +72,7 @@ def moments(
       mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
         reaches the moments nor their gradients, be it NaN or Inf.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the sample is spread; the
-        devices' moments are pooled exactly, weighted by count, in one collective.
+        devices' sums are added, in one collective (on GPU two) of the size of the moments.
       axis_index_groups: lists of indices along axis_name that are pooled together.
 
     Returns:
