@@ -6,9 +6,9 @@ is not known when the program is compiled counts no round; the cost with one rou
 beside it.
 
 - Cycles are the sum of XLA's `estimated_cycles`, which its TPU compiler gives to the instructions
-  of the vector and matrix units. Copies that run beside them and what is done with single numbers
-  have no estimate and count nothing; any other instruction without one, such as a custom call,
-  makes the sum None.
+  of the vector and matrix units. Copies that run beside them, what is done with single numbers, and
+  the backward pass of max pooling, which is alike in all programs of a model, have no estimate and
+  count nothing; any other instruction without one, such as a custom call, makes the sum None.
 - Bytes are those of the operands and results of the instructions. An operand that is read through a
   slice counts as the slice; one that is updated in place counts as the update.
 - Kernels are the instructions that take time.
@@ -36,6 +36,7 @@ EMPTY_CALLS = {
     "SPMDShardToFullShape",
 }
 SLICES = {"slice", "dynamic-slice"}
+UNKNOWN_TO_ALL = {"select-and-scatter"}  # the transpose of max pooling
 NUMBER = 8  # bytes of a single number, at most
 
 
@@ -203,7 +204,8 @@ class Program:
     def _cycles(self, i: Instruction) -> float | None:
         if found := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
             return int(found[1])
-        return 0 if i.op.endswith("-start") or nbytes(i.type) <= NUMBER else None
+        alike = i.op.endswith("-start") or i.op in UNKNOWN_TO_ALL or nbytes(i.type) <= NUMBER
+        return 0 if alike else None
 
     def _bytes(self, i: Instruction, computation: Computation) -> int:
         operands = [computation[name] for name in i.operands if name in computation]
