@@ -64,9 +64,8 @@ def shifted_moments(
 
     On a GPU the shift is made of a part of x. Elsewhere it is known before x is, and x is measured
     again where that was not good: a shift that is made of x costs a pass over x that no compiler
-    can hide, where the sums about a known shift are taken while x is written. On a TPU, one
-    training step of a small ResNet takes 33 million cycles with the shift made of a part, and 27
-    with the loop (flax.linen: 27). On a GPU a loop asks the host for each layer whether it goes
+    can hide. On a TPU the forward pass of batch norm takes 1.00 times flax.linen's cycles in this
+    way, and 1.9 times in bfloat16 with the shift made of a part. On a GPU a loop asks the host for each layer whether it goes
     on, and convolutions are calls of a library, so that nothing is summed while x is written.
 
     The guess, such as the running mean, is where the first measurement begins, on TPU alone: on a
