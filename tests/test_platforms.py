@@ -195,7 +195,8 @@ def test_the_running_mean_is_where_a_tpu_begins(formulation):
     about, _ = jax.jit(jaxnorm.batch_norm)(x - np.float32(50), None, jaxnorm.init_batch_stats(8))
     if formulation == "tpu":
         np.testing.assert_array_equal(found, about)
-    np.testing.assert_allclose(found, about, rtol=0, atol=2e-6)
+    # Each is within 2e-6 of float64.
+    np.testing.assert_allclose(found, about, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("guess", [np.nan, np.inf, 1e30, -1e8])
