@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from libraries import LIBRARIES
-from models import BODIES, make_step
+from models import make_step
 
 import jaxnorm
 
@@ -97,7 +97,6 @@ def test_under_scan_the_norms_keep_a_fifth_of_what_flax_s_keep(target):
         temporaries[library] = compiled.memory_analysis().temp_size_in_bytes
     ours, flax = (temporaries[k] - temporaries["none"] for k in ("jaxnorm", "flax.linen"))
     assert ours <= 0.22 * flax
-    assert model in BODIES
 
 
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
