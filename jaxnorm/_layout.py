@@ -32,11 +32,9 @@ class Layout:
         return tuple(a for a in range(self.ndim) if a != self.batch and a not in self.channels)
 
     @property
-    def one_sample(self) -> "Layout":
-        """The layout of x without its batch axis."""
-        if self.batch is None:
-            return self
-        return Layout(self.ndim - 1, tuple(a - (a > self.batch) for a in self.channels))
+    def folded(self) -> "Layout":
+        """The layout of x with a new first axis, that of samples to be kept apart."""
+        return Layout(self.ndim + 1, tuple(a + 1 for a in self.channels), batch=0)
 
     def spread(self, a: jax.Array) -> jax.Array:
         """An array of the channels' shape in x's rank; one of x's rank already as it is."""
@@ -46,7 +44,12 @@ class Layout:
         others = tuple(i for i in range(self.ndim) if i not in self.channels)
         return lax.expand_dims(jnp.transpose(a, order), others)
 
-    def collect(self, a: jax.Array) -> jax.Array:
-        """An array of x's rank, of size 1 on the reduced axes, in the channels' shape."""
-        order = (*self.channels, *self.reduced)
-        return lax.squeeze(jnp.transpose(a, order), range(len(self.channels), self.ndim))
+    def rows(self, a: jax.Array) -> jax.Array:
+        """An array of x's rank, of size 1 on the reduced axes, as a row for each sample.
+
+        The rows have the channels' shape; without a batch axis there is one.
+        """
+        batch = () if self.batch is None else (self.batch,)
+        rows = jnp.transpose(a, (*batch, *self.channels, *self.reduced))
+        rows = lax.squeeze(rows, range(len(batch) + len(self.channels), self.ndim))
+        return rows if batch else rows[None]

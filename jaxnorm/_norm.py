@@ -60,37 +60,42 @@ def tracked_norm(
     use_running_average, update_stats = _checks.switches(
         function, batch_stats is not None, use_running_average, update_stats
     )
-    mean = var = None
+    mean: Any = None
+    var: Any = None
     if batch_stats is not None:
         state = _checks.batch_stats(function, batch_stats, layout.shape(x))
         mean, var = layout.spread(state["mean"]), layout.spread(state["var"])
-    shape, fold = x.shape, None
+        mean, var = lax.stop_gradient((widen(mean, x), widen(var, x)))
+    shape = one_sample = x.shape
+    run = layout
     if virtual_batch_size is not None and not use_running_average:
         _checks.virtual_batches(function, virtual_batch_size, shape, layout, explicit_devices(x, 0))
+        run, one_sample = layout.folded, (virtual_batch_size, *shape[1:])
+        samples_on, entries_on = entries_on, HERE
         fold = functools.partial(_fold, size=virtual_batch_size)
-        x, mask, scale, bias = (None if a is None else fold(a) for a in (x, mask, scale, bias))
-        batch_axis, samples_on, entries_on = 0, entries_on, HERE
+        x, mask, scale, bias, mean, var = (
+            None if a is None else fold(a) for a in (x, mask, scale, bias, mean, var)
+        )
     if not use_running_average and mask is None:
-        one_sample = x.shape[1:] if fold else shape
         _checks.several_values(function, one_sample, layout, entries_on.number())
 
-    step = functools.partial(
-        _one_sample,
-        Sample(layout.one_sample.reduced, devices=entries_on),
-        x.dtype if dtype is None else jnp.dtype(dtype),
-        jnp.asarray(epsilon, float),
-        use_running_average,
-        update_stats,
-        limits and tuple(a(state["count"]) if callable(a) else a for a in limits),
-    )
-    y, rows = _each_sample(step, batch_axis, x, mask, scale, bias, mean, var)
-    y = y.reshape(shape) if fold else y
+    sample, epsilon = Sample(run.reduced, devices=entries_on), jnp.asarray(epsilon, float)
+    measured: Any = None
+    if update_stats or not use_running_average:
+        measured = _measure(sample, x, mask, mean)
+    used = measured
+    if use_running_average:
+        used = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
+    elif limits is not None:
+        limits = tuple(a(state["count"]) if callable(a) else a for a in limits)
+        scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, limits)
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    y = _normalize(dtype, x, scale, bias, epsilon, mask, *used).reshape(shape)
     if not update_stats:
         return y, batch_stats
-    rows = jax.tree.map(jax.vmap(layout.one_sample.collect), rows)
     return y, advance(
         state,
-        rows,
+        jax.tree.map(run.rows, about_zero(*measured)),
         momentum=momentum,
         skip_nonfinite=skip_nonfinite,
         between=layout.batch is None,
@@ -114,37 +119,6 @@ def _seen(mask, a, of_x_rank):
         return a
     alone = tuple(i for i in range(a.ndim) if a.shape[i] == 1)
     return jnp.where(jnp.any(mask, alone, keepdims=True), a, jnp.zeros((), a.dtype))
-
-
-def _one_sample(
-    sample, dtype, epsilon, by_state, update_stats, limits, x, mask, scale, bias, mean, var
-):
-    """y, and the moments to update the state by; mean and var are the state's, where it is used."""
-    if mean is not None:
-        mean, var = lax.stop_gradient((widen(mean, x), widen(var, x)))
-    measured: Any = _measure(sample, x, mask, mean) if update_stats or not by_state else None
-    used = measured
-    if by_state:
-        used = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
-    elif limits is not None:
-        scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, limits)
-    y = _normalize(dtype, x, scale, bias, epsilon, mask, *used)
-    return y, about_zero(*measured) if update_stats else None
-
-
-def _each_sample(step, batch_axis, x, *others):
-    """step for each sample of x, vmapped; what has one entry for all samples is shared."""
-    if batch_axis is None:
-        y, moments = step(x, *others)
-        return y, jax.tree.map(lambda a: a[None], moments)
-    # Shared means in_axes=None: an array of size 1 need not be sharded as x is.
-    shared = [a is None or a.ndim < x.ndim or a.shape[batch_axis] == 1 for a in others]
-    squeezed = [
-        lax.squeeze(a, (batch_axis,)) if one and a is not None and a.ndim == x.ndim else a
-        for a, one in zip(others, shared, strict=True)
-    ]
-    in_axes = (batch_axis, *(None if one else batch_axis for one in shared))
-    return jax.vmap(step, in_axes, out_axes=(batch_axis, 0))(x, *squeezed)
 
 
 # ---- Virtual batches: (N, ...) as (N / size, size, ...) ----

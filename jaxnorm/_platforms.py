@@ -8,7 +8,7 @@ everywhere; each function says what differs. A platform that is not named uses t
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._devices import explicit_devices
-from jaxnorm._sample import Sample, select, widen
+from jaxnorm._sample import Array, Sample, select, widen
 
 Measured = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -76,19 +76,41 @@ def shifted_moments(
         count, zero, square = sample.moments_about(None, x, mask)
         return zero, count, zero, square
     about_part = functools.partial(_measure_about_part, sample, whole_rows=not differentiated)
-    until_good = functools.partial(_measure_until_good, sample)
-    operands = (x, mask, guess)
+    about_zero = functools.partial(_measure_until_good, sample, order=None)
+    about_guess = functools.partial(_measure_until_good, sample, order=_order_on_tpu(sample, x))
     return choose(
-        *operands,
-        tpu=until_good,
+        *(x, mask, guess),
+        tpu=about_guess,
         cuda=about_part,
         rocm=about_part,
-        default=lambda x, mask, guess: until_good(x, mask, None),
+        default=lambda x, mask, guess: about_zero(x, mask, None),
     )
 
 
+def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
+    """The order of axes in which a loop on a TPU takes the result of a convolution without a copy.
+
+    The operand of a loop has the layout that a TPU gives to any array of its shape. The result of a
+    convolution over images has another, with the samples next to the channels, and would be copied
+    for the loop: with that, the training step of a ResNet takes 1.28 times flax.linen's cycles, and
+    in this order 1.01. The results of matrix products, of two or three axes, are not copied.
+    """
+    if x.ndim < 4:
+        return None
+    # The channels are the one axis that is kept, or summed over, beside that of the samples.
+    kept = [a for a in range(1, x.ndim) if a not in sample.axes]
+    alone = [axes[0] for axes in (kept, sample.axes) if len(axes) == 1]
+    channels = alone[0] if alone else x.ndim - 1
+    return *(a for a in range(1, x.ndim) if a != channels), 0, channels
+
+
 def _measure_until_good(
-    sample: Sample, x: jax.Array, mask: jax.Array | None, guess: jax.Array | None
+    sample: Sample,
+    x: jax.Array,
+    mask: jax.Array | None,
+    guess: jax.Array | None,
+    *,
+    order: tuple[int, ...] | None,
 ) -> Measured:
     """Measures about the guess or 0, and again about the mean where it was far: twice at most.
 
@@ -97,20 +119,12 @@ def _measure_until_good(
     within 2e-6 at every offset: with mean^2 <= var it is within 1.4e-6, with 3 var within 3.8e-6
     and with 15 var within 1e-5. The condition is written so that NaN is not good.
 
-    The loop closes over x as it came, and widens it and lays it out inside: a TPU would otherwise
-    write it out before the loop. The number of rounds has the rank of x, since JAX 0.10.2 cannot
-    vmap a loop that carries a single number over an axis that is sharded explicitly.
+    The loop closes over x as it came, with its axes in the given order, and widens it and lays it
+    out inside: a TPU would otherwise write it out before the loop. The number of rounds has the
+    rank of x, since JAX 0.10.2 cannot vmap a loop that carries a single number over an axis that
+    is sharded explicitly.
     """
     limit = 15.0 if x.dtype.itemsize < 4 else 1.0
-
-    def operands() -> tuple[jax.Array, jax.Array | None]:
-        return sample.laid_out(x), sample.laid_out(mask)
-
-    # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
-    packed, unpacked = (
-        lambda *arrays, change=change: [change(a, sample.axes) for a in arrays]
-        for change in (lax.squeeze, lax.expand_dims)
-    )
 
     def is_bad(mean: jax.Array, var: jax.Array) -> jax.Array:
         return ~((jnp.abs(mean) <= jnp.sqrt(limit * var)) & (var < jnp.inf))
@@ -119,6 +133,17 @@ def _measure_until_good(
         """The rounds that are left: none where all is good."""
         some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
         return sample.devices.most(some)
+
+    if guess is not None:
+        guess = guess.astype(widen(x).dtype)
+        guess = jnp.where(jnp.isfinite(guess), guess, 0)
+    count, mean, var = sample.moments_about(guess, sample.laid_out(x), sample.laid_out(mask))
+    shift = jnp.zeros_like(mean) if guess is None else guess + jnp.zeros_like(mean)
+    rounds = left(ROUNDS, mean, var)
+
+    back = order and [order.index(a) for a in range(len(order))]
+    ordered, numbers = sample.ordered(order), _transpose(count, order)
+    x, mask = _transpose(x, order), _transpose(mask, order)
 
     def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.any(carry[0] > 0)
@@ -130,19 +155,28 @@ def _measure_until_good(
         near = shift + mean
         finite = jnp.isfinite(near)
         shift = jnp.where(bad & finite, near, shift)
-        unit = jnp.where(finite, 1, 1 / jnp.maximum(count, 1))
-        _, new_mean, new_var = sample.moments_about(shift, *operands(), unit)
+        unit = jnp.where(finite, 1, 1 / jnp.maximum(numbers, 1))
+        _, new_mean, new_var = ordered.moments_about(
+            shift, ordered.laid_out(x), ordered.laid_out(mask), unit
+        )
         mean, var = jnp.where(bad, new_mean, mean), jnp.where(bad, new_var, var)
         return left(rounds - 1, mean, var), *packed(shift, mean, var)
 
-    if guess is not None:
-        guess = guess.astype(widen(x).dtype)
-        guess = jnp.where(jnp.isfinite(guess), guess, 0)
-    count, mean, var = sample.moments_about(guess, *operands())
-    shift = jnp.zeros_like(mean) if guess is None else guess + jnp.zeros_like(mean)
-    start = left(ROUNDS, mean, var), *packed(shift, mean, var)
-    shift, mean, var = unpacked(*lax.while_loop(goes_on, again, start)[1:])
+    # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
+    def packed(*arrays: jax.Array) -> list[jax.Array]:
+        return [lax.squeeze(a, ordered.axes) for a in arrays]
+
+    def unpacked(*arrays: jax.Array) -> list[jax.Array]:
+        return [lax.expand_dims(a, ordered.axes) for a in arrays]
+
+    start = rounds, *packed(*(_transpose(a, order) for a in (shift, mean, var)))
+    found = unpacked(*lax.while_loop(goes_on, again, start)[1:])
+    shift, mean, var = (_transpose(a, back) for a in found)
     return shift, count, mean, var
+
+
+def _transpose(a: Array, order: Sequence[int] | None) -> Array:
+    return a if a is None or order is None else jnp.transpose(a, order)
 
 
 def _measure_about_part(

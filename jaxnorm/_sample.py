@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -51,6 +51,14 @@ class Sample:
         axis, number = self.split
         parts = (1, 1) if a.shape[axis] == 1 else (number, a.shape[axis] // number)
         return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
+
+    def ordered(self, order: Sequence[int] | None) -> "Sample":
+        """The same entries of x with its axes in another order."""
+        if order is None:
+            return self
+        groups = self.groups and (order.index(self.groups[0]), self.groups[1])
+        axes = tuple(i for i, a in enumerate(order) if a in self.axes)
+        return dataclasses.replace(self, axes=axes, groups=groups)
 
     def sum(self, x: jax.Array) -> jax.Array:
         """Sums over this device's entries; the reduced axes stay, with size 1."""
