@@ -14,16 +14,21 @@ from jaxnorm._moments import Moments, centre
 from jaxnorm._sample import select
 
 
-def standardize(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments, epsilon: jax.Array
-) -> jax.Array:
-    """x_hat = (x - mean) / sqrt(var + epsilon)."""
-    return centre(x, mask, shift, moments) * rstd(moments.var, epsilon)
-
-
 def rstd(var: jax.Array, epsilon: jax.Array) -> jax.Array:
     """1 / sqrt(var + epsilon)."""
     return lax.rsqrt(var + epsilon.astype(var.dtype))
+
+
+def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
+    """d * r * w, for r of the moments' shape; r is multiplied by w first where that is not of x's.
+
+    So there is one product of x's size. In the transpose r stands between the sum over the entries
+    of a sample, which is the cotangent of r * w, and the sum over the samples: next to each other
+    XLA makes them one, beside the first, and for it writes all products d * g out.
+    """
+    if w is None:
+        return d * r
+    return (d * r) * w if jnp.broadcast_shapes(r.shape, w.shape) == d.shape else d * (r * w)
 
 
 def affine(x_hat: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
@@ -47,7 +52,8 @@ def normalize(
 
     Scale and bias have x's rank.
     """
-    y = affine(standardize(x, mask, shift, moments, epsilon), scale, bias)
+    d, r = centre(x, mask, shift, moments), rstd(moments.var, epsilon)
+    y = affine(scaled(d, r, None if scale is None else scale.astype(r.dtype)), None, bias)
     return select(mask, y).astype(dtype)
 
 
@@ -83,10 +89,9 @@ def _normalize_jvp(dtype, primals, tangents):
         wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
         a = _combine((one, scale_dot), (one, _along(w, wide_dot, x)))
         b = _combine((one, bias_dot), (one, _along(w, _combine((-r, mean_dot)), x)))
-        x_hat = one  # of no use where neither scale nor variance moves: x need not be kept
-        if a is not None:
-            x_hat = standardize(_platforms.apart_on_cpu(x), mask, shift, moments, epsilon)
-        y_dot = _combine((w * r, x_dot), (x_hat, a), (one, b))
+        if a is not None:  # otherwise x need not be kept
+            a = scaled(centre(_platforms.apart_on_cpu(x), mask, shift, moments), r, a)
+        y_dot = _combine((w * r, x_dot), (one, a), (one, b))
         y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the shift moves
         return jnp.broadcast_to(y_dot.astype(dtype), y.shape)
 

@@ -30,6 +30,17 @@ def test_what_is_spread_lies_along_its_axes_and_is_collected_again(layout):
         expected[axis] = size
     assert spread.shape == tuple(expected)
     assert layout.spread(spread) is spread or layout.ndim == len(layout.channels)
-    one = layout.one_sample
-    taken = spread if layout.batch is None else spread.squeeze(layout.batch)
-    np.testing.assert_array_equal(one.collect(taken), a)
+    np.testing.assert_array_equal(layout.rows(spread), a[None])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_there_is_a_row_for_each_sample(layout):
+    sizes = {a: 2 + i for i, a in enumerate(layout.channels)}
+    samples = 1 if layout.batch is None else 9
+    shape = [samples if a == layout.batch else sizes.get(a, 1) for a in range(layout.ndim)]
+    a = np.arange(np.prod(shape)).reshape(shape)
+    rows = layout.rows(a)
+    assert rows.shape == (samples, *sizes.values())
+    for k, row in enumerate(rows):
+        one = a if layout.batch is None else a.take([k], layout.batch)
+        np.testing.assert_array_equal(layout.rows(one)[0], row)
