@@ -119,21 +119,19 @@ class Sample:
         var = jnp.where(squares == jnp.inf, squares, squares / n - mean * mean)
         return count, mean, jnp.maximum(var, 0)
 
-    def part(self, x: jax.Array) -> jax.Array:
-        """A part of each sample, a sixteenth of it or more.
+    def part(self, x: jax.Array, share: int) -> jax.Array:
+        """A part of each sample, one in `share` of its entries or more.
 
-        It is every sixteenth entry along an inner axis; along the first axis, which may be spread
-        over devices, only where no other is reduced but the last; and of the last, whose entries
-        are read together, the first ones. All of x where an axis is known to be spread, or its size
-        is not known (jax.export).
+        They lie at equal distances along the inner axes, or else along the first one, which may be
+        spread over devices. Of the last axis, whose entries are read together, the first ones are
+        taken, at least a sixteenth. All of x along an axis that is known to be spread, or whose
+        size is not known (jax.export).
         """
         axes = [a for a in self.axes if isinstance(x.shape[a], int) and explicit_devices(x, a) == 1]
         last = x.ndim - 1
-        inner = [a for a in axes if 0 < a < last] or [a for a in axes if a < last] or axes
-        if not inner:
-            return x
-        axis = max(inner, key=lambda a: x.shape[a])
-        size = x.shape[axis]
-        if axis == last:
-            return jax.lax.slice_in_dim(x, 0, -(-size // 16), axis=axis)
-        return jax.lax.slice_in_dim(x, 0, None, min(max(size, 1), 16), axis)
+        if axes == [last]:
+            return jax.lax.slice_in_dim(x, 0, -(-x.shape[last] // min(share, 16)), axis=last)
+        for axis in [a for a in axes if 0 < a < last] or [a for a in axes if a < last]:
+            stride = max(min(x.shape[axis], share), 1)
+            x, share = jax.lax.slice_in_dim(x, 0, None, stride, axis), share // stride
+        return x
