@@ -187,13 +187,13 @@ def _measure_about_part(
     *,
     whole_rows: bool,
 ) -> Measured:
-    """Measures about the mean of a part of x: one entry in 64, or in half precision in 4096.
+    """Measures about the mean of a part of x: one entry in 16, or in half precision in 4096.
 
     With a part p of the entries (mean - shift)^2 <= var (1 - p) / p, whatever x is, since the
     variance between the part and the rest alone is (mean - shift)^2 p / (1 - p). So the variance
-    loses six bits at most, and in half precision twelve of 24, where y has eleven or eight: as
-    where the part alone differs from the rest. Reading a sixteenth took 1 % more of the bytes of a
-    ResNet's step, and one kernel more for each of its norms.
+    loses four bits at most, and in half precision twelve of 24, where y has eleven or eight: as
+    where the part alone differs from the rest. In half precision a sixteenth took 1 % more of the
+    bytes of a ResNet's step, and one kernel more for each of its norms.
 
     With whole rows, the mean of a norm over the last axis is that of all entries: XLA for GPU then
     makes the forward pass one kernel that reads x once (2.0 times x's bytes; flax.linen: 3.0). With
@@ -203,7 +203,7 @@ def _measure_about_part(
     whole_rows = whole_rows and sample.axes == (x.ndim - 1,)
     part = x  # a mask may leave nothing of a part
     if mask is None and not whole_rows:
-        part = sample.part(x, 4096 if x.dtype.itemsize < 4 else 64)
+        part = sample.part(x, 4096 if x.dtype.itemsize < 4 else 16)
     count = sample.count(part, mask, widen(part).dtype)
     if mask is None:
         n = count * sample.devices.number()

@@ -54,6 +54,49 @@ def test_y_is_within_2e_6_at_every_offset(kind):
         np.testing.assert_allclose(f(x), normalized(kind, x), rtol=0, atol=2e-6)
 
 
+ORDERS = [
+    ("batch_norm", (6, 8, 9, 7), {"channel_axis": 1}, (0, 2, 3)),
+    ("batch_norm", (6, 5, 8, 9, 7), {"channel_axis": -1}, (0, 1, 2, 3)),
+    ("batch_norm", (6, 8, 9, 7), {"channel_axis": (1, 3)}, (0, 2)),
+    ("batch_norm", (8, 6, 9, 7), {"channel_axis": 0}, (1, 2, 3)),
+    ("instance_norm", (6, 8, 9, 7), {"channel_axis": 1}, (2, 3)),
+    ("instance_norm", (8, 9, 7, 6), {"channel_axis": 0, "batch_axis": 3}, (1, 2)),
+    ("layer_norm", (6, 8, 9, 7), {"axis": 1}, (1,)),
+    ("layer_norm", (6, 8, 9, 7), {"axis": (1, 2)}, (1, 2)),
+    ("layer_norm", (6, 8, 9, 7), {"axis": (1, 2, 3)}, (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "options", "axes"), ORDERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_axes_in_any_order(name, shape, options, axes, masked):
+    """Far from 0, so that a loop measures again."""
+    x = (RNG.standard_normal(shape) + 1e3).astype(np.float32)
+    mask = np.ones(shape, bool)
+    if masked:  # every other entry at least is kept
+        mask = (RNG.random(shape) < 0.5) | (np.indices(shape).sum(0) % 2 == 0)
+    f = functools.partial(getattr(jaxnorm, name), mask=mask if masked else None, epsilon=0.0)
+    y = jax.jit(functools.partial(f, **options))(x)
+    y = y[0] if isinstance(y, tuple) else y
+    wide = x.astype(np.float64)
+    mean = wide.mean(axes, keepdims=True, where=mask)
+    std = wide.std(axes, keepdims=True, where=mask)
+    np.testing.assert_allclose(y, np.where(mask, (wide - mean) / std, 0), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["batch", "instance", "group"])
+def test_a_first_row_unlike_the_rest_costs_nothing_that_y_shows(kind, dtype):
+    """Of which the shift is made on a GPU: of that row, or in half precision of its first entry."""
+    x = RNG.standard_normal((4, 64, 64, 8))
+    x[:, 0] += 100
+    x = jnp.asarray(x, dtype)
+    y = jax.jit(functools.partial(NORMS[kind], epsilon=0.0))(x)
+    # In float32 the variance may lose six bits, half of that in y; otherwise y is rounded once.
+    rtol = 2.0**-18 if dtype == "float32" else float(jnp.finfo(dtype).eps) * 0.6
+    np.testing.assert_allclose(y.astype(float), normalized(kind, x), rtol=rtol, atol=2e-6)
+
+
 @pytest.mark.parametrize("kind", CENTRED)
 @pytest.mark.parametrize("constant", [0.1, 1e-30, 3.3333e9, 1e30, LARGEST, -LARGEST])
 def test_constants_up_to_the_largest_give_0_exactly(kind, constant, formulation):
