@@ -91,9 +91,10 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     """The order of axes in which a loop on a TPU takes the result of a convolution without a copy.
 
     The operand of a loop has the layout that a TPU gives to any array of its shape. The result of a
-    convolution over images has another, with the samples next to the channels, and would be copied
-    for the loop: with that, the training step of a ResNet takes 1.28 times flax.linen's cycles, and
-    in this order 1.01. The results of matrix products, of two or three axes, are not copied.
+    convolution over images has another, with samples and channels together in the tiles of 8 by
+    128, and would be copied for the loop: with that, the training step of a ResNet takes 1.28 times
+    flax.linen's cycles, and in this order 1.01. The results of matrix products, of two or three
+    axes, are not copied, and fewer than eight images are laid out in yet other ways.
     """
     if x.ndim < 4 or sample.split is not None:
         return None
@@ -101,7 +102,21 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     kept = [a for a in range(1, x.ndim) if a not in sample.axes]
     alone = [axes[0] for axes in (kept, sample.axes) if len(axes) == 1]
     channels = alone[0] if alone else x.ndim - 1
-    return *(a for a in range(1, x.ndim) if a != channels), 0, channels
+    space = [a for a in range(1, x.ndim) if a != channels]
+    n, c = x.shape[0], x.shape[channels]
+    if channels == 0 or not (isinstance(n, int) and isinstance(c, int)):
+        return None
+    n //= explicit_devices(x, 0)
+    if n < 8:
+        return None
+    # Of the two, that of which fewer entries are padding has the 128 lanes.
+    by_channels, by_samples = (_up(c, 128) * _up(n, 8), _up(n, 128) * _up(c, 8))
+    return (*space, 0, channels) if by_channels <= by_samples else (*space, channels, 0)
+
+
+def _up(n: int, multiple: int) -> int:
+    """The least multiple that is not less than n."""
+    return -(-n // multiple) * multiple
 
 
 def _measure_until_good(

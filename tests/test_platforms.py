@@ -55,15 +55,18 @@ def test_y_is_within_2e_6_at_every_offset(kind):
 
 
 ORDERS = [
-    ("batch_norm", (6, 8, 9, 7), {"channel_axis": 1}, (0, 2, 3)),
-    ("batch_norm", (6, 5, 8, 9, 7), {"channel_axis": -1}, (0, 1, 2, 3)),
-    ("batch_norm", (6, 8, 9, 7), {"channel_axis": (1, 3)}, (0, 2)),
+    ("batch_norm", (9, 8, 5, 7), {"channel_axis": 1}, (0, 2, 3)),
+    ("batch_norm", (128, 5, 3, 8), {"channel_axis": -1}, (0, 1, 2)),
+    ("batch_norm", (9, 5, 8, 3, 7), {"channel_axis": -1}, (0, 1, 2, 3)),
+    ("batch_norm", (9, 8, 5, 7), {"channel_axis": (1, 3)}, (0, 2)),
     ("batch_norm", (8, 6, 9, 7), {"channel_axis": 0}, (1, 2, 3)),
-    ("instance_norm", (6, 8, 9, 7), {"channel_axis": 1}, (2, 3)),
+    ("instance_norm", (9, 8, 5, 7), {"channel_axis": 1}, (2, 3)),
+    ("instance_norm", (128, 5, 3, 8), {"channel_axis": 3}, (1, 2)),
     ("instance_norm", (8, 9, 7, 6), {"channel_axis": 0, "batch_axis": 3}, (1, 2)),
-    ("layer_norm", (6, 8, 9, 7), {"axis": 1}, (1,)),
-    ("layer_norm", (6, 8, 9, 7), {"axis": (1, 2)}, (1, 2)),
-    ("layer_norm", (6, 8, 9, 7), {"axis": (1, 2, 3)}, (1, 2, 3)),
+    ("layer_norm", (9, 8, 5, 7), {"axis": 1}, (1,)),
+    ("layer_norm", (9, 8, 5, 7), {"axis": 0}, (0,)),
+    ("layer_norm", (9, 8, 5, 7), {"axis": (1, 2)}, (1, 2)),
+    ("layer_norm", (9, 8, 5, 7), {"axis": (1, 2, 3)}, (1, 2, 3)),
 ]
 
 
