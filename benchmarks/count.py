@@ -8,9 +8,9 @@ beside it.
 - Cycles are the sum of XLA's `estimated_cycles`, which its TPU compiler gives to the instructions
   of the vector and matrix units. Copies that run beside them, what is done with single numbers, and
   the backward pass of max pooling, which is alike in all programs of a model, have no estimate and
-  count nothing. A reshape of up to 64 KiB, such as that of a scale, counts 1824 cycles, which is
-  the compiler's estimate of a small copy. Any other instruction without an estimate, such as a
-  custom call, makes the sum None.
+  count nothing. Reshapes and slices without an estimate count as copies: the compiler gives to
+  a copy 1824 cycles at least, and one more for 311 bytes that it reads or writes. Any other
+  instruction without an estimate, such as a custom call, makes the sum None.
 - Bytes are those of the operands and results of the instructions. An operand that is read through a
   slice counts as the slice; one that is updated in place counts as the update.
 - Kernels are the instructions that take time.
@@ -40,7 +40,8 @@ EMPTY_CALLS = {
 SLICES = {"slice", "dynamic-slice"}
 UNKNOWN_TO_ALL = {"select-and-scatter"}  # the transpose of max pooling
 NUMBER = 8  # bytes of a single number, at most
-SMALL_RESHAPE = 2**16, 1824  # up to so many bytes, the cycles of a copy
+COPIES = {"reshape", "slice", "dynamic-slice", "dynamic-update-slice"}
+COPY, BYTES_A_CYCLE = 1824, 311  # TPU v5e: what a copy takes at least, and f32[65536,1024]'s rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,8 @@ class Program:
             elif i.op == "conditional":
                 raise ValueError("a conditional, whose branch is not known")
             elif not self._is_free(i):
-                total += Cost(self._cycles(i), self._bytes(i, self.computations[name]), 1)
+                moved = self._bytes(i, self.computations[name])
+                total += Cost(self._cycles(i, moved), moved, 1)
         return total
 
     def _is_free(self, i: Instruction) -> bool:
@@ -204,12 +206,11 @@ class Program:
         found = re.match(r"(\d+)\)", limit.rest)
         return int(found[1]) if limit.op == "constant" and found else None
 
-    def _cycles(self, i: Instruction) -> float | None:
+    def _cycles(self, i: Instruction, moved: int) -> float | None:
         if found := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
             return int(found[1])
-        size, cycles = SMALL_RESHAPE
-        if i.op == "reshape" and nbytes(i.type) <= size:
-            return cycles
+        if i.op in COPIES:
+            return COPY + moved // BYTES_A_CYCLE
         alike = i.op.endswith("-start") or i.op in UNKNOWN_TO_ALL or nbytes(i.type) <= NUMBER
         return 0 if alike else None
 

@@ -109,11 +109,10 @@ def test_an_instruction_without_an_estimate_makes_the_cycles_unknown():
     assert program.cost().kernels == Program(TPU).cost().kernels
 
 
-@pytest.mark.parametrize(("shape", "cycles"), [("8,128", 30 + 12 * 1824), ("1024,128", None)])
-def test_a_small_reshape_without_an_estimate_counts_as_a_small_copy(shape, cycles):
+def test_a_reshape_without_an_estimate_counts_as_a_copy():
     text = TPU.replace("fusion(%x), kind=kLoop, calls=%fused", "reshape(%x)", 1)
-    text = text.replace(ESTIMATE % "100", "").replace("f32[8,128]", f"f32[{shape}]")
-    assert Program(text).cost().cycles == cycles
+    text = text.replace(ESTIMATE % "100", "")
+    assert Program(text).cost().cycles == 30 + 12 * (1824 + 2 * TILE // 311)
 
 
 def test_a_conditional_is_refused():
