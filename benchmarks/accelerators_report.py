@@ -33,7 +33,8 @@ time that a device takes.
   square brackets.
 - A ratio is jaxnorm's figure divided by the other library's: below 1, jaxnorm is ahead. A dash
   means that the library has no such norm, or not in this layout; an empty place, that the program
-  was not compiled."""
+  was not compiled. Out of memory: the compiler refuses the program, which would need more than the
+  16 GB of a TPU v5e."""
 
 
 def write_report(path: Path) -> str:
@@ -166,8 +167,11 @@ def step_table(steps: list[Row], target: str) -> str:
     for row in steps:
         answers = row["targets"].get(target, {})
         for library, answer in answers.items():
-            cost = step_cells(answers, library, twin(row["job"]), tpu)
-            text = [DASH] * (len(head) - 2) if "missing" in answer else cost
+            if "missing" in answer:
+                why = "out of memory" if "Ran out of memory" in answer["missing"] else DASH
+                text = [why] * (len(head) - 2)
+            else:
+                text = step_cells(answers, library, twin(row["job"]), tpu)
             lines.append(f"| {name_of_step(row['job'])} | {library} | " + " | ".join(text) + " |")
     return "\n".join(lines) + "\n\nRatios in this table are the row's figure divided by Flax's."
 
