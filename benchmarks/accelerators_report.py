@@ -154,6 +154,11 @@ def ratio_to_best(row: Row, target: str) -> float | None:
     return max((value for value in ratios if value is not None), default=None)
 
 
+def missing(answer: Answer) -> str | None:
+    """Why there is no program, where the reason is the target's."""
+    return "out of memory" if "Ran out of memory" in answer.get("missing", "") else None
+
+
 # ---- Steps ----
 
 
@@ -168,8 +173,7 @@ def step_table(steps: list[Row], target: str) -> str:
         answers = row["targets"].get(target, {})
         for library, answer in answers.items():
             if "missing" in answer:
-                why = "out of memory" if "Ran out of memory" in answer["missing"] else DASH
-                text = [why] * (len(head) - 2)
+                text = [missing(answer) or DASH] * (len(head) - 2)
             else:
                 text = step_cells(answers, library, twin(row["job"]), tpu)
             lines.append(f"| {name_of_step(row['job'])} | {library} | " + " | ".join(text) + " |")
@@ -276,9 +280,17 @@ def plot(steps: list[Row], targets: list[str], path: Path) -> None:
 def draw_panel(axes: Any, answers: dict[str, Answer], target: str, libraries: list[str]) -> None:
     """A bar for each library: what its norms add to the model without norms, in percent."""
     without = figure(answers.get(NONE), target)
-    shown = [library for library in libraries if figure(answers.get(library), target) is not None]
+    shown = [library for library in libraries if library in answers]
     for k, library in enumerate(shown if without else ()):
-        share = 100 * (figure(answers[library], target) / without - 1)
+        value = figure(answers[library], target)
+        if value is None:
+            reason = missing(answers[library]) or "not comparable"
+            axes.annotate(
+                reason, (k, 0), (0, 4), textcoords="offset points", ha="center", rotation=90, size=7
+            )
+            axes.bar(k, 0, 0.85)
+            continue
+        share = 100 * (value / without - 1)
         axes.bar(k, share, 0.85, color=COLORS[library])
         axes.annotate(
             f"{share:.0f}" if abs(share) >= 10 else f"{share:.1f}",
