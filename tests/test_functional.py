@@ -124,10 +124,11 @@ def test_the_samples_may_lie_on_any_axis_or_there_is_only_one():
         y_moved, new_moved = jaxnorm.instance_norm(
             jnp.moveaxis(x, 0, axis), None, state, batch_axis=axis
         )
-        np.testing.assert_allclose(jnp.moveaxis(y_moved, axis, 0), y, rtol=0, atol=1e-6)
-        chex.assert_trees_all_close(new_moved, new, rtol=1e-6)
+        # The sums are in another order; each y is within 2e-6 of float64.
+        np.testing.assert_allclose(jnp.moveaxis(y_moved, axis, 0), y, rtol=0, atol=4e-6)
+        chex.assert_trees_all_close(new_moved, new, rtol=1e-6, atol=1e-6)
     one, _ = jaxnorm.instance_norm(x[2], None, state, batch_axis=None)
-    np.testing.assert_allclose(one, y[2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(one, y[2], rtol=0, atol=4e-6)
 
 
 @both
