@@ -93,8 +93,8 @@ def test_channels_may_lie_on_any_axis_of_any_rank(norm, space, tracked):
             y_moved, new_moved = norm(
                 np.moveaxis(x, -1, axis), params, state, channel_axis=channel_axis
             )
-            # The order of the sums differs: a unit or two in the last place.
-            np.testing.assert_allclose(np.moveaxis(y_moved, axis, -1), y, rtol=0, atol=2e-6)
+            # The sums are in another order: each x_hat is within 1e-6, and the scale is up to 3.
+            np.testing.assert_allclose(np.moveaxis(y_moved, axis, -1), y, rtol=0, atol=6e-6)
             chex.assert_trees_all_close(new_moved, new, rtol=1e-5, atol=1e-7)
 
 
@@ -307,7 +307,8 @@ def test_derivatives_of_every_order_and_mode(x64, norm, case):
     def f(x, scale, bias, epsilon):
         return norm(x, {"scale": scale, "bias": bias}, STATE, epsilon=epsilon, **options)[0]
 
-    check_grads(f, (x, scale, bias, jnp.asarray(0.3)), order=3)
+    # Samples of two to four entries have large third derivatives, and these are finite differences.
+    check_grads(f, (x, scale, bias, jnp.asarray(0.3)), order=3, rtol=1e-4, atol=1e-4)
     check_grads(jax.jit(f), (x, scale, bias, jnp.asarray(0.3)), order=1)
 
 
