@@ -8,7 +8,7 @@ everywhere; each function says what differs. A platform that is not named uses t
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._devices import explicit_devices
-from jaxnorm._sample import Array, Sample, select, widen
+from jaxnorm._sample import Sample, select, widen
 
 Measured = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -127,17 +127,45 @@ def _measure_until_good(
     *,
     order: tuple[int, ...] | None,
 ) -> Measured:
-    """Measures about the guess or 0, and again about the mean where it was far: twice at most.
+    """Measures about the guess or 0, and again about the mean where it was far.
+
+    What is measured again is x with its axes in the given order.
+    """
+    if guess is not None:
+        guess = guess.astype(widen(x).dtype)
+        guess = jnp.where(jnp.isfinite(guess), guess, 0)
+    count, mean, var = sample.moments_about(guess, sample.laid_out(x), sample.laid_out(mask))
+    shift = jnp.zeros_like(mean) if guess is None else guess + jnp.zeros_like(mean)
+    if order is None:
+        return _measure_again(sample, x, mask, shift, count, mean, var)
+    mask = None if mask is None else jnp.transpose(mask, order)
+    x, *measured = (jnp.transpose(a, order) for a in (x, shift, count, mean, var))
+    found = _measure_again(sample.ordered(order), x, mask, *measured)
+    shift, count, mean, var = (
+        jnp.transpose(a, [order.index(i) for i in range(a.ndim)]) for a in found
+    )
+    return shift, count, mean, var
+
+
+def _measure_again(
+    sample: Sample,
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    count: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+) -> Measured:
+    """Measures again about the mean while it is far from the shift, twice at most.
 
     The variance is the small difference of large numbers where mean^2 is large beside it. In half
     precision the four bits that mean^2 <= 15 var may cost are not seen in y. In float32 y is to be
     within 2e-6 at every offset: with mean^2 <= var it is within 1.4e-6, with 3 var within 3.8e-6
     and with 15 var within 1e-5. The condition is written so that NaN is not good.
 
-    The loop closes over x as it came, with its axes in the given order, and widens it and lays it
-    out inside: a TPU would otherwise write it out before the loop. The number of rounds has the
-    rank of x, since JAX 0.10.2 cannot vmap a loop that carries a single number over an axis that
-    is sharded explicitly.
+    The loop closes over x as it came, and widens it and lays it out inside: a TPU would otherwise
+    write it out before the loop. The number of rounds has the rank of x, since JAX 0.10.2 cannot
+    vmap a loop that carries a single number over an axis that is sharded explicitly.
     """
     limit = 15.0 if x.dtype.itemsize < 4 else 1.0
 
@@ -149,16 +177,11 @@ def _measure_until_good(
         some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
         return sample.devices.most(some)
 
-    if guess is not None:
-        guess = guess.astype(widen(x).dtype)
-        guess = jnp.where(jnp.isfinite(guess), guess, 0)
-    count, mean, var = sample.moments_about(guess, sample.laid_out(x), sample.laid_out(mask))
-    shift = jnp.zeros_like(mean) if guess is None else guess + jnp.zeros_like(mean)
-    rounds = left(ROUNDS, mean, var)
-
-    back = order and [order.index(a) for a in range(len(order))]
-    ordered, numbers = sample.ordered(order), _transpose(count, order)
-    x, mask = _transpose(x, order), _transpose(mask, order)
+    # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
+    packed, unpacked = (
+        lambda *arrays, change=change: [change(a, sample.axes) for a in arrays]
+        for change in (lax.squeeze, lax.expand_dims)
+    )
 
     def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.any(carry[0] > 0)
@@ -170,28 +193,16 @@ def _measure_until_good(
         near = shift + mean
         finite = jnp.isfinite(near)
         shift = jnp.where(bad & finite, near, shift)
-        unit = jnp.where(finite, 1, 1 / jnp.maximum(numbers, 1))
-        _, new_mean, new_var = ordered.moments_about(
-            shift, ordered.laid_out(x), ordered.laid_out(mask), unit
+        unit = jnp.where(finite, 1, 1 / jnp.maximum(count, 1))
+        _, new_mean, new_var = sample.moments_about(
+            shift, sample.laid_out(x), sample.laid_out(mask), unit
         )
         mean, var = jnp.where(bad, new_mean, mean), jnp.where(bad, new_var, var)
         return left(rounds - 1, mean, var), *packed(shift, mean, var)
 
-    # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
-    def packed(*arrays: jax.Array) -> list[jax.Array]:
-        return [lax.squeeze(a, ordered.axes) for a in arrays]
-
-    def unpacked(*arrays: jax.Array) -> list[jax.Array]:
-        return [lax.expand_dims(a, ordered.axes) for a in arrays]
-
-    start = rounds, *packed(*(_transpose(a, order) for a in (shift, mean, var)))
-    found = unpacked(*lax.while_loop(goes_on, again, start)[1:])
-    shift, mean, var = (_transpose(a, back) for a in found)
+    start = left(ROUNDS, mean, var), *packed(shift, mean, var)
+    shift, mean, var = unpacked(*lax.while_loop(goes_on, again, start)[1:])
     return shift, count, mean, var
-
-
-def _transpose(a: Array, order: Sequence[int] | None) -> Array:
-    return a if a is None or order is None else jnp.transpose(a, order)
 
 
 def _measure_about_part(
@@ -206,9 +217,10 @@ def _measure_about_part(
 
     With a part p of the entries (mean - shift)^2 <= var (1 - p) / p, whatever x is, since the
     variance between the part and the rest alone is (mean - shift)^2 p / (1 - p). So the variance
-    loses four bits at most, and in half precision twelve of 24, where y has eleven or eight: as
-    where the part alone differs from the rest. In half precision a sixteenth took 1 % more of the
-    bytes of a ResNet's step, and one kernel more for each of its norms.
+    loses four bits at most, and in half precision twelve of 24, where y has eleven or eight. There
+    a sixteenth took 1 % more of the bytes of a ResNet's step on an H100, and one kernel more for
+    each of its norms. Small samples in float32 give 16 entries: with one of 15, y was off by
+    2.05e-6.
 
     With whole rows, the mean of a norm over the last axis is that of all entries: XLA for GPU then
     makes the forward pass one kernel that reads x once (2.0 times x's bytes; flax.linen: 3.0). With
@@ -218,7 +230,8 @@ def _measure_about_part(
     whole_rows = whole_rows and sample.axes == (x.ndim - 1,)
     part = x  # a mask may leave nothing of a part
     if mask is None and not whole_rows:
-        part = sample.part(x, 4096 if x.dtype.itemsize < 4 else 16)
+        half = x.dtype.itemsize < 4
+        part = sample.part(x, share=4096 if half else 16, least=1 if half else 16)
     count = sample.count(part, mask, widen(part).dtype)
     if mask is None:
         n = count * sample.devices.number()

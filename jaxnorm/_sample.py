@@ -52,10 +52,8 @@ class Sample:
         parts = (1, 1) if a.shape[axis] == 1 else (number, a.shape[axis] // number)
         return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
 
-    def ordered(self, order: Sequence[int] | None) -> "Sample":
+    def ordered(self, order: Sequence[int]) -> "Sample":
         """The same entries of x with its axes in another order."""
-        if order is None:
-            return self
         groups = self.groups and (order.index(self.groups[0]), self.groups[1])
         axes = tuple(i for i, a in enumerate(order) if a in self.axes)
         return dataclasses.replace(self, axes=axes, groups=groups)
@@ -127,8 +125,8 @@ class Sample:
         var = jnp.where(squares == jnp.inf, squares, squares / n - mean * mean)
         return count, mean, jnp.maximum(var, 0)
 
-    def part(self, x: jax.Array, share: int) -> jax.Array:
-        """A part of each sample, one in `share` of its entries or more.
+    def part(self, x: jax.Array, share: int, least: int) -> jax.Array:
+        """A part of each sample, one in `share` of its entries or more, and about `least` of them.
 
         They lie at equal distances along the inner axes, or else along the first one, which may be
         spread over devices. Of the last axis, whose entries are read together, the first ones are
@@ -137,6 +135,7 @@ class Sample:
         """
         axes = [a for a in self.axes if isinstance(x.shape[a], int) and explicit_devices(x, a) == 1]
         last = x.ndim - 1
+        share = min(share, max(math.prod(x.shape[a] for a in axes) // least, 1))
         if axes == [last]:
             return jax.lax.slice_in_dim(x, 0, -(-x.shape[last] // min(share, 16)), axis=last)
         for axis in [a for a in axes if 0 < a < last] or [a for a in axes if a < last]:

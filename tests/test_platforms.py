@@ -90,13 +90,13 @@ def test_axes_in_any_order(name, shape, options, axes, masked):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["batch", "instance", "group"])
 def test_a_first_row_unlike_the_rest_costs_nothing_that_y_shows(kind, dtype):
-    """Of which the shift is made on a GPU: of that row, or in half precision of its first entry."""
+    """On a GPU the shift is made of it: of every sixteenth row, or in half precision one entry."""
     x = RNG.standard_normal((4, 64, 64, 8))
     x[:, 0] += 100
     x = jnp.asarray(x, dtype)
     y = jax.jit(functools.partial(NORMS[kind], epsilon=0.0))(x)
-    # In float32 the variance may lose six bits, half of that in y; otherwise y is rounded once.
-    rtol = 2.0**-18 if dtype == "float32" else float(jnp.finfo(dtype).eps) * 0.6
+    # In float32 the variance may lose four of 24 bits; otherwise y is rounded once.
+    rtol = 2.0**-20 if dtype == "float32" else float(jnp.finfo(dtype).eps) * 0.6
     np.testing.assert_allclose(y.astype(float), normalized(kind, x), rtol=rtol, atol=2e-6)
 
 
