@@ -9,6 +9,7 @@ process and an environment of its own, both at the same time. A run goes on wher
 """
 
 import argparse
+import collections
 import itertools
 import json
 import os
@@ -47,9 +48,11 @@ MODULES = {
     "ResNet-50 in NNX, batch norm": "flax.nnx",
 }
 UNROLLED = (*RESNETS, "StarGAN, instance norm", *TRANSFORMERS)
+DEEP = (RESNETS[0], *UNROLLED[len(RESNETS) :])
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "dm-haiku", "equinox", "keras")
 # Reasons why an answer is missing that lie in the environment, and not in the library.
 AGAIN = ("ModuleNotFoundError", "the process has ended")
+MOST_PROCESSES = 8  # a whole network takes a compiler a few gigabytes
 Job = dict[str, Any]
 
 
@@ -58,34 +61,38 @@ Job = dict[str, Any]
 
 def jobs(full: bool, targets: list[str], only: str | None) -> Iterator[Job]:
     """Everything to compile: the steps first, and then the cells."""
-    libraries = LIBRARIES + MORE_LIBRARIES if full else LIBRARIES
     for job in itertools.chain(
-        steps(full, libraries) if only != "cells" else (),
+        steps(full) if only != "cells" else (),
         cells(full) if only != "steps" else (),
     ):
-        chosen = job.pop("libraries", libraries)
         for target in targets:
-            if job.get("full") and target in MORE_TARGETS:
-                continue
-            for library in chosen:
+            for library in libraries(job, target, full):
                 yield {**job, "target": target, "library": library}
 
 
-def steps(full: bool, libraries: tuple[str, ...]) -> Iterator[Job]:
-    """The training steps, with the libraries that each of them is compiled with."""
-    for model in (*UNROLLED, *SCANS):
-        yield step(model, False, (*libraries, "none"))
-    for model, twin in MODULES.items():
-        yield step(model, False, ("jaxnorm", twin, "none"))
-    for model in UNROLLED if full else ():
-        yield step(model, True, (*LIBRARIES, "none"))
-    for model, twin in MODULES.items() if full else ():
-        yield step(model, True, ("jaxnorm", twin, "none"))
+def libraries(job: Job, target: str, full: bool) -> tuple[str, ...]:
+    """The libraries that a job is compiled with.
+
+    With `--full` every library is compiled for the first two targets, at reduced depth. The other
+    two targets show whether what holds for jaxnorm and Flax on one device holds on another.
+    """
+    first = target in TARGETS
+    if job["kind"] == "cell":
+        return LIBRARIES + MORE_LIBRARIES if full and first else LIBRARIES
+    if job["full"] and not first:
+        return ()
+    if job["model"] in MODULES:
+        return ("jaxnorm", MODULES[job["model"]], "none") if first else ()
+    more = MORE_LIBRARIES if full and first and not job["full"] else ()
+    return (*LIBRARIES, *more, "none")
 
 
-def step(model: str, full: bool, libraries: tuple[str, ...]) -> Job:
-    """A training step at one depth."""
-    return {"kind": "step", "model": model, "full": full, "libraries": libraries}
+def steps(full: bool) -> Iterator[Job]:
+    """The training steps at reduced depth, and each model at full depth with one norm."""
+    for model in (*UNROLLED, *SCANS, *MODULES):
+        yield {"kind": "step", "model": model, "full": False}
+    for model in DEEP if full else ():
+        yield {"kind": "step", "model": model, "full": True}
 
 
 def cells(full: bool) -> Iterator[Job]:
@@ -170,27 +177,39 @@ class Results:
 
 
 def run(wanted: list[Job], results: Results) -> None:
-    """Asks both compilers at the same time for what is not there yet."""
+    """Asks both compilers at the same time for what is not there yet.
+
+    Each core begins with a compiler of its own, and helps the other one when its own has nothing
+    more to do.
+    """
     wanted = [job for job in wanted if not results.has(job)]
+    queues = {
+        compiler: collections.deque(j for j in wanted if j["target"].startswith(compiler))
+        for compiler in PYTHONS
+    }
     cores = sorted(os.sched_getaffinity(0))
     with tqdm(total=len(wanted), unit="program") as bar:
 
-        def ask(compiler: str, core: int) -> None:
-            chosen = [job for job in wanted if job["target"].startswith(compiler)]
-            worker = Worker(compiler, core) if chosen else None
-            for job in chosen:
-                if worker is None or worker.process.poll() is not None:
-                    worker = Worker(compiler, core)
-                results.save(job, worker.ask(job))
-                bar.update()
-            if worker is not None:
-                worker.process.kill()
-                worker.process.wait()
+        def ask(compilers: list[str], core: int) -> None:
+            for compiler in compilers:
+                worker = None
+                while queues[compiler]:
+                    try:
+                        job = queues[compiler].popleft()
+                    except IndexError:  # another core has taken the last one
+                        break
+                    if worker is None or worker.process.poll() is not None:
+                        worker = Worker(compiler, core)
+                    results.save(job, worker.ask(job))
+                    bar.update()
+                if worker is not None:
+                    worker.process.kill()
+                    worker.process.wait()
 
-        threads = [
-            threading.Thread(target=ask, args=(compiler, cores[i % len(cores)]))
-            for i, compiler in enumerate(PYTHONS)
-        ]
+        threads = []
+        for i in range(max(len(PYTHONS), min(len(cores), MOST_PROCESSES))):
+            compilers = list(PYTHONS) if i % 2 else list(reversed(PYTHONS))
+            threads.append(threading.Thread(target=ask, args=(compilers, cores[i % len(cores)])))
         for thread in threads:
             thread.start()
         for thread in threads:
