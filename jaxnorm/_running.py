@@ -11,6 +11,7 @@ from jaxnorm._moments import (
     Moments,
     about_mean,
     about_zero,
+    interpolate,
     merge,
     pool,
     pool_devices,
@@ -189,7 +190,7 @@ def _moved(stats, batch, momentum, skip_nonfinite, between) -> BatchStats:
     def step(old, new):
         old, new = widen(old, new), widen(new, old)
         m = jnp.asarray(momentum).astype(old.dtype)
-        return jnp.where(moves, (1 - m) * old + m * new, old)
+        return jnp.where(moves, interpolate(old, new, m), old)
 
     count = stats["count"]
     # One reduction, whose result is the new count itself: any(moves) would be a kernel more.
