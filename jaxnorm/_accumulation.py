@@ -1,6 +1,5 @@
 """How do several batches make one update? The states of a model, which then accumulate."""
 
-from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import _checks
+from jaxnorm._walk import map_states
 from jaxnorm.variables import statistics_dtype
 
 Tree = TypeVar("Tree")
@@ -23,8 +23,8 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
     optimizer; this is all that there is to do.
 
     Args:
-      batch_stats: a state {"mean": (C,), "var": (C,), "count": ()}, or any dict of dicts of them,
-        as Flax's collection is.
+      batch_stats: a state {"mean": (C,), "var": (C,), "count": ()}, or a tree of them, such as
+        Flax's collection: dicts, lists, tuples, dataclasses of flax.struct, or any other pytree.
       when: a bool, traced or not: whether to begin anew. Where it is False, a state that
         accumulates already goes on; one that does not begins in any case.
 
@@ -65,7 +65,7 @@ def end_accumulation(batch_stats: Tree) -> Tree:
     """Makes each batch an update of its own again.
 
     Args:
-      batch_stats: a state, or any dict of dicts of them, whether they accumulate or not.
+      batch_stats: a state, or a tree of them, whether they accumulate or not.
 
     Returns:
       The same without the entries that `begin_accumulation` added; mean, var and count stay.
@@ -103,35 +103,3 @@ def recollecting(path: str, state: Any) -> Any:
     mean, var, count = state["mean"], state["var"], state["count"]
     first = jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(count)
     return _accumulating(*first, momentum=jnp.ones_like(mean, statistics_dtype(mean.dtype)))
-
-
-def is_state(tree: Any) -> bool:
-    """Whether this is one norm's state, and not a dict of them."""
-    return isinstance(tree, Mapping) and {"mean", "var"} <= set(tree)
-
-
-def states(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Every state in a tree of dicts, with its path, such as ['block']['BatchNorm_0']."""
-    if is_state(tree):
-        return [(path, tree)]
-    if not isinstance(tree, Mapping):
-        return []
-    return [found for key in tree for found in states(tree[key], f"{path}[{key!r}]")]
-
-
-def map_states(function: str, change: Callable[[str, Any], Any], tree: Any) -> Any:
-    """The tree with every state in it changed; there is at least one."""
-    if not states(tree):
-        raise ValueError(
-            f"{function}: batch_stats should be a state with the keys 'mean', 'var' and 'count', "
-            f"or a dict that holds some, but holds none"
-        )
-
-    def walk(path: str, node: Any) -> Any:
-        if is_state(node):
-            return change(path, node)
-        if not isinstance(node, Mapping):
-            return node
-        return {key: walk(f"{path}[{key!r}]", value) for key, value in node.items()}
-
-    return walk("", tree)

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr
+
+from jaxnorm._walk import arrays, find, names
 
 KEYS = ("mean", "var", "count")
 
@@ -40,9 +43,9 @@ def check_batch_stats(variables: Any, like: Any = None) -> list[Finding]:
     this: flax.serialization takes arrays of any shape, and orbax casts to the dtypes it is given.
 
     Args:
-      variables: {"params": ..., "batch_stats": ...}, either collection alone, one norm's state, or
-        `nnx.to_pure_dict(nnx.state(model))`; with values, so not under jit. Where there is a scale
-        or a bias beside a state, their shapes are compared.
+      variables: {"params": ..., "batch_stats": ...}, either collection alone, one norm's state,
+        `nnx.state(model)`, a train state, or any other tree of states; with values, so not under
+        jit. Where there is a scale or a bias beside a state, their shapes are compared.
       like: what the state should be like: the same for a new model, or its `jax.eval_shape`.
 
     Returns:
@@ -65,49 +68,56 @@ def check_batch_stats(variables: Any, like: Any = None) -> list[Finding]:
     References:
       flax.serialization.from_bytes, flax 0.12; orbax.checkpoint, 0.12.
     """
-    nodes = dict(_nodes(variables))
-    found = {path: node for path, node in nodes.items() if _leaves(node, ("mean", "var"))}
+    found = {keystr(path): (path, node) for path, node in find(variables, _is_like_state)}
     if not found:
         return [Finding("", "holds no running statistics: no dict with the keys 'mean' and 'var'")]
+    params = {names(path): node for path, node in find(variables, _has_params)}
     findings: list[Finding] = []
-    for path, node in found.items():
-        beside = {**nodes.get(path.replace("['batch_stats']", "['params']", 1), {}), **node}
-        findings += _state(path, node, beside)
-    return findings if like is None else findings + _differences(found, dict(_nodes(like)))
+    for where, (path, node) in found.items():
+        beside = {**params.get(_in_params(names(path)), {}), **node}
+        findings += _state(where, node, beside)
+    if like is None:
+        return findings
+    expected = {keystr(path): node for path, node in find(like, _is_like_state)}
+    return findings + _differences({where: node for where, (_, node) in found.items()}, expected)
 
 
-def _nodes(tree: Any, path: str = "") -> Any:
-    """Every dict in the tree, with its path; what a state accumulates is the state's own."""
-    if isinstance(tree, Mapping):
-        yield path, tree
-        for key in tree:
-            if key != "accumulation":
-                yield from _nodes(tree[key], f"{path}[{key!r}]")
+def _is_like_state(node: Any) -> bool:
+    """Whether this is a state, or would be one if nothing were missing."""
+    if arrays(node, ("mean", "var")):
+        return True
+    return bool(arrays(node, ("count",))) and {*KEYS, "accumulation"}.issuperset(node)
 
 
-def _leaves(node: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        key: node[key]
-        for key in keys
-        if node.get(key) is not None and not isinstance(node[key], Mapping)
-    }
+def _has_params(node: Any) -> bool:
+    return bool(arrays(node, ("scale", "bias")))
+
+
+def _in_params(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the parameters lie, of a norm whose state lies at this path."""
+    if "batch_stats" not in path:
+        return path
+    i = path.index("batch_stats")
+    return (*path[:i], "params", *path[i + 1 :])
 
 
 def _state(path: str, node: Any, beside: Any) -> list[Finding]:
     """The findings in one state; beside it lie the parameters."""
     findings = []
 
-    def find(key, problem):
-        findings.append(Finding(f"{path}[{key!r}]", problem))
+    def find(key, problem, below=""):
+        findings.append(Finding(f"{path}[{key!r}]{below}", problem))
 
-    leaves = _leaves(node, KEYS)
+    leaves = {k: a if hasattr(a, "shape") else np.asarray(a) for k, a in arrays(node, KEYS).items()}
     for key in KEYS:
         if key not in leaves:
             find(key, "is missing")
+    if leaves.keys() <= {"count"}:
+        return findings
     shape = jnp.shape(leaves["mean"] if "mean" in leaves else leaves["var"])
     if "var" in leaves and jnp.shape(leaves["var"]) != shape:
         find("var", f"has shape {jnp.shape(leaves['var'])}, and the mean {shape}")
-    for key, a in _leaves(beside, ("scale", "bias")).items():
+    for key, a in arrays(beside, ("scale", "bias")).items():
         if jnp.shape(a) != shape:
             find("mean", f"has shape {shape}, and the {key} {jnp.shape(a)}")
     for key in ("mean", "var"):
@@ -115,15 +125,26 @@ def _state(path: str, node: Any, beside: Any) -> list[Finding]:
             _values(key, np.asarray(leaves[key]), find)
     if "count" in leaves:
         _count(np.asarray(leaves["count"]), leaves, shape, find)
-    for key, a in node.get("accumulation", {}).get("moments", {}).items():
-        if not np.all(np.isfinite(a)):
-            findings.append(
-                Finding(
-                    f"{path}['accumulation']['moments'][{key!r}]",
-                    "is not finite: the update that these batches make skips those channels",
-                )
-            )
+    if node.get("accumulation") is not None:
+        _accumulation(node["accumulation"], find)
     return findings
+
+
+def _accumulation(accumulation, find):
+    """Where a state began, and the moments of the batches since."""
+    for part, keys in (("start", KEYS), ("moments", ("count", "mean", "var"))):
+        held = accumulation.get(part) if isinstance(accumulation, Mapping) else None
+        found = arrays(held, keys)
+        if found.keys() != set(keys):
+            find("accumulation", f"should have {part!r} with {', '.join(keys)}; begin anew")
+            continue
+        for key, a in found.items():
+            if not np.all(np.isfinite(np.asarray(a, np.float64))):
+                what = {
+                    "start": "the update would begin there",
+                    "moments": "the update that these batches make skips those channels",
+                }
+                find("accumulation", f"is not finite: {what[part]}", f"[{part!r}][{key!r}]")
 
 
 def _values(key, a, find):
@@ -162,20 +183,22 @@ def _count(count, leaves, shape, find):
 def _differences(found: Any, expected: Any) -> list[Finding]:
     """Where the states differ from the expected ones in structure, shape or dtype."""
     findings = []
-    expected = {path: node for path, node in expected.items() if _leaves(node, ("mean", "var"))}
+    expected = {path: node for path, node in expected.items() if arrays(node, ("mean", "var"))}
     for path in expected.keys() - found.keys():
         findings.append(Finding(path, "is missing"))
     for path in found.keys() - expected.keys():
         findings.append(Finding(path, "is not expected"))
     for path in found.keys() & expected.keys():
-        wanted = _leaves(expected[path], KEYS)
-        for key, a in _leaves(found[path], KEYS).items():
-            b = wanted.get(key, a)
-            if (jnp.shape(a), a.dtype) != (jnp.shape(b), b.dtype):
-                findings.append(
-                    Finding(
-                        f"{path}[{key!r}]",
-                        f"is {a.dtype}{list(a.shape)}, and {b.dtype}{list(b.shape)} was expected",
-                    )
-                )
+        wanted = arrays(expected[path], KEYS)
+        for key, a in arrays(found[path], KEYS).items():
+            is_, expected_ = _described(a), _described(wanted.get(key, a))
+            if is_ != expected_:
+                problem = f"is {is_}, and {expected_} was expected"
+                findings.append(Finding(f"{path}[{key!r}]", problem))
     return sorted(findings)
+
+
+def _described(a: Any) -> str:
+    """The dtype and the shape of an array, of a description of one, or of a list of numbers."""
+    a = a if hasattr(a, "dtype") else np.asarray(a)
+    return f"{a.dtype}{list(a.shape)}"

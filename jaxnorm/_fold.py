@@ -1,7 +1,8 @@
 """What is left of a norm in evaluation? A product and a sum, which the layer before takes in."""
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -126,8 +127,8 @@ def fold_variables(
     Args:
       variables: {"params": ..., "batch_stats": ...}, as Linen has them.
       pairs: which norm follows which layer: {"Block_0.Conv_0": "Block_0.BatchNorm_0"}, by the
-        modules' names, joined by dots. Only a norm that takes the layer's output and nothing else
-        may go.
+        modules' names, joined by dots; in a list, the index is the name. Only a norm that takes the
+        layer's output and nothing else may go.
       epsilon: the norms'.
       feature_axis: the kernels' axis of the outputs, as in `fold_into`.
 
@@ -151,56 +152,74 @@ def fold_variables(
     References:
       torch.nn.utils.fusion.fuse_conv_bn_eval, PyTorch 2.13.
     """
-    params, stats = (_copied(variables.get(name, {})) for name in ("params", "batch_stats"))
+    params, stats = (variables.get(name, {}) for name in ("params", "batch_stats"))
     if len(set(pairs.values())) != len(pairs):
         raise ValueError(f"fold_variables: pairs should name each norm once, but are {dict(pairs)}")
     for layer, norm in pairs.items():
-        owner, last = _at(params, layer, "params")
-        state = _take(stats, norm)
-        if state is None:
+        state: Any = _at(stats, norm.split("."))
+        affine_params: Any = _at(params, norm.split("."))
+        if not isinstance(state, Mapping):
             raise ValueError(
                 f"fold_variables: pairs should name norms with running statistics, but "
                 f"batch_stats have no {norm!r}"
             )
+        kernel_and_bias = _at(params, layer.split("."))
+        if not isinstance(kernel_and_bias, Mapping):
+            raise ValueError(
+                f"fold_variables: pairs should name layers of the model, but params have no "
+                f"{layer!r}"
+            )
         try:
-            owner[last] = fold_into(
-                owner[last],
-                _take(params, norm),
-                state,
+            folded = fold_into(
+                kernel_and_bias,
+                affine_params,
+                cast(BatchStats, state),
                 epsilon=epsilon,
                 feature_axis=feature_axis,
             )
         except ValueError as error:
             raise ValueError(f"fold_variables: {norm!r} into {layer!r}: {error}") from error
+        stats = _replaced(stats, norm.split("."), None)
+        params = _replaced(params, layer.split("."), folded)
+        params = _replaced(params, norm.split("."), None)
     return {**variables, "params": params, "batch_stats": stats}
 
 
-def _copied(tree: Any) -> Any:
-    """New dicts with the same leaves."""
-    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+def _at(tree: Any, name: Sequence[str]) -> Any:
+    """What has this name in the tree; None if nothing has."""
+    if not name:
+        return tree
+    return _at(_parts(tree).get(name[0]), name[1:])
 
 
-def _at(tree: Any, name: str, collection: str) -> tuple[Any, str]:
-    """The dict that holds what has this name, and its key there."""
-    *path, last = name.split(".")
-    for key in path:
-        tree = tree.get(key, {})
-    if not isinstance(tree.get(last), Mapping):
-        raise ValueError(
-            f"fold_variables: pairs should name layers of the model, but {collection} have no "
-            f"{name!r}"
-        )
-    return tree, last
+def _replaced(tree: Any, name: Sequence[str], new: Any) -> Any:
+    """The tree with something else under this name.
+
+    None takes it out, and the dicts that are empty then; in a list or a dataclass an empty dict
+    stays, so that the others keep their names.
+    """
+    parts = _parts(tree)
+    if name[0] not in parts:
+        return tree
+    changed = _replaced(parts[name[0]], name[1:], new) if len(name) > 1 else new
+    if isinstance(tree, Mapping):
+        if new is None and not changed:
+            return {key: value for key, value in tree.items() if str(key) != name[0]}
+        return {k: changed if str(k) == name[0] else value for k, value in tree.items()}
+    parts[name[0]] = {} if changed is None else changed
+    if isinstance(tree, list | tuple):
+        is_named = hasattr(tree, "_fields")
+        return type(tree)(*parts.values()) if is_named else type(tree)(parts.values())
+    return dataclasses.replace(tree, **{name[0]: parts[name[0]]})
 
 
-def _take(tree: Any, name: str) -> Any:
-    """What has this name, taken out of the tree, and the dicts that are empty then; or None."""
-    first, _, rest = name.partition(".")
-    if not isinstance(tree.get(first), dict):
-        return None
-    if not rest:
-        return tree.pop(first)
-    found = _take(tree[first], rest)
-    if not tree[first]:
-        del tree[first]
-    return found
+def _parts(tree: Any) -> dict[str, Any]:
+    """What a container holds, by name."""
+    if isinstance(tree, Mapping):
+        return {str(key): value for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        names = getattr(tree, "_fields", range(len(tree)))
+        return {str(name): value for name, value in zip(names, tree, strict=True)}
+    if dataclasses.is_dataclass(tree):
+        return {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    return {}

@@ -217,7 +217,7 @@ def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:
     return Moments(count, interpolate(a.mean, b.mean, weight), interpolate(a.var, spread, weight))
 
 
-def interpolate(a: jax.Array, b: jax.Array, weight: ArrayLike) -> jax.Array:
+def interpolate(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
     """(1 - weight) * a + weight * b, as a step from the nearer of the two.
 
     In float32 the two weights mostly do not add up to 1. An average that is multiplied by their sum

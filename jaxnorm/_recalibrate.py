@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxnorm._accumulation import end_accumulation, map_states, recollecting, states
+from jaxnorm._accumulation import end_accumulation, recollecting
+from jaxnorm._walk import map_states, states
 
 Tree = TypeVar("Tree")
 
@@ -33,7 +34,8 @@ def recalibrate(
     Args:
       step: `step(batch_stats, batch, *args)`, which runs the model in training mode and returns the
         new batch_stats. It is compiled here.
-      batch_stats: a state, or a dict of dicts of them. Their values do not matter.
+      batch_stats: a state, or a tree of them: dicts, lists, dataclasses or any other pytree. Their
+        values do not matter.
       batches: the data, in any number of batches; those of one size share one program.
       *args: more arguments of step, such as the params.
       progress: called after each batch with the number of batches done.

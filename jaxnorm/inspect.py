@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm._accumulation import is_state
+from jaxnorm import _walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,8 +22,8 @@ def flat(batch_stats: Any) -> dict[str, jax.Array]:
     """Every running statistic of a model under one name, for loggers of arrays and histograms.
 
     Args:
-      batch_stats: a collection, all variables of a model, one norm's state, or
-        `nnx.to_pure_dict(nnx.state(model))`.
+      batch_stats: a collection, all variables of a model, a train state, `nnx.state(model)`, one
+        norm's state, or any other tree of states.
 
     Returns:
       For each norm at "block/BatchNorm_0" three entries, the arrays as they are: ".../mean" and
@@ -251,19 +251,16 @@ def plot_drift(history: Mapping[int, Any], reference: Any = None) -> Figure:
 
 
 def _norms(function: str, tree: Any) -> dict[str, Any]:
-    """Every norm's state, under the names of the keys that lead to it."""
-    if isinstance(tree, Mapping) and isinstance(tree.get("batch_stats"), Mapping):
-        tree = tree["batch_stats"]
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state)
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-        if is_state(leaf)
-    }
+    """Every norm's state, under the names of the keys that lead to it in batch_stats."""
+    found = {}
+    for path, state in _walk.find(tree):
+        parts = _walk.names(path)
+        parts = parts[1:] if parts[:1] == ("batch_stats",) else parts
+        found["/".join(parts)] = _walk.arrays(state, ("mean", "var", "count"))
     if not found:
         raise ValueError(
             f"{function}: batch_stats should hold running statistics, a dict with the keys 'mean' "
-            f"and 'var', but holds none; of an NNX model, write nnx.to_pure_dict(nnx.state(model))"
+            f"and 'var', but holds none; of an NNX model, write nnx.state(model)"
         )
     return found
 

@@ -117,7 +117,7 @@ def test_drift_is_drawn_over_the_steps_from_the_last():
     history = {10 * i: {"n": state(seed=i), "m": state(seed=9 - i)} for i in (0, 1, 2)}
     figure = inspect.plot_drift(history)
     for axes, kind in zip(figure.axes, ("mean_drift", "std_drift"), strict=True):
-        assert [line.get_label() for line in axes.lines] == ["m", "n"]
+        assert [line.get_label() for line in axes.lines] == ["n", "m"]
         for line in axes.lines:
             assert list(line.get_xdata()) == [0, 10, 20]
             expected = [

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm._accumulation import map_states
+from jaxnorm._walk import map_states
 from jaxnorm.interop._trees import Tree
 
 

@@ -6,18 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm._walk import leaves
+
 Tree = dict[str, Any]
 
 
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts by their dotted names; an empty dict has none."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their dotted names; the parts of a list are called "0", "1", ..."""
+    return {".".join(names): leaf for names, leaf in leaves(tree)}
 
 
 def settled(flat: Mapping[str, Any]) -> dict[str, Any]:

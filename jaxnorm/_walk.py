@@ -1,0 +1,150 @@
+"""The one walk over trees: it finds the states of norms in every kind of container.
+
+A tree is any pytree, such as dicts, lists, tuples, `FrozenDict`, dataclasses of flax.struct and
+`nnx.State`, and also a mapping that JAX does not know as a pytree.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, keystr
+
+STATE = ("mean", "var", "count", "accumulation")
+
+Path = tuple[Any, ...]
+
+
+def is_state(node: Any) -> bool:
+    """Whether this is one norm's state: a mapping that holds a mean and a variance."""
+    return {"mean", "var"} <= arrays(node, ("mean", "var")).keys()
+
+
+def arrays(node: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Which of the keys a mapping has, with what is there, be it an array in a box.
+
+    A box is one of Flax's variables. What is None or a mapping is not an array.
+    """
+    if not isinstance(node, Mapping):
+        return {}
+    found = {key: _unboxed(node[key]) for key in keys if key in node}
+    return {k: a for k, a in found.items() if a is not None and not _is_mapping(a)}
+
+
+def find(
+    tree: Any, wanted: Callable[[Any], bool] = is_state, path: Path = ()
+) -> Iterator[tuple[Path, Any]]:
+    """Every mapping that is wanted, with its path; by default the states.
+
+    What a module of this name has besides, such as other norms, is walked through, too; what a
+    state accumulates is the state's own.
+    """
+    below, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_mapping)
+    for rest, node in below:
+        if not _is_mapping(node):
+            continue
+        here = (*path, *rest)
+        if wanted(node):
+            yield here, node
+        for key, value in _parts(node).items():
+            if key != "accumulation":
+                yield from find(value, wanted, (*here, DictKey(key)))
+
+
+def states(tree: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Every state in the tree as a dict of arrays, with its path, such as ['block']['norm']."""
+    return [(keystr(path), _state(node)) for path, node in find(tree)]
+
+
+def map_states(function: str, change: Callable[[str, Any], Any], tree: Any) -> Any:
+    """The tree with every state in it changed; there is at least one.
+
+    The containers stay what they are. Of the mapping that holds a state, only what belongs to the
+    state is changed.
+    """
+    if next(find(tree), None) is None:
+        raise ValueError(
+            f"{function}: batch_stats should be a state with the keys 'mean', 'var' and 'count', "
+            f"or a tree that holds some, such as a dict or a list of them, but holds none"
+        )
+
+    def walk(path: Path, tree: Any) -> Any:
+        below, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_mapping)
+        structure: Any = treedef
+        return structure.unflatten([mapped((*path, *rest), node) for rest, node in below])
+
+    def mapped(path: Path, node: Any) -> Any:
+        if not _is_mapping(node):
+            return node
+        own, parts = STATE if is_state(node) else (), _parts(node)
+        new = {k: walk((*path, DictKey(k)), value) for k, value in parts.items() if k not in own}
+        if own:
+            changed = change(keystr(path), _state(node))
+            new |= {k: _boxed(parts.get(k), value) for k, value in changed.items()}
+        return _like(node, {key: new[key] for key in parts if key in new} | new)
+
+    return walk((), tree)
+
+
+def names(path: Path) -> tuple[str, ...]:
+    """What the parts of a path are called: keys, indices and attributes."""
+    return tuple(keystr((part,), simple=True) for part in path)
+
+
+def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every leaf of the tree, with the names that lead to it; None is a leaf."""
+    below, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is None or _is_mapping(node)
+    )
+    for path, node in below:
+        if not _is_mapping(node):
+            yield names(path), node
+            continue
+        for key, value in _parts(node).items():
+            for rest, leaf in leaves(value):
+                yield (*names(path), str(key), *rest), leaf
+
+
+def _is_mapping(node: Any) -> bool:
+    return isinstance(node, Mapping)
+
+
+def _parts(node: Any) -> dict[Any, Any]:
+    """What a mapping holds, as it is stored: `nnx.State` gives out its dicts as others."""
+    if jax.tree_util.all_leaves([node]):
+        return dict(node)
+    below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
+    stored = {path[0].key: part for path, part in below}
+    return {key: stored[key] for key in node}
+
+
+def _state(node: Any) -> dict[str, Any]:
+    """A mapping's own state, with arrays out of their boxes."""
+    parts = _parts(node)
+    return {key: _unboxed(parts[key]) for key in STATE if parts.get(key) is not None}
+
+
+def _unboxed(value: Any) -> Any:
+    """The array in one of Flax's variables, which are pytrees with one leaf."""
+    if isinstance(value, list | tuple) or jax.tree_util.all_leaves([value]):
+        return value
+    found = jax.tree.leaves(value, is_leaf=_is_mapping)
+    return found[0] if len(found) == 1 else value
+
+
+def _boxed(box: Any, value: Any) -> Any:
+    """A new value in a box like the old one's."""
+    if _is_mapping(box) or _unboxed(box) is box:
+        return value
+    structure: Any = jax.tree.structure(box, is_leaf=_is_mapping)
+    return structure.unflatten([value])
+
+
+def _like(node: Any, new: dict[str, Any]) -> Any:
+    """The new entries in a mapping of the old one's class."""
+    if type(node) is dict:
+        return new
+    try:
+        return type(node)(new)
+    except TypeError:
+        return new
