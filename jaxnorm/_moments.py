@@ -134,9 +134,15 @@ def _measure_jvp(sample, _, primals, tangents):
     x, mask, guess = primals
     x_dot, *_ = tangents
     shift, moments = _measure(sample, True, x, mask, guess)
+
     # Checkpointed: what is kept for the backward pass is x as it came, not x - mean in float32.
-    drift = jax.checkpoint(functools.partial(moments_dot, sample), prevent_cse=False)
-    return (shift, moments), (jnp.zeros_like(shift), drift(x, mask, shift, moments, x_dot))
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def linear(x, shift, moments, x_dot):
+        x, shift, moments = _platforms.apart_on_cpu((x, shift, moments))
+        x, x_dot, laid_out = map(sample.laid_out, (x, x_dot, mask))
+        return moments_dot(sample, x, laid_out, shift, moments, x_dot)
+
+    return (shift, moments), (jnp.zeros_like(shift), linear(x, shift, moments, x_dot))
 
 
 def moments_dot(
@@ -149,10 +155,9 @@ def moments_dot(
 ) -> Moments:
     """The tangent of the moments: mean_dot = E[x_dot] and var_dot = 2 E[(x - mean) x_dot].
 
-    The shift is a constant: moving it moves neither the mean nor the variance.
+    The shift is a constant: moving it moves neither the mean nor the variance. The arrays of x's
+    size are laid out.
     """
-    x, shift, moments = _platforms.apart_on_cpu((x, shift, moments))
-    x, x_dot, mask = (sample.laid_out(x), sample.laid_out(x_dot), sample.laid_out(mask))
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
     total_dot = sample.sum(x_dot) if sample.centred else jnp.zeros_like(n)

@@ -16,7 +16,7 @@ from jaxnorm._sample import Sample, widen
 
 # Traced, differentiated and lowered once for all layers of one shape.
 _measure = jax.jit(measure, static_argnums=0)
-_normalize = jax.jit(normalize, static_argnums=0)
+_normalize = jax.jit(normalize, static_argnums=(0, 1))
 
 
 def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
@@ -25,7 +25,8 @@ def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype)
     dtype, shape = x.dtype if dtype is None else jnp.dtype(dtype), x.shape
     measured = _measure(sample, x, mask)
     x, scale, bias, mask = map(sample.laid_out, (x, scale, bias, mask))
-    y = _normalize(dtype, x, scale, bias, jnp.asarray(epsilon, float), mask, *measured)
+    epsilon, laid_out = jnp.asarray(epsilon, float), sample.as_laid_out
+    y = _normalize(dtype, laid_out, x, scale, bias, epsilon, mask, *measured)
     return y.reshape(shape)
 
 
@@ -81,16 +82,17 @@ def tracked_norm(
 
     sample, epsilon = Sample(run.reduced, devices=entries_on), jnp.asarray(epsilon, float)
     measured: Any = None
+    moving: Sample | None = sample
     if update_stats or not use_running_average:
         measured = _measure(sample, x, mask, mean)
     used = measured
     if use_running_average:
-        used = mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var)
+        moving, used = None, (mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var))
     elif limits is not None:
         limits = tuple(a(state["count"]) if callable(a) else a for a in limits)
         scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, limits)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    y = _normalize(dtype, x, scale, bias, epsilon, mask, *used).reshape(shape)
+    y = _normalize(dtype, moving, x, scale, bias, epsilon, mask, *used).reshape(shape)
     if not update_stats:
         return y, batch_stats
     return y, advance(

@@ -10,13 +10,15 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxnorm import _platforms
-from jaxnorm._moments import Moments, centre
-from jaxnorm._sample import select
+from jaxnorm._moments import Moments, centre, moments_dot
+from jaxnorm._sample import Sample, select
 
 
 def rstd(var: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """1 / sqrt(var + epsilon)."""
-    return lax.rsqrt(var + epsilon.astype(var.dtype))
+    """1 / sqrt(var + epsilon), and 0 for 1 / 0, so that a constant gives 0 and no gradient."""
+    square = var + epsilon.astype(var.dtype)
+    nothing = square == 0
+    return jnp.where(nothing, 0, lax.rsqrt(jnp.where(nothing, 1, square)))
 
 
 def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
@@ -37,9 +39,10 @@ def affine(x_hat: jax.Array, scale: jax.Array | None, bias: jax.Array | None) ->
     return y if bias is None else y + bias.astype(x_hat.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def normalize(
     dtype: Any,
+    sample: Sample | None,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
@@ -50,7 +53,8 @@ def normalize(
 ) -> jax.Array:
     """y in the given dtype, by the moments of x - shift that `measure` gives, or by constants.
 
-    Scale and bias have x's rank.
+    Scale and bias have x's rank. The sample is the one that was measured, as x is laid out; None if
+    the moments are constants.
     """
     d, r = centre(x, mask, shift, moments), rstd(moments.var, epsilon)
     y = affine(scaled(d, r, None if scale is None else scale.astype(r.dtype)), None, bias)
@@ -58,7 +62,7 @@ def normalize(
 
 
 @functools.partial(normalize.defjvp, symbolic_zeros=True)
-def _normalize_jvp(dtype, primals, tangents):
+def _normalize_jvp(dtype, sample, primals, tangents):
     """The tangent of normalize, written so that JAX's transpose of it is the best backward pass.
 
     With r = 1 / sqrt(var + epsilon), the tangent of y = scale * x_hat + bias is
@@ -70,29 +74,36 @@ def _normalize_jvp(dtype, primals, tangents):
     A and B have the shape of scale and the moments, broadcast together. Where that is small, as in
     batch, instance and group norm, each is one reduction of x's size going backwards, and the
     gradients of scale, of bias and of x are all made of these two. In layer norm it is x's own
-    shape, and the transpose is the textbook rule. The shift is a constant, as in `moments_dot`.
+    shape, and the transpose is the textbook rule.
+
+    The tangents of the moments are computed here, from x_dot, and the given ones are not used. So
+    x_dot enters once, and in half precision the gradient of x is summed before it is rounded.
     """
-    x, scale, _, epsilon, mask, *_ = primals
-    measured = primals[-2:]
-    y = normalize(dtype, *primals)
-    x_dot, scale_dot, bias_dot, epsilon_dot, _, _, moments_dot = tangents
-    moving = x_dot, scale_dot, bias_dot, epsilon_dot, moments_dot.mean, moments_dot.var
+    x, scale, _, epsilon, mask, *measured = primals
+    y = normalize(dtype, sample, *primals)
+    moving = tangents[:4]
 
     # Checkpointed: x_hat is made again from x, so that what is kept for the backward pass is x
     # itself, in x's dtype, and the two passes do not share it.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def linear(x_dot, scale_dot, bias_dot, epsilon_dot, mean_dot, var_dot):
-        shift, moments = _platforms.apart_on_cpu(measured)
-        r = rstd(moments.var, epsilon)
+    def linear(x_dot, scale_dot, bias_dot, epsilon_dot):
+        shift, moments = _platforms.apart_on_cpu(tuple(measured))
+        again, r = _platforms.apart_on_cpu(x), rstd(moments.var, epsilon)
+        mean_dot = var_dot = None
+        if x_dot is not None:
+            x_dot = x_dot.astype(r.dtype)
+        if x_dot is not None and sample is not None:
+            moments_of = moments_dot(sample, again, mask, shift, moments, x_dot)
+            mean_dot, var_dot = moments_of.mean if sample.centred else None, moments_of.var
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
         wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
         a = _combine((one, scale_dot), (one, _along(w, wide_dot, x)))
         b = _combine((one, bias_dot), (one, _along(w, _combine((-r, mean_dot)), x)))
         if a is not None:  # otherwise x need not be kept
-            a = scaled(centre(_platforms.apart_on_cpu(x), mask, shift, moments), r, a)
+            a = scaled(centre(again, mask, shift, moments), r, a)
         y_dot = _combine((w * r, x_dot), (one, a), (one, b))
-        y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the shift moves
+        y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the moments move
         return jnp.broadcast_to(y_dot.astype(dtype), y.shape)
 
     return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in moving))
@@ -123,7 +134,7 @@ def renormalize(
     sigma; both are constants for the derivative (Ioffe, Batch Renormalization, 2017).
     """
     (shift, moments), inverse = measured, rstd(var, epsilon)
-    r = inverse / rstd(moments.var, epsilon)
+    r = inverse * jnp.sqrt(moments.var + epsilon.astype(moments.var.dtype))
     d = ((shift - mean) + moments.mean) * inverse
     r_max, d_max = (jnp.asarray(limit, r.dtype) for limit in limits)
     r, d = lax.stop_gradient((jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)))

@@ -44,6 +44,11 @@ class Sample:
     centred: bool = True
     devices: Devices = HERE
 
+    @property
+    def as_laid_out(self) -> "Sample":
+        """The same entries of an x that is laid out."""
+        return dataclasses.replace(self, split=None)
+
     def laid_out(self, a: Array) -> Array:
         """An array of the rank of x, or None, with the split axis as two."""
         if a is None or self.split is None:
