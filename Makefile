@@ -11,7 +11,7 @@ VENV_TPU ?= .venv-tpu
 VENV_GPU ?= .venv-gpu
 CUDA_COMPILER = jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12
 # The tests that run for the formulations of every platform; a GPU's has one collective more.
-FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py functional_stateless.py devices.py)
+FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py functional_stateless.py devices.py extremes.py)
 # Whether `make docs` runs the notebooks.
 EXECUTE ?= true
 

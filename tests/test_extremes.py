@@ -123,3 +123,48 @@ def test_constants_give_0_with_an_epsilon_of_0(norm, value):
         return
     np.testing.assert_array_equal(y, 0)
     np.testing.assert_array_equal(vjp(jnp.ones_like(x))[0], 0)
+
+
+# ---- Large and small numbers ----
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("size", [1e-16, 1e-9, 1.0, 1e9, 1e18])
+def test_y_does_not_depend_on_the_unit_of_x(norm, size):
+    x = (size * np.random.default_rng(3).normal(size=(8, 16, 64))).astype(np.float32)
+    # The unit enters through epsilon alone; 0 shows it.
+    y, dx = reference(norm, x, np.ones_like(x), epsilon=0.0)
+    found = NORMS[norm](jnp.asarray(x), epsilon=0.0)
+    np.testing.assert_allclose(found, y, rtol=0, atol=2e-6)  # as at every offset
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("size", [1e20, 1e25, 1e30])
+def test_a_variance_above_the_largest_float32_gives_0_as_in_pytorch(norm, size):
+    x = (size * np.random.default_rng(4).normal(size=(8, 16, 64))).astype(np.float32)
+    y, vjp = jax.vjp(NORMS[norm], jnp.asarray(x))
+    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal(vjp(jnp.ones_like(y))[0], 0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_tiny_numbers_are_divided_by_the_root_of_epsilon(norm):
+    x = (1e-25 * np.random.default_rng(5).normal(size=(8, 16, 64))).astype(np.float32)
+    g = np.random.default_rng(6).normal(size=x.shape).astype(np.float32)
+    y, dx = reference(norm, x, g)
+    found, vjp = jax.vjp(NORMS[norm], jnp.asarray(x))
+    np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-29)  # float32's rounding of x - mean
+    np.testing.assert_allclose(vjp(jnp.asarray(g))[0], dx, rtol=1e-5, atol=1e-3)  # of 316 g - mean
+    # With an epsilon of 0, the variance is 1e-50, which is 0 in float32.
+    zero, vjp = jax.vjp(functools.partial(NORMS[norm], epsilon=0.0), jnp.asarray(x))
+    np.testing.assert_array_equal(zero, 0)
+    np.testing.assert_array_equal(vjp(jnp.asarray(g))[0], 0)
+
+
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm != "rms"])
+@pytest.mark.parametrize("value", [1e10, 1e30, -1e37])
+def test_large_constants_give_0(norm, value):
+    x = jnp.full((8, 16, 64), value, jnp.float32)
+    y, vjp = jax.vjp(NORMS[norm], x)
+    np.testing.assert_array_equal(y, 0)
+    assert np.all(np.isfinite(vjp(jnp.ones_like(x))[0]))
