@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm import _checks
@@ -37,6 +38,7 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
 
     Example:
       >>> import jax.numpy as jnp
+import numpy as np
       >>> import jaxnorm
       >>> x = jnp.array([[0.0], [1.0], [5.0], [6.0]])
       >>> state = jaxnorm.begin_accumulation(jaxnorm.init_batch_stats(1))
@@ -49,6 +51,13 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
       Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
       Variances, 1979: how moments merge.
     """
+
+    kind = getattr(when, "dtype", np.dtype(type(when)))
+    if kind != np.dtype(bool) or jnp.ndim(when):
+        raise ValueError(
+            f"begin_accumulation: when should be a bool, because it says whether to begin anew, "
+            f"but is {when!r}; write when=complete == 0, for instance"
+        )
 
     def begin(path: str, state: Any) -> Any:
         where = f"begin_accumulation: {path}" if path else "begin_accumulation"

@@ -7,14 +7,16 @@ every check that cannot be decided.
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm._layout import Layout
-from jaxnorm.variables import BatchStats
+
+if TYPE_CHECKING:
+    from jaxnorm.variables import BatchStats
 
 Shape = tuple[int, ...]
 
@@ -33,10 +35,96 @@ def float_array(function: str, x: Any) -> jax.Array:
     )
 
 
+def number(
+    function: str, name: str, value: Any, least: float = -math.inf, most: float = math.inf
+) -> jax.Array:
+    """A real number, or a traced or concrete array of shape () that holds one, as a float array.
+
+    A traced one cannot be compared with the bounds; any other is finite and lies within them.
+    """
+    kinds = (int, float, np.number, np.ndarray, jax.Array)
+    if isinstance(value, kinds) and not isinstance(value, bool) and jnp.ndim(value) == 0:
+        given: Any = value if hasattr(value, "dtype") else np.asarray(value)
+        real = any(jnp.issubdtype(given.dtype, kind) for kind in (jnp.floating, jnp.integer))
+        if real and is_traced(given):
+            return given.astype(float)
+        if real and math.isfinite(float(given)) and least <= float(given) <= most:
+            return jnp.asarray(given, float)
+    found = repr(value)
+    if isinstance(value, np.ndarray | jax.Array):
+        found = f"an array of shape {value.shape} and dtype {value.dtype}"
+    if most < math.inf:
+        wanted = f"a number between {least:g} and {most:g}"
+    else:
+        wanted = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
+    raise ValueError(f"{function}: {name} should be {wanted}, but is {found}")
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only when the program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def whole(function: str, name: str, value: Any, why: str) -> int:
+    """A positive Python or NumPy integer."""
+    try:
+        if not isinstance(value, bool | np.bool_) and operator.index(value) >= 1:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{function}: {name} should be a positive int, because {why}, but is {value!r}"
+    )
+
+
+def channels(function: str, num_features: Any) -> Shape:
+    """The number of channels, or x's shape over the channel axes, as a shape."""
+    try:
+        sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
+        found = tuple(operator.index(n) for n in sizes)
+        if min(found, default=0) >= 0 and not any(isinstance(n, bool | np.bool_) for n in sizes):
+            return found
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{function}: num_features should be an int of at least 0, or a tuple of them, because it "
+        f"is the number of channels, but is {num_features!r}"
+    )
+
+
+def boolean(function: str, name: str, value: Any) -> bool:
+    """A Python or NumPy bool, known while the program is traced."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(
+        f"{function}: {name} should be a Python bool, because it chooses which program is "
+        f"compiled, but is {_described(value)}; under jit, mark it static"
+    )
+
+
+def float_dtype(function: str, name: str, dtype: Any) -> Any:
+    """A float dtype, or None."""
+    try:
+        if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return dtype if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{function}: {name} should be a float dtype, such as jnp.bfloat16, but is {dtype!r}"
+    )
+
+
+def _described(value: Any) -> str:
+    """A value, or what kind of array it is."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{type(value).__name__} of dtype {value.dtype} and shape {value.shape}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
 def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
     """The axes that an argument names, counted from 0, in its order."""
     try:
-        given = (operator.index(axis),) if not isinstance(axis, Sequence) else tuple(axis)
+        given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
         found = tuple(operator.index(a) for a in given)
     except TypeError:
         raise ValueError(
@@ -47,17 +135,34 @@ def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shap
             f"{function}: {name} should lie between {-ndim} and {ndim - 1}, because x has {ndim} "
             f"axes, but is {axis}"
         )
+    if any(isinstance(a, bool | np.bool_) for a in given):
+        raise ValueError(f"{function}: {name} should be an int or a tuple of ints, but is {axis!r}")
     found = tuple(a % ndim for a in found)
     if len(set(found)) != len(found):
         raise ValueError(f"{function}: {name} should name each axis once, but is {axis}")
     return found
 
 
+def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
+    """The axes that are reduced, at least one."""
+    found = axes(function, name, axis, ndim)
+    if not found:
+        raise ValueError(
+            f"{function}: {name} should name at least one axis, because each entry alone would be "
+            f"its own mean, but is {axis!r}"
+        )
+    return found
+
+
 def layout(
-    function: str, ndim: int, channel_axis: int | Sequence[int], batch_axis: int | None = None
+    function: str,
+    ndim: int,
+    channel_axis: int | Sequence[int],
+    batch_axis: int | None = None,
+    least: int = 2,
 ) -> Layout:
     """The channel axes and the batch axis exist and differ."""
-    if ndim < 2:
+    if ndim < least:
         example = "(N, C)" if batch_axis is None else "(N, *space, C)"
         raise ValueError(
             f"{function}: x should have at least 2 axes, such as {example}, but has {ndim}"
@@ -77,9 +182,16 @@ def layout(
 
 def group_layout(
     shape: Shape, channel_axis: int, batch_axis: int | Sequence[int] | None, num_groups: int
-) -> tuple[Layout, Shape]:
+) -> tuple[Layout, Shape, int]:
     """One channel axis, divided by the groups, and the batch axes, which are others."""
-    found = layout("group_norm", len(shape), channel_axis)
+    num_groups = whole("group_norm", "num_groups", num_groups, "the channels are divided into it")
+    least = 1 if batch_axis is None else 2
+    found = layout("group_norm", len(shape), channel_axis, least=least)
+    if len(found.channels) != 1:
+        raise ValueError(
+            f"group_norm: channel_axis should be one axis, because groups are of neighbouring "
+            f"channels, but is {channel_axis!r}"
+        )
     batch = () if batch_axis is None else axes("group_norm", "batch_axis", batch_axis, len(shape))
     (channel,) = found.channels
     if channel in batch:
@@ -88,12 +200,12 @@ def group_layout(
             f"channels, but both name axis {channel} of x"
         )
     channels = shape[channel]
-    if not isinstance(num_groups, int) or num_groups < 1 or _indivisible(channels, num_groups):
+    if _indivisible(channels, num_groups):
         raise ValueError(
             f"group_norm: num_groups should divide the channels of x, because all groups are of "
             f"one size, but is {num_groups} for {channels} channels"
         )
-    return found, batch
+    return found, batch, num_groups
 
 
 def mask(function: str, mask: Any, shape: Shape) -> jax.Array | None:
@@ -134,37 +246,74 @@ def params(
     values = (params.get("scale"), params.get("bias"))
     scale, bias = (None if a is None else jnp.asarray(a) for a in values)
     for name, a in (("scale", scale), ("bias", bias)):
-        if a is None or _agrees(a.shape, channels):
+        if a is None:
+            continue
+        if not any(jnp.issubdtype(a.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+            raise ValueError(
+                f"{function}: params[{name!r}] should have a float dtype, because y is real, but "
+                f"has {a.dtype}"
+            )
+        if _agrees(a.shape, channels):
             continue
         if a.ndim != len(shape) or not _broadcasts(a.shape, shape):
             raise ValueError(
                 f"{function}: params[{name!r}] should have the channels' shape {channels}, or x's "
                 f"rank and broadcast against x of shape {shape}, but has shape {a.shape}"
+                f"{other_axis(function, a.shape, shape)}"
             )
     return scale, bias
 
 
+def other_axis(function: str, channels: Shape, shape: Shape) -> str:
+    """Which axis would fit these channels, where the one that was named does not: NCHW, mostly."""
+    fitting = [a for a, n in enumerate(shape) if isinstance(n, int) and (n,) == channels]
+    if not fitting:
+        return ""
+    name = "axis" if function in ("layer_norm", "rms_norm") else "channel_axis"
+    return (
+        f"; axis {fitting[0]} of x has that size: if it is that of the channels, write "
+        f"{name}={fitting[0]}, or in a layer axis={fitting[0]} or feature_axes={fitting[0]}"
+    )
+
+
 def batch_stats(
-    function: str, stats: Any, channels: Shape | None = None, *, stacked: bool = False
-) -> BatchStats:
+    function: str,
+    stats: Any,
+    channels: Shape | None = None,
+    *,
+    stacked: bool = False,
+    shape: Shape = (),
+) -> "BatchStats":
     """The state is whole: mean and var of the channels' shape, and one count.
 
-    Stacked: or any number of such states, the count's axes leading.
+    Stacked: or any number of such states, the count's axes leading. The shape is x's.
     """
     counts = jnp.shape(stats["count"]) if stacked and _has(stats, "count") else ()
-    state = _state(function, stats, channels, counts)
-    if _has(stats, "accumulation"):
-        accumulation = stats["accumulation"]
-        _state(function, accumulation["start"], state["mean"].shape, counts)
-        return cast(BatchStats, {**state, "accumulation": accumulation})
-    return state
+    state = _state(function, stats, channels, counts, shape)
+    if not _has(stats, "accumulation"):
+        return state
+    accumulation = stats["accumulation"]
+    parts = {"start": dict, "moments": {"count", "mean", "var"}}
+    if not (
+        isinstance(accumulation, Mapping)
+        and all(isinstance(accumulation.get(part), Mapping) for part in parts)
+        and parts["moments"] <= accumulation["moments"].keys()
+    ):
+        found = sorted(accumulation) if isinstance(accumulation, Mapping) else accumulation
+        raise ValueError(
+            f"{function}: batch_stats['accumulation'] should hold 'start' and 'moments', as "
+            f"begin_accumulation makes them, but is {found!r}; write begin_accumulation(state) to "
+            f"begin anew, or end_accumulation(state)"
+        )
+    start = _state(function, accumulation["start"], state["mean"].shape, counts, shape)
+    return cast("BatchStats", {**state, "accumulation": {**accumulation, "start": start}})
 
 
 def _has(stats: Any, key: str) -> bool:
     return isinstance(stats, Mapping) and stats.get(key) is not None
 
 
-def stacked_batch_stats(function: str, stats: Any) -> BatchStats:
+def stacked_batch_stats(function: str, stats: Any) -> "BatchStats":
     """States with a leading axis: mean and var of one shape, and a count for each entry."""
     mean = stats.get("mean") if isinstance(stats, Mapping) else None
     if mean is not None and jnp.ndim(mean) < 1:
@@ -175,7 +324,9 @@ def stacked_batch_stats(function: str, stats: Any) -> BatchStats:
     return _state(function, stats, None, jnp.shape(mean)[:1] if mean is not None else ())
 
 
-def _state(function: str, stats: Any, channels: Shape | None, counts: Shape) -> BatchStats:
+def _state(
+    function: str, stats: Any, channels: Shape | None, counts: Shape, x_shape: Shape = ()
+) -> "BatchStats":
     keys = ("mean", "var", "count")
     missing = [k for k in keys if not isinstance(stats, Mapping) or stats.get(k) is None]
     if missing:
@@ -197,6 +348,7 @@ def _state(function: str, stats: Any, channels: Shape | None, counts: Shape) -> 
             raise ValueError(
                 f"{function}: batch_stats[{key!r}] should have shape {shape}, because {why}, but "
                 f"has shape {state[key].shape}"
+                f"{other_axis(function, state[key].shape, x_shape) if key != 'count' else ''}"
             )
     for key in ("mean", "var"):
         if not jnp.issubdtype(state[key].dtype, jnp.floating):
@@ -204,17 +356,42 @@ def _state(function: str, stats: Any, channels: Shape | None, counts: Shape) -> 
                 f"{function}: batch_stats[{key!r}] should have a float dtype, because averages are "
                 f"not whole numbers, but has {state[key].dtype}; was it cast when it was restored?"
             )
-    if not jnp.issubdtype(state["count"].dtype, jnp.integer):
+    state["count"] = _count(function, state["count"])
+    return cast("BatchStats", state)
+
+
+def _count(function: str, count: jax.Array) -> jax.Array:
+    """The number of updates as an integer.
+
+    `lax.pmean` of a whole state, an exponential moving average of it and a cast of the tree make a
+    float of it, which is a whole number as long as all states have the same count.
+    """
+    if jnp.issubdtype(count.dtype, jnp.integer):
+        return count
+    if not jnp.issubdtype(count.dtype, jnp.floating):
         raise ValueError(
             f"{function}: batch_stats['count'] should be an integer, because it counts updates, "
-            f"but is {state['count'].dtype}"
+            f"but is {count.dtype}"
         )
-    return cast(BatchStats, state)
+    if not is_traced(count) and np.any(np.asarray(count, np.float64) % 1):
+        raise ValueError(
+            f"{function}: batch_stats['count'] should be a whole number, because it counts "
+            f"updates, but is {count}; were states averaged that have seen different numbers of "
+            f"batches? merge_batch_stats merges those; otherwise write {{**batch_stats, 'count': "
+            f"jnp.int32(n)}}"
+        )
+    return jnp.round(count).astype(jnp.int32)
 
 
 def weights(function: str, counts: Any, shape: Shape) -> jax.Array:
     """One weight for each state."""
     counts = jnp.asarray(counts)
+    if not any(jnp.issubdtype(counts.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"{function}: counts should be numbers, but are {counts.dtype}")
+    if not is_traced(counts) and not np.all(np.asarray(counts) >= 0):
+        raise ValueError(
+            f"{function}: counts should be at least 0, because they are weights, but are {counts}"
+        )
     if not _agrees(counts.shape, shape):
         raise ValueError(
             f"{function}: counts should have shape {shape}, one for each state, but has shape "
@@ -231,11 +408,8 @@ def switches(
         ("use_running_average", use_running_average),
         ("update_stats", update_stats),
     ):
-        if not isinstance(switch, bool | np.bool_ | None):
-            raise ValueError(
-                f"{function}: {name} should be a Python bool, because it chooses which program is "
-                f"compiled, but is {type(switch).__name__}; under jit, mark it static"
-            )
+        if switch is not None:
+            boolean(function, name, switch)
     if update_stats is None:
         update_stats = tracked and not use_running_average
     if not tracked and (use_running_average or update_stats):
@@ -277,18 +451,14 @@ def same_moments(function: str, a: Shape, b: Shape) -> None:
         )
 
 
-def virtual_batches(function: str, size: Any, shape: Shape, layout: Layout, devices: int) -> None:
+def virtual_batches(function: str, size: Any, shape: Shape, layout: Layout, devices: int) -> int:
     """The samples divide into virtual batches, and each lies on one device."""
     if layout.batch is None and 0 in layout.channels:
         raise ValueError(
             f"{function}: virtual_batch_size should come with samples on axis 0, but channel_axis "
             f"is {layout.channels}"
         )
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(
-            f"{function}: virtual_batch_size should be a positive int, because it is a number of "
-            f"samples, but is {size!r}"
-        )
+    size = whole(function, "virtual_batch_size", size, "it is a number of samples")
     samples = shape[0]
     if isinstance(samples, int) and samples % (size * devices):
         where = f" on {devices} devices" if devices > 1 else ""
@@ -297,16 +467,17 @@ def virtual_batches(function: str, size: Any, shape: Shape, layout: Layout, devi
             f"virtual batches are of one size and each lies on one device, but is {size} for "
             f"{samples} samples{where}"
         )
+    return size
 
 
 def limits(function: str, r_max: Any, d_max: Any) -> None:
-    """The corrections are clipped to 1 / r_max .. r_max and -d_max .. d_max."""
+    """The corrections are clipped to 1 / r_max .. r_max and -d_max .. d_max.
+
+    A function of the count gives a number when it is called.
+    """
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if isinstance(value, int | float) and not value >= least:
-            raise ValueError(
-                f"{function}: {name} should be at least {least}, where nothing is corrected, but "
-                f"is {value}"
-            )
+        if not callable(value):
+            number(function, name, value, least=least)
 
 
 def _agrees(shape: Shape, wanted: Shape) -> bool:

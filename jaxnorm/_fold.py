@@ -53,7 +53,8 @@ def fold_scale_shift(
     state = _checks.batch_stats("fold_scale_shift", batch_stats)
     mean, var = widen(state["mean"]), widen(state["var"])
     scale, bias = _checks.params("fold_scale_shift", params, mean.shape, mean.shape)
-    multiplier = affine(rstd(var, jnp.asarray(epsilon, float)), scale, None)
+    epsilon = _checks.number("fold_scale_shift", "epsilon", epsilon, least=0)
+    multiplier = affine(rstd(var, epsilon), scale, None)
     return multiplier, affine(-mean * multiplier, None, bias)
 
 
@@ -94,21 +95,22 @@ def fold_into(
     References:
       torch.nn.utils.fusion.fuse_conv_bn_weights, PyTorch 2.13.
     """
-    if "kernel" not in layer:
+    if not isinstance(layer, Mapping) or "kernel" not in layer:
         raise ValueError(
             f"fold_into: layer should have a 'kernel', as Dense, Conv and ConvTranspose have, but "
-            f"has {sorted(layer)}"
+            f"has {sorted(layer) if isinstance(layer, Mapping) else type(layer).__name__}"
         )
     multiplier, offset = fold_scale_shift(params, batch_stats, epsilon=epsilon)
     kernel = jnp.asarray(layer["kernel"])
-    outputs = kernel.shape[feature_axis]
+    (last,) = _checks.axes("fold_into", "feature_axis", feature_axis, kernel.ndim)
+    outputs = kernel.shape[last]
     if multiplier.shape != (outputs,):
         raise ValueError(
             f"fold_into: the layer should have as many outputs as the norm has channels, but has "
             f"{outputs}, on axis {feature_axis} of a kernel of shape {kernel.shape}, for "
             f"{multiplier.shape}"
         )
-    others = tuple(a for a in range(kernel.ndim) if a != feature_axis % kernel.ndim)
+    others = tuple(a for a in range(kernel.ndim) if a != last)
     wide = widen(kernel, multiplier) * jnp.expand_dims(multiplier, others)
     bias = layer.get("bias")
     bias = offset if bias is None else affine(widen(jnp.asarray(bias)), multiplier, offset)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm import _checks, functional
@@ -24,6 +25,38 @@ MOMENTUM = Default(0.1)
 # ---- What is checked before there is an input ----
 
 
+def check(layer: Any, *, infers_channels: bool) -> None:
+    """Checks the attributes that any layer may have.
+
+    In Linen the channels are those of the input, so that the number that PyTorch's layers begin
+    with is taken for another argument.
+    """
+    name, held = type(layer).__name__, vars(layer)
+    hint = ""
+    if infers_channels:
+        hint = f"; the number of channels is not an argument: write {name}()"
+    for switch in ("use_running_average", "update_stats"):
+        if held.get(switch) is not None and not isinstance(held[switch], bool | np.bool_):
+            raise ValueError(
+                f"{name}: {switch} should be a bool or None, because it says which statistics "
+                f"normalize or move, but is {held[switch]!r}{hint if switch[:3] == 'use' else ''}"
+            )
+    number_of_channels = isinstance(layer.epsilon, int | float | np.number) and layer.epsilon >= 1
+    if infers_channels and number_of_channels:
+        raise ValueError(
+            f"{name}: epsilon should be a small number, because it is added to the variance, but "
+            f"is {layer.epsilon!r}{hint}, and epsilon=1e-5 for PyTorch's epsilon"
+        )
+    _checks.number(name, "epsilon", layer.epsilon, least=0)
+    for argument in ("dtype", "param_dtype"):
+        _checks.float_dtype(name, argument, held.get(argument))
+    for switch in ("use_bias", "use_scale", "track_running_stats", "skip_nonfinite"):
+        if switch in held:
+            _checks.boolean(name, switch, held[switch])
+    if "momentum" in held:
+        check_momentum(layer)
+
+
 def check_momentum(layer: Any) -> None:
     """Momentum weighs the new value and decay the old one; Flax's momentum is our decay."""
     name, momentum, decay = type(layer).__name__, layer.momentum, layer.decay
@@ -32,7 +65,10 @@ def check_momentum(layer: Any) -> None:
             f"{name}: momentum or decay should be given, not both, because decay = 1 - momentum, "
             f"but has momentum={momentum} and decay={decay}"
         )
-    if momentum is not None and 0.5 < momentum < 1.0:
+    for argument, value in (("momentum", momentum), ("decay", decay)):
+        if value is not None:
+            _checks.number(name, argument, value, least=0, most=1)
+    if momentum is not None and not _checks.is_traced(momentum) and 0.5 < momentum < 1.0:
         raise ValueError(
             f"{name}: momentum should not lie between 0.5 and 1.0, because it weighs the new value "
             f"as in PyTorch, but is {momentum}; if it is Flax's, which weighs the old value, write "
@@ -64,8 +100,10 @@ def number_of_groups(layer: Any, channels: int) -> int:
     """Into how many groups the channels are divided, none left over."""
     check_groups(layer)
     said = "num_groups" if layer.group_size is None else "group_size"
-    divisor = getattr(layer, said)
-    if divisor < 1 or channels % divisor:
+    divisor = _checks.whole(
+        type(layer).__name__, said, getattr(layer, said), "the channels are divided by it"
+    )
+    if channels % divisor:
         raise ValueError(
             f"{type(layer).__name__}: {said} should divide the channels of x, because all groups "
             f"are of one size, but is {divisor} for {channels} channels"

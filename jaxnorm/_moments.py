@@ -94,7 +94,7 @@ def moments(
       Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983: section 3.
     """
     x = _checks.float_array("moments", x)
-    axes = _checks.axes("moments", "axis", axis, x.ndim)
+    axes = _checks.features("moments", "axis", axis, x.ndim)
     mask = _checks.mask("moments", mask, x.shape)
     sample = Sample(axes, devices=devices("moments", axis_name, axis_index_groups))
     shift, about_shift = measure(sample, x, mask)
@@ -208,6 +208,12 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
       Variances, 1979.
     """
+    for name, given in (("a", a), ("b", b)):
+        if not isinstance(given, Moments):
+            raise ValueError(
+                f"merge_moments: {name} should be Moments, as `moments` returns them, but is "
+                f"{type(given).__name__}"
+            )
     _checks.same_moments("merge_moments", jnp.shape(a.mean), jnp.shape(b.mean))
     return merge(a, b)
 

@@ -22,11 +22,11 @@ _normalize = jax.jit(normalize, static_argnums=(0, 1))
 def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
     """y of a norm without a state, whose parameters lie along the layout's channels."""
     scale, bias, mask = _operands(function, x, params, mask, layout)
-    dtype, shape = x.dtype if dtype is None else jnp.dtype(dtype), x.shape
+    epsilon = _checks.number(function, "epsilon", epsilon, least=0)
+    dtype, shape = _checks.float_dtype(function, "dtype", dtype) or x.dtype, x.shape
     measured = _measure(sample, x, mask)
     x, scale, bias, mask = map(sample.laid_out, (x, scale, bias, mask))
-    epsilon, laid_out = jnp.asarray(epsilon, float), sample.as_laid_out
-    y = _normalize(dtype, laid_out, x, scale, bias, epsilon, mask, *measured)
+    y = _normalize(dtype, sample.as_laid_out, x, scale, bias, epsilon, mask, *measured)
     return y.reshape(shape)
 
 
@@ -57,6 +57,10 @@ def tracked_norm(
     """
     x = _checks.float_array(function, x)
     layout = _checks.layout(function, x.ndim, channel_axis, batch_axis)
+    epsilon = _checks.number(function, "epsilon", epsilon, least=0)
+    momentum = None if momentum is None else _checks.number(function, "momentum", momentum)
+    skip_nonfinite = _checks.boolean(function, "skip_nonfinite", skip_nonfinite)
+    dtype = _checks.float_dtype(function, "dtype", dtype) or x.dtype
     scale, bias, mask = _operands(function, x, params, mask, layout)
     use_running_average, update_stats = _checks.switches(
         function, batch_stats is not None, use_running_average, update_stats
@@ -64,13 +68,15 @@ def tracked_norm(
     mean: Any = None
     var: Any = None
     if batch_stats is not None:
-        state = _checks.batch_stats(function, batch_stats, layout.shape(x))
+        state = _checks.batch_stats(function, batch_stats, layout.shape(x), shape=x.shape)
         mean, var = layout.spread(state["mean"]), layout.spread(state["var"])
         mean, var = lax.stop_gradient((widen(mean, x), widen(var, x)))
     shape = one_sample = x.shape
     run = layout
     if virtual_batch_size is not None and not use_running_average:
-        _checks.virtual_batches(function, virtual_batch_size, shape, layout, explicit_devices(x, 0))
+        virtual_batch_size = _checks.virtual_batches(
+            function, virtual_batch_size, shape, layout, explicit_devices(x, 0)
+        )
         run, one_sample = layout.folded, (virtual_batch_size, *shape[1:])
         samples_on, entries_on = entries_on, HERE
         fold = functools.partial(_fold, size=virtual_batch_size)
@@ -80,7 +86,7 @@ def tracked_norm(
     if not use_running_average and mask is None:
         _checks.several_values(function, one_sample, layout, entries_on.number())
 
-    sample, epsilon = Sample(run.reduced, devices=entries_on), jnp.asarray(epsilon, float)
+    sample = Sample(run.reduced, devices=entries_on)
     measured: Any = None
     moving: Sample | None = sample
     if update_stats or not use_running_average:
@@ -89,9 +95,11 @@ def tracked_norm(
     if use_running_average:
         moving, used = None, (mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var))
     elif limits is not None:
-        limits = tuple(a(state["count"]) if callable(a) else a for a in limits)
+        limits = tuple(
+            _checks.number(function, name, a(state["count"]) if callable(a) else a)
+            for name, a in zip(("r_max", "d_max"), limits, strict=True)
+        )
         scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, limits)
-    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     y = _normalize(dtype, moving, x, scale, bias, epsilon, mask, *used).reshape(shape)
     if not update_stats:
         return y, batch_stats

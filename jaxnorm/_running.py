@@ -65,8 +65,16 @@ def update_batch_stats(
     References:
       torch.nn.BatchNorm2d, PyTorch 2.13.
     """
-    batch_stats = _checks.batch_stats("update_batch_stats", batch_stats)
-    _checks.moments_shape("update_batch_stats", jnp.shape(moments.mean), batch_stats["mean"].shape)
+    function = "update_batch_stats"
+    batch_stats = _checks.batch_stats(function, batch_stats)
+    momentum = None if momentum is None else _checks.number(function, "momentum", momentum)
+    skip_nonfinite = _checks.boolean(function, "skip_nonfinite", skip_nonfinite)
+    if not isinstance(moments, Moments):
+        raise ValueError(
+            f"{function}: moments should be Moments, as `moments` returns them, but is "
+            f"{type(moments).__name__}"
+        )
+    _checks.moments_shape(function, jnp.shape(moments.mean), batch_stats["mean"].shape)
     has_rows = jnp.ndim(moments.mean) > batch_stats["mean"].ndim
     rows = moments if has_rows else jax.tree.map(lambda a: a[None], moments)
     return advance(
@@ -118,6 +126,7 @@ def merge_batch_stats(
       Variances, 1979.
     """
     stacked = _checks.stacked_batch_stats("merge_batch_stats", stacked)
+    between = _checks.boolean("merge_batch_stats", "between", between)
     mean, var, count = lax.stop_gradient([stacked[k] for k in ("mean", "var", "count")])
     weights = count if counts is None else _checks.weights("merge_batch_stats", counts, count.shape)
     weights = weights.astype(widen(mean).dtype)

@@ -354,7 +354,7 @@ def group_norm(
       torch.nn.GroupNorm, PyTorch 2.13.
     """
     x = _checks.float_array("group_norm", x)
-    layout, batch = _checks.group_layout(x.shape, channel_axis, batch_axis, num_groups)
+    layout, batch, num_groups = _checks.group_layout(x.shape, channel_axis, batch_axis, num_groups)
     (channel,) = layout.channels
     axes = tuple(a for a in layout.reduced if a not in batch)
     groups, where = (channel, num_groups), devices("group_norm", axis_name, axis_index_groups)
@@ -413,7 +413,7 @@ def layer_norm(
       torch.nn.LayerNorm, PyTorch 2.13.
     """
     x = _checks.float_array("layer_norm", x)
-    layout = Layout(x.ndim, _checks.axes("layer_norm", "axis", axis, x.ndim))
+    layout = Layout(x.ndim, _checks.features("layer_norm", "axis", axis, x.ndim))
     sample = Sample(layout.channels, devices=devices("layer_norm", axis_name, axis_index_groups))
     return untracked_norm(
         "layer_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
@@ -468,7 +468,7 @@ def rms_norm(
       torch.nn.RMSNorm, PyTorch 2.13.
     """
     x = _checks.float_array("rms_norm", x)
-    layout = Layout(x.ndim, _checks.axes("rms_norm", "axis", axis, x.ndim))
+    layout = Layout(x.ndim, _checks.features("rms_norm", "axis", axis, x.ndim))
     sample = Sample(
         layout.channels,
         centred=False,

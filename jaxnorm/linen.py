@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 import jaxnorm
-from jaxnorm import _layers
+from jaxnorm import _checks, _layers
 from jaxnorm._devices import AxisName
 from jaxnorm.functional import Limit
 from jaxnorm.variables import Affine, BatchStats, init_batch_stats
@@ -19,7 +19,15 @@ from jaxnorm.variables import Affine, BatchStats, init_batch_stats
 Norm = Callable[..., tuple[jax.Array, BatchStats | None]]
 
 
-class BatchNorm(nn.Module):
+class _Norm(nn.Module):
+    """What all layers check before there is an input."""
+
+    def __post_init__(self) -> None:
+        _layers.check(self, infers_channels=True)
+        super().__post_init__()
+
+
+class BatchNorm(_Norm):
     """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` as a layer.
 
     Takes the place of flax.linen.BatchNorm: the same arguments, parameters and collection. What
@@ -98,11 +106,6 @@ class BatchNorm(nn.Module):
     norm: ClassVar[Norm] = staticmethod(_layers.batch_norm)
     ranks: ClassVar[tuple[int, ...] | None] = None
 
-    def __post_init__(self) -> None:
-        """Checks what can be checked before there is an input."""
-        _layers.check_momentum(self)
-        super().__post_init__()
-
     @nn.compact
     def __call__(
         self,
@@ -172,7 +175,7 @@ class BatchRenorm(BatchNorm):
         super().__post_init__()
 
 
-class InstanceNorm(nn.Module):
+class InstanceNorm(_Norm):
     """Normalizes each channel of each sample: `jaxnorm.instance_norm` as a layer.
 
     Takes the place of flax.linen.InstanceNorm: the same arguments and parameters. What differs: y
@@ -243,11 +246,6 @@ class InstanceNorm(nn.Module):
 
     ranks: ClassVar[tuple[int, ...] | None] = None
 
-    def __post_init__(self) -> None:
-        """Checks what can be checked before there is an input."""
-        _layers.check_momentum(self)
-        super().__post_init__()
-
     @nn.compact
     def __call__(
         self,
@@ -274,7 +272,7 @@ class InstanceNorm(nn.Module):
         )
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(_Norm):
     """Normalizes each group of channels of each sample: `jaxnorm.group_norm` as a layer.
 
     Takes the place of flax.linen.GroupNorm: the same arguments and parameters. What differs: y has
@@ -343,11 +341,11 @@ class GroupNorm(nn.Module):
         Returns:
           y, of x's shape.
         """
-        params = _params(self, jnp.shape(x)[-1:])
+        params = _params(self, jnp.shape(x)[-1:], jnp.shape(x))
         return _layers.group_norm(self, x, params, mask=mask, initializing=self.is_initializing())
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(_Norm):
     """Normalizes over the features: `jaxnorm.layer_norm` as a layer.
 
     Takes the place of flax.linen.LayerNorm: the same arguments and parameters. What differs: y has
@@ -412,7 +410,7 @@ class LayerNorm(nn.Module):
         return _feature_norm(self, _layers.layer_norm, x, mask)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(_Norm):
     """Divides by the root mean square of the features: `jaxnorm.rms_norm` as a layer.
 
     Takes the place of flax.linen.RMSNorm: the same arguments and parameters. What differs: y has
@@ -662,7 +660,7 @@ def _tracked_norm(module, norm, x, axes, use_running_average, update_stats, mask
     y, new_batch_stats = norm(
         module,
         x,
-        _params(module, shape),
+        _params(module, shape, jnp.shape(x)),
         batch_stats,
         use_running_average=use_running_average,
         update_stats=update_stats,
@@ -677,12 +675,12 @@ def _tracked_norm(module, norm, x, axes, use_running_average, update_stats, mask
 def _feature_norm(module, norm, x, mask):
     """Declares the parameters and calls the norm."""
     axes = _layers.feature_axes(module, jnp.ndim(x))
-    params = _params(module, tuple(jnp.shape(x)[a] for a in axes))
+    params = _params(module, tuple(jnp.shape(x)[a] for a in axes), jnp.shape(x))
     return norm(module, x, params, mask=mask, initializing=module.is_initializing())
 
 
-def _params(module: nn.Module, shape: tuple[int, ...]) -> Affine:
-    """The layer's parameters, made while it is initialized."""
+def _params(module: nn.Module, shape: tuple[int, ...], of: tuple[int, ...]) -> Affine:
+    """The layer's parameters, made while it is initialized, for an input of this shape."""
     names = [name for name in ("scale", "bias") if getattr(module, f"use_{name}", False)]
     try:
         params = {
@@ -690,9 +688,10 @@ def _params(module: nn.Module, shape: tuple[int, ...]) -> Affine:
             for name in names
         }
     except errors.ScopeParamShapeError as error:
+        made: Any = module.get_variable("params", names[0])
         raise ValueError(
             f"{type(module).__name__}: the parameters should have the channels' shape {shape}, but "
-            f"were made for another; {error}"
+            f"were made for {made.shape}{_checks.other_axis('', made.shape, of)}; {error}"
         ) from error
     return cast(Affine, params)
 

@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 import jaxnorm
-from jaxnorm import _layers
+from jaxnorm import _checks, _layers
 from jaxnorm._devices import AxisName
 from jaxnorm.functional import Limit
 from jaxnorm.variables import BatchStats, init_batch_stats
@@ -92,7 +92,6 @@ class BatchNorm(nnx.Module):
         virtual_batch_size: int | None = None,
     ) -> None:
         _declare(self, locals())
-        _layers.check_momentum(self)
         _declare_batch_stats(self)
 
     def __call__(
@@ -117,7 +116,11 @@ class BatchNorm(nnx.Module):
         return _tracked_norm(self, self.norm, x, use_running_average, update_stats, mask)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Serves nnx.view, which gives the statistics that normalize in the view."""
+        """Serves nnx.view, which gives the statistics that normalize in the view.
+
+        Args:
+          use_running_average: as the attribute; None leaves it.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -214,7 +217,6 @@ class InstanceNorm(nnx.Module):
         skip_nonfinite: bool = True,
     ) -> None:
         _declare(self, locals())
-        _layers.check_momentum(self)
         _declare_batch_stats(self)
 
     def __call__(
@@ -687,6 +689,8 @@ def _declare(module: Any, arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         if name not in making:
             setattr(module, name, value)
+    _layers.check(module, infers_channels=False)
+    _checks.channels(type(module).__name__, module.num_features)
     for name in ("scale", "bias"):
         if arguments.get(f"use_{name}"):
             key, init = arguments["rngs"].params(), arguments[f"{name}_init"]
@@ -711,8 +715,7 @@ def _batch_stats(module: Any) -> Any:
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    features = module.num_features
-    return (features,) if isinstance(features, int) else tuple(features)
+    return _checks.channels(type(module).__name__, module.num_features)
 
 
 def _params(module: Any) -> Any:

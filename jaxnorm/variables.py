@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxnorm import _checks
+
 
 class Affine(TypedDict, total=False):
     """What a norm learns. Either key may be missing: that half is then left out.
@@ -83,11 +85,13 @@ def init_params(
     References:
       torch.nn.BatchNorm2d and flax.linen.BatchNorm begin with the same values.
     """
+    shape = _checks.channels("init_params", num_features)
+    dtype = _checks.float_dtype("init_params", "dtype", dtype)
     params: Affine = {}
-    if use_scale:
-        params["scale"] = jnp.ones(num_features, dtype)
-    if use_bias:
-        params["bias"] = jnp.zeros(num_features, dtype)
+    if _checks.boolean("init_params", "use_scale", use_scale):
+        params["scale"] = jnp.ones(shape, dtype)
+    if _checks.boolean("init_params", "use_bias", use_bias):
+        params["bias"] = jnp.zeros(shape, dtype)
     return params
 
 
@@ -113,10 +117,11 @@ def init_batch_stats(
     References:
       torch.nn.BatchNorm2d begins with the same values.
     """
-    dtype = statistics_dtype(dtype)
+    shape = _checks.channels("init_batch_stats", num_features)
+    dtype = statistics_dtype(_checks.float_dtype("init_batch_stats", "dtype", dtype))
     return {
-        "mean": jnp.zeros(num_features, dtype),
-        "var": jnp.ones(num_features, dtype),
+        "mean": jnp.zeros(shape, dtype),
+        "var": jnp.ones(shape, dtype),
         "count": jnp.zeros((), jnp.int32),
     }
 

@@ -76,9 +76,9 @@ BAD = {
         {"batch_stats": {**STATE, "count": jnp.zeros(3, jnp.int32)}},
         "batch_stats['count'] should have shape (), because it counts updates, but has shape (3,)",
     ),
-    "a count that is no integer": (
-        {"batch_stats": {**STATE, "count": jnp.zeros(())}},
-        "batch_stats['count'] should be an integer, because it counts updates, but is float32",
+    "a count that is no number": (
+        {"batch_stats": {**STATE, "count": jnp.zeros((), bool)}},
+        "batch_stats['count'] should be an integer, because it counts updates, but is bool",
     ),
     "evaluation without a state": (
         {"use_running_average": True},

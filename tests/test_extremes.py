@@ -133,7 +133,7 @@ def test_constants_give_0_with_an_epsilon_of_0(norm, value):
 def test_y_does_not_depend_on_the_unit_of_x(norm, size):
     x = (size * np.random.default_rng(3).normal(size=(8, 16, 64))).astype(np.float32)
     # The unit enters through epsilon alone; 0 shows it.
-    y, dx = reference(norm, x, np.ones_like(x), epsilon=0.0)
+    y, _ = reference(norm, x, np.ones_like(x), epsilon=0.0)
     found = NORMS[norm](jnp.asarray(x), epsilon=0.0)
     np.testing.assert_allclose(found, y, rtol=0, atol=2e-6)  # as at every offset
 

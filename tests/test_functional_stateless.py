@@ -323,11 +323,11 @@ BAD = {
         "group_norm: num_groups should divide the channels of x, because all groups are of one "
         "size, but is 4 for 6 channels",
     ),
-    "no groups": (jaxnorm.group_norm, {"num_groups": 0}, "num_groups should divide the channels"),
+    "no groups": (jaxnorm.group_norm, {"num_groups": 0}, "num_groups should be a positive int"),
     "groups that are no int": (
         jaxnorm.group_norm,
         {"num_groups": 2.0},
-        "num_groups should divide the channels",
+        "num_groups should be a positive int",
     ),
     "one axis, two roles": (
         jaxnorm.group_norm,

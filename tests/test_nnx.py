@@ -123,7 +123,7 @@ def run(face, name, options):
             "GroupNorm: num_groups should divide the channels of x, because all groups are of one "
             "size, but is 3 for 8 channels",
         ),
-        ({"num_groups": 0}, "num_groups should divide the channels of x"),
+        ({"num_groups": 0}, "num_groups should be a positive int"),
         (
             {"num_groups": None, "group_size": 3},
             "group_size should divide the channels of x, because all groups are of one size, but "

@@ -23,7 +23,11 @@ FUNCTIONS = [
     if not name.startswith("_") and f.__module__.startswith(room.__name__)
 ]
 LAYERS, NNX_LAYERS = (
-    [c for _, c in inspect.getmembers(face, inspect.isclass) if c.__module__ == face.__name__]
+    [
+        c
+        for name, c in inspect.getmembers(face, inspect.isclass)
+        if c.__module__ == face.__name__ and name[0] != "_"
+    ]
     for face in (jaxnorm.linen, jaxnorm.nnx)
 )
 TRACKED = [jaxnorm.batch_norm, jaxnorm.instance_norm]
