@@ -85,6 +85,19 @@ def devices(
     return Devices(axis_name, groups)
 
 
+def spread_alike(a: jax.Array, like: jax.Array) -> jax.Array:
+    """An array, spread over devices as another one of its shape is.
+
+    Only where JAX's types say how arrays are spread, as they do for the explicit axes of a mesh: it
+    then refuses to combine arrays that are spread in different ways.
+    """
+    found, wanted = jax.typeof(a).sharding, jax.typeof(like).sharding
+    mesh = found.mesh if wanted.mesh.empty else wanted.mesh
+    if mesh.empty or found.spec == wanted.spec:
+        return a
+    return jax.sharding.reshard(a, jax.sharding.NamedSharding(mesh, wanted.spec))
+
+
 def explicit_devices(x: jax.Array, axis: int) -> int:
     """Over how many devices an axis of x is spread, as far as x's type says."""
     sharding = jax.typeof(x).sharding

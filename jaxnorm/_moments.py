@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import _checks, _platforms
-from jaxnorm._devices import AxisName, Devices, devices
+from jaxnorm._devices import AxisName, Devices, devices, spread_alike
 from jaxnorm._sample import Sample, select, widen
 
 
@@ -94,7 +94,7 @@ def moments(
       Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983: section 3.
     """
     x = _checks.float_array("moments", x)
-    axes = _checks.features("moments", "axis", axis, x.ndim)
+    axes = _checks.axes("moments", "axis", axis, x.ndim)
     mask = _checks.mask("moments", mask, x.shape)
     sample = Sample(axes, devices=devices("moments", axis_name, axis_index_groups))
     shift, about_shift = measure(sample, x, mask)
@@ -249,15 +249,18 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
     Exact (Chan, Golub & LeVeque, 1979): within the samples plus between them. Without `between`
     the variance is the mean of the rows' own. A row of count 0 weighs nothing.
     """
-    count = jnp.sum(rows.count, axis=0)
+    rows = dataclasses.replace(rows, count=spread_alike(rows.count, shifts))
+    count = jnp.sum(rows.count, axis=0, keepdims=True)
     # One of the shifts, so that those of equal ones differ by 0 exactly; which one does not matter.
-    shift = jnp.max(shifts, axis=0, where=rows.count > 0, initial=-jnp.inf)
+    shift = jnp.max(shifts, axis=0, keepdims=True, where=rows.count > 0, initial=-jnp.inf)
     shift = jnp.where(count > 0, shift, jnp.zeros_like(shift))
     means = (shifts - shift) + rows.mean
     weights = rows.count / jnp.maximum(count, 1)
-    mean = jnp.sum(weights * means, axis=0)
+    mean = jnp.sum(weights * means, axis=0, keepdims=True)
     spread = rows.var + (means - mean) ** 2 if between else rows.var
-    return shift, Moments(count, mean, jnp.sum(weights * spread, axis=0))
+    var = jnp.sum(weights * spread, axis=0, keepdims=True)
+    shift, count, mean, var = (a[0] for a in (shift, count, mean, var))
+    return shift, Moments(count, mean, var)
 
 
 def pool_devices(devices: Devices, shift: jax.Array, moments: Moments) -> tuple[jax.Array, Moments]:

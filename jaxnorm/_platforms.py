@@ -297,6 +297,6 @@ def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.matmul(along, rows, precision=lax.Precision.HIGHEST).reshape(x.shape)
 
     def plain(t: jax.Array, along: jax.Array) -> jax.Array:
-        return along.reshape(-1, *(1 for _ in behind)) * t
+        return along.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in behind)) * t
 
     return choose(t, along, cpu=product, default=plain)

@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm import _checks
-from jaxnorm._devices import HERE, Devices
+from jaxnorm._devices import HERE, Devices, spread_alike
 from jaxnorm._moments import (
     Moments,
     about_mean,
@@ -168,6 +168,7 @@ def advance(
     if accumulation is None:
         return _moved(stats, batch, momentum, skip_nonfinite, between)
     seen = Moments(**accumulation["moments"])
+    batch = jax.tree.map(spread_alike, batch, seen)
     batch = jax.tree.map(
         lambda new, old: new.astype(old.dtype), merge(seen, batch, between=between), seen
     )
@@ -184,7 +185,8 @@ def advance(
 
 
 def _moved(stats, batch, momentum, skip_nonfinite, between) -> BatchStats:
-    """The state after one step towards the batch."""
+    """The state after one step towards the batch; it stays spread over devices as it was."""
+    batch = jax.tree.map(lambda a: spread_alike(a, stats["mean"]), batch)
     # A sample of fewer than two entries has no unbiased variance; averages are of unbiased ones.
     enough = batch.count > (1 if between else 0)
     correction = batch.count / jnp.maximum(batch.count - 1, 1) if between else 1
