@@ -5,9 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from cases import later_state, normal, some_params
-from torch.nn.utils import fusion
 
 import jaxnorm
 import jaxnorm.linen
@@ -68,6 +66,9 @@ def test_a_transposed_kernel_has_its_outputs_on_another_axis(x64):
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_is_pytorch_s_fusion(x64, transpose, bias):
+    torch = pytest.importorskip("torch")
+    from torch.nn.utils import fusion
+
     make = torch.nn.ConvTranspose2d if transpose else torch.nn.Conv2d
     torch.manual_seed(0)
     conv, norm = make(6, 3, 3, bias=bias).double().eval(), torch.nn.BatchNorm2d(3).double().eval()

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import torch_models
 
 from jaxnorm import interop
+
+torch = pytest.importorskip("torch")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,8 @@ from hypothesis import strategies as st
 import jaxnorm.linen
 import jaxnorm.nnx
 from jaxnorm import interop
+
+torch = pytest.importorskip("torch")
 
 RNG = np.random.default_rng(0)
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from cases import SHAPES, SMALL, first_state, later_state, normal, reference_norm, some_params
 from torch.utils.checkpoint import checkpoint
 
 import jaxnorm
+
+torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.usefixtures("x64")
 torch.set_num_threads(1)  # with more, threads that wait for each other take nearly all the time
