@@ -10,18 +10,24 @@ VENV_DOCS ?= .venv-docs
 VENV_TPU ?= .venv-tpu
 VENV_GPU ?= .venv-gpu
 CUDA_COMPILER = jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12
+# The lowest versions that pyproject.toml allows, and the newest jax, which needs a newer Python.
+VENV_LOWEST ?= .venv-lowest
+VENV_NEWEST ?= .venv-newest
+NEWEST_PYTHON ?= python3.13
+VERSIONED ?= tests jaxnorm
 # The tests that run for the formulations of every platform; a GPU's has one collective more.
 FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py functional_stateless.py devices.py extremes.py)
 # Whether `make docs` runs the notebooks.
 EXECUTE ?= true
 
 .PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
-  test-accelerators bench-accelerators
+  test-accelerators bench-accelerators test-versions
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests, but for the slow ones, and the notebooks"
 	@echo "make test-slow   run the slow tests, and some of the others as TPU and GPU formulate the norms"
 	@echo "make test-onnx   run the tests of the export to ONNX"
+	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
 	@echo "make lint   check format, style and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
 	@echo "make package   build the sdist and the wheel, and try both in an empty environment"
@@ -42,6 +48,18 @@ test-slow: $(VENV)/with-test
 	$(BIN)/pytest -m slow --numprocesses auto
 	$(BIN)/pytest -m "not slow" --formulation tpu --numprocesses auto $(FORMULATED)
 	$(BIN)/pytest -m "not slow" --formulation cuda -k "not one_collective" --numprocesses auto $(FORMULATED)
+
+# Tests that need a library that is not there are skipped, and counted at the end.
+test-versions: $(VENV_LOWEST)/with-test-versions
+	$(VENV_LOWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
+	$(VENV_LOWEST)/bin/pytest -m "not slow" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
+ifneq ($(shell command -v $(NEWEST_PYTHON)),)
+	$(MAKE) $(VENV_NEWEST)/with-test-versions
+	$(VENV_NEWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
+	$(VENV_NEWEST)/bin/pytest -m "not slow" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
+else
+	@echo "There is no $(NEWEST_PYTHON) here: the versions for it were not tested."
+endif
 
 notebooks: $(VENV)/with-test
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
@@ -102,6 +120,16 @@ $(VENV_ONNX)/with-%: pyproject.toml
 	$(environment)
 
 $(VENV_DOCS)/with-%: pyproject.toml
+	$(environment)
+
+$(VENV_LOWEST)/with-%: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(PYTHON) tests/lowest.py examples interop > $(@D)/lowest.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$*]' --constraint $(@D)/lowest.txt
+	@touch $@
+
+$(VENV_NEWEST)/with-%: PYTHON = $(NEWEST_PYTHON)
+$(VENV_NEWEST)/with-%: pyproject.toml
 	$(environment)
 
 $(VENV_TPU)/with-%: pyproject.toml

@@ -17,41 +17,39 @@ Tree = TypeVar("Tree")
 def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
     r"""Makes the batches from here on one update, however many they are.
 
-        For gradient accumulation: of k micro-batches, a state would move k times, a little each. One
-        that accumulates keeps where it began and the merged moments of what it has seen since, and its
-        mean, var and count are, after every micro-batch, those after one update by all of them. After
-        the k-th it is where one large batch would have moved it. Begin anew with each step of the
-        optimizer; this is all that there is to do.
+    For gradient accumulation: of k micro-batches, a state would move k times, a little each. One
+    that accumulates keeps where it began and the merged moments of what it has seen since, and its
+    mean, var and count are, after every micro-batch, those after one update by all of them. After
+    the k-th it is where one large batch would have moved it. Begin anew with each step of the
+    optimizer; this is all that there is to do.
 
-        Args:
-          batch_stats: a state {"mean": (C,), "var": (C,), "count": ()}, or a tree of them, such as
-            Flax's collection: dicts, lists, tuples, dataclasses of flax.struct, or any other pytree.
-          when: a bool, traced or not: whether to begin anew. Where it is False, a state that
-            accumulates already goes on; one that does not begins in any case.
+    Args:
+      batch_stats: a state {"mean": (C,), "var": (C,), "count": ()}, or a tree of them, such as
+        Flax's collection: dicts, lists, tuples, dataclasses of flax.struct, or any other pytree.
+      when: a bool, traced or not: whether to begin anew. Where it is False, a state that
+        accumulates already goes on; one that does not begins in any case.
 
-        Returns:
-          The same with an entry "accumulation" in each state, which norms and layers then serve: what
-          "start" was, and the "moments" since.
+    Returns:
+      The same with an entry "accumulation" in each state, which norms and layers then serve: what
+      "start" was, and the "moments" since.
 
-        Raises:
-          ValueError: if there is no state in it, or one lacks a key.
+    Raises:
+      ValueError: if there is no state in it, one lacks a key, or `when` is no bool.
 
-        Example:
-          >>> import jax.numpy as jnp
-    import numpy as np
-          >>> import jaxnorm
-          >>> x = jnp.array([[0.0], [1.0], [5.0], [6.0]])
-          >>> state = jaxnorm.begin_accumulation(jaxnorm.init_batch_stats(1))
-          >>> for micro_batch in (x[:2], x[2:]):
-          ...     y, state = jaxnorm.batch_norm(micro_batch, None, state)
-          >>> print(state["mean"], state["count"])  # 0.1 of the mean of all four, in one update
-          [0.3] 1
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxnorm
+      >>> x = jnp.array([[0.0], [1.0], [5.0], [6.0]])
+      >>> state = jaxnorm.begin_accumulation(jaxnorm.init_batch_stats(1))
+      >>> for micro_batch in (x[:2], x[2:]):
+      ...     y, state = jaxnorm.batch_norm(micro_batch, None, state)
+      >>> print(state["mean"], state["count"])  # 0.1 of the mean of all four, in one update
+      [0.3] 1
 
-        References:
-          Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
-          Variances, 1979: how moments merge.
+    References:
+      Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
+      Variances, 1979: how moments merge.
     """
-
     kind = getattr(when, "dtype", np.dtype(type(when)))
     if kind != np.dtype(bool) or jnp.ndim(when):
         raise ValueError(

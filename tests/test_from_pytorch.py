@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch_models
 
 from jaxnorm import interop
 
 torch = pytest.importorskip("torch")
+torch_models = pytest.importorskip("torch_models")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -1,6 +1,7 @@
 """Every norm over drawn shapes, axes, dtypes, masks, parameters and offsets, against float64."""
 
 import copy
+import functools
 import math
 
 import jax
@@ -24,7 +25,8 @@ class Case:
     """One call: what is given to it, and what float64 NumPy makes of it."""
 
     def __init__(self, draw, norm):
-        self.norm = norm
+        self.renorm = norm == "batch_renorm"  # batch norm, with limits of 1 and 0
+        norm = self.norm = "batch_norm" if self.renorm else norm
         self.rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         self.tracked = norm in ("batch_norm", "instance_norm")
         self._shape(draw)
@@ -77,7 +79,7 @@ class Case:
             if kind is not None:
                 self.params[name] = self.rng.normal(size=kind).astype(np.float32)
         self.state = None
-        if self.tracked and draw(st.booleans()):
+        if self.renorm or (self.tracked and draw(st.booleans())):
             self.state = {
                 "mean": self.rng.normal(size=self.channels).astype(np.float32),
                 "var": self.rng.uniform(0.5, 2, self.channels).astype(np.float32),
@@ -97,6 +99,8 @@ class Case:
         if self.norm in ("layer_norm", "rms_norm"):
             options["axis"] = self.axes
         function = getattr(jaxnorm, self.norm)
+        if self.renorm:
+            function = functools.partial(jaxnorm.batch_renorm, r_max=1.0, d_max=0.0)
         if not self.tracked:
             return function(x, params, **options), None
         return function(
@@ -256,7 +260,7 @@ def several_ways(case, x, y, new, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), carried, after)
 
 
-NORMS = ["batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"]
+NORMS = ["batch_norm", "batch_renorm", "instance_norm", "group_norm", "layer_norm", "rms_norm"]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import jupytext
-import nbformat
 import pytest
+
+jupytext, nbformat = map(pytest.importorskip, ("jupytext", "nbformat"))
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))

@@ -7,17 +7,15 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-import equinox as eqx
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
-import torch
 
 import jaxnorm
+
+eqx, hk, keras, torch = map(pytest.importorskip, ("equinox", "haiku", "keras", "torch"))
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

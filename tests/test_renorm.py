@@ -190,6 +190,7 @@ print(json.dumps(np.asarray(layer(x, training=True)).tolist()))
 
 def test_y_is_keras():
     """The running sigma is given: Keras averages it, where here it is the variance's root."""
+    pytest.importorskip("keras")
     given = X, PARAMS["scale"], PARAMS["bias"], STATE["mean"], np.sqrt(STATE["var"] + 1e-5)
     result = subprocess.run(
         [sys.executable, "-c", KERAS],
