@@ -34,7 +34,7 @@ time that a device takes.
 - A ratio is jaxnorm's figure divided by the other library's: below 1, jaxnorm is ahead. A dash
   means that the library has no such norm, or not in this layout; an empty place, that the program
   was not compiled. Out of memory: the compiler refuses the program, which would need more than the
-  16 GB of a TPU v5e."""
+  16 GB of a TPU v5e. Compiler ended: it ended with a fault, twice."""
 
 
 def write_report(path: Path) -> str:
@@ -156,7 +156,10 @@ def ratio_to_best(row: Row, target: str) -> float | None:
 
 def missing(answer: Answer) -> str | None:
     """Why there is no program, where the reason is the target's."""
-    return "out of memory" if "Ran out of memory" in answer.get("missing", "") else None
+    said = answer.get("missing", "")
+    if said.startswith("the process has ended"):
+        return "compiler ended"
+    return "out of memory" if "Ran out of memory" in said else None
 
 
 # ---- Steps ----
@@ -281,10 +284,14 @@ def draw_panel(axes: Any, answers: dict[str, Answer], target: str, libraries: li
     """A bar for each library: what its norms add to the model without norms, in percent."""
     without = figure(answers.get(NONE), target)
     shown = [library for library in libraries if library in answers]
-    for k, library in enumerate(shown if without else ()):
+    if not shown or not without:  # the step is not compiled for this target
+        axes.set_axis_off()
+        return
+    for k, library in enumerate(shown):
         value = figure(answers[library], target)
         if value is None:
-            reason = missing(answers[library]) or "not comparable"
+            absent = "no such norm" if "missing" in answers[library] else "not comparable"
+            reason = missing(answers[library]) or absent
             axes.annotate(
                 reason, (k, 0), (0, 4), textcoords="offset points", ha="center", rotation=90, size=7
             )
@@ -304,8 +311,6 @@ def draw_panel(axes: Any, answers: dict[str, Answer], target: str, libraries: li
     axes.set_xticks([])
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.12)
-    if not shown or not without:
-        axes.set_yticks([])
     axes.axhline(0, color="black", linewidth=0.6)
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -1,5 +1,6 @@
 """Do the benchmarks measure the same norm in every library, and show what they measured?"""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -36,8 +37,8 @@ print(json.dumps(found))
 
 
 def test_every_library_computes_the_norm_that_is_measured():
-    for library in ("equinox", "haiku", "keras", "torch"):
-        pytest.importorskip(library)
+    if not all(map(importlib.util.find_spec, ("equinox", "haiku", "keras", "torch"))):
+        pytest.skip("not all libraries are there")
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPARE, str(BENCHMARKS)],
         capture_output=True,
