@@ -180,4 +180,4 @@ def test_every_public_name_is_on_its_page_of_the_reference(page, room):
 def test_every_document_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert pages == set(re.findall(r"[\w/]+\.md", navigation))
+    assert pages == set(re.findall(r"[\w/-]+\.md", navigation))
