@@ -53,7 +53,7 @@ test-slow: $(VENV)/with-test
 test-versions: $(VENV_LOWEST)/with-test-versions
 	$(VENV_LOWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
 	$(VENV_LOWEST)/bin/pytest -m "not slow" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
-ifneq ($(shell command -v $(NEWEST_PYTHON)),)
+ifneq ($(shell $(NEWEST_PYTHON) --version 2>/dev/null),)
 	$(MAKE) $(VENV_NEWEST)/with-test-versions
 	$(VENV_NEWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
 	$(VENV_NEWEST)/bin/pytest -m "not slow" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
