@@ -1,5 +1,6 @@
 """How does a norm run? Check, lay out, normalize, and update where there is a state."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax import lax
 from jaxnorm import _checks
 from jaxnorm._devices import HERE, explicit_devices
 from jaxnorm._moments import Moments, about_zero, measure
-from jaxnorm._normalize import normalize, renormalize
+from jaxnorm._normalize import infinite_for_zero, normalize, renormalize
 from jaxnorm._running import advance
 from jaxnorm._sample import Sample, widen
 
@@ -22,9 +23,9 @@ _normalize = jax.jit(normalize, static_argnums=(0, 1))
 def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
     """y of a norm without a state, whose parameters lie along the layout's channels."""
     scale, bias, mask = _operands(function, x, params, mask, layout)
-    epsilon = _checks.number(function, "epsilon", epsilon, least=0)
+    given, epsilon = epsilon, _checks.number(function, "epsilon", epsilon, least=0)
     dtype, shape = _checks.float_dtype(function, "dtype", dtype) or x.dtype, x.shape
-    measured = _measure(sample, x, mask)
+    measured = _divisible(_measure(sample, x, mask), epsilon, given)
     x, scale, bias, mask = map(sample.laid_out, (x, scale, bias, mask))
     y = _normalize(dtype, sample.as_laid_out, x, scale, bias, epsilon, mask, *measured)
     return y.reshape(shape)
@@ -57,7 +58,7 @@ def tracked_norm(
     """
     x = _checks.float_array(function, x)
     layout = _checks.layout(function, x.ndim, channel_axis, batch_axis)
-    epsilon = _checks.number(function, "epsilon", epsilon, least=0)
+    given_epsilon, epsilon = epsilon, _checks.number(function, "epsilon", epsilon, least=0)
     momentum = None if momentum is None else _checks.number(function, "momentum", momentum)
     skip_nonfinite = _checks.boolean(function, "skip_nonfinite", skip_nonfinite)
     dtype = _checks.float_dtype(function, "dtype", dtype) or x.dtype
@@ -100,6 +101,7 @@ def tracked_norm(
             for name, a in zip(("r_max", "d_max"), limits, strict=True)
         )
         scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, limits)
+    used = _divisible(used, epsilon, given_epsilon)
     y = _normalize(dtype, moving, x, scale, bias, epsilon, mask, *used).reshape(shape)
     if not update_stats:
         return y, batch_stats
@@ -111,6 +113,14 @@ def tracked_norm(
         between=layout.batch is None,
         devices=samples_on,
     )
+
+
+def _divisible(measured, epsilon, given):
+    """The shift and the moments, by which nothing is divided by 0, for epsilon as it was given."""
+    if not _checks.is_traced(given) and float(given) > 0:
+        return measured
+    shift, moments = measured
+    return shift, dataclasses.replace(moments, var=infinite_for_zero(moments.var, epsilon))
 
 
 def _operands(function, x, params, mask, layout):
