@@ -1,24 +1,21 @@
-"""What can go wrong? The checks of the public functions, and what they say.
+"""Checks of arrays and states: dtypes, ranks and shapes, and what the errors say.
 
 All of it is decided while JAX traces, before anything runs. A symbolic size (of jax.export) passes
 every check that cannot be decided.
 """
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm import _arguments
+from jaxnorm._arguments import Shape
 from jaxnorm._layout import Layout
-
-if TYPE_CHECKING:
-    from jaxnorm.variables import BatchStats
-
-Shape = tuple[int, ...]
+from jaxnorm.variables import BatchStats
 
 
 def float_array(function: str, x: Any) -> jax.Array:
@@ -35,125 +32,6 @@ def float_array(function: str, x: Any) -> jax.Array:
     )
 
 
-def number(
-    function: str, name: str, value: Any, least: float = -math.inf, most: float = math.inf
-) -> jax.Array:
-    """A real number, or a traced or concrete array of shape () that holds one, as a float array.
-
-    A traced one cannot be compared with the bounds; any other is finite and lies within them.
-    """
-    kinds = (int, float, np.number, np.ndarray, jax.Array)
-    if isinstance(value, kinds) and not isinstance(value, bool) and jnp.ndim(value) == 0:
-        given: Any = value if hasattr(value, "dtype") else np.asarray(value)
-        real = any(jnp.issubdtype(given.dtype, kind) for kind in (jnp.floating, jnp.integer))
-        if real and is_traced(given):
-            return given.astype(float)
-        if real and math.isfinite(float(given)) and least <= float(given) <= most:
-            return jnp.asarray(given, float)
-    found = repr(value)
-    if isinstance(value, np.ndarray | jax.Array):
-        found = f"an array of shape {value.shape} and dtype {value.dtype}"
-    if most < math.inf:
-        wanted = f"a number between {least:g} and {most:g}"
-    else:
-        wanted = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
-    raise ValueError(f"{function}: {name} should be {wanted}, but is {found}")
-
-
-def is_traced(value: Any) -> bool:
-    """Whether a value is known only when the program runs."""
-    return isinstance(value, jax.core.Tracer)
-
-
-def whole(function: str, name: str, value: Any, why: str) -> int:
-    """A positive Python or NumPy integer."""
-    try:
-        if not isinstance(value, bool | np.bool_) and operator.index(value) >= 1:
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(
-        f"{function}: {name} should be a positive int, because {why}, but is {value!r}"
-    )
-
-
-def channels(function: str, num_features: Any) -> Shape:
-    """The number of channels, or x's shape over the channel axes, as a shape."""
-    try:
-        sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
-        found = tuple(operator.index(n) for n in sizes)
-        if min(found, default=0) >= 0 and not any(isinstance(n, bool | np.bool_) for n in sizes):
-            return found
-    except TypeError:
-        pass
-    raise ValueError(
-        f"{function}: num_features should be an int of at least 0, or a tuple of them, because it "
-        f"is the number of channels, but is {num_features!r}"
-    )
-
-
-def boolean(function: str, name: str, value: Any) -> bool:
-    """A Python or NumPy bool, known while the program is traced."""
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    raise ValueError(
-        f"{function}: {name} should be a Python bool, because it chooses which program is "
-        f"compiled, but is {_described(value)}; under jit, mark it static"
-    )
-
-
-def float_dtype(function: str, name: str, dtype: Any) -> Any:
-    """A float dtype, or None."""
-    try:
-        if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-            return dtype if dtype is None else jnp.dtype(dtype)
-    except TypeError:
-        pass
-    raise ValueError(
-        f"{function}: {name} should be a float dtype, such as jnp.bfloat16, but is {dtype!r}"
-    )
-
-
-def _described(value: Any) -> str:
-    """A value, or what kind of array it is."""
-    if isinstance(value, jax.Array | np.ndarray):
-        return f"{type(value).__name__} of dtype {value.dtype} and shape {value.shape}"
-    return f"{value!r} of type {type(value).__name__}"
-
-
-def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
-    """The axes that an argument names, counted from 0, in its order."""
-    try:
-        given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
-        found = tuple(operator.index(a) for a in given)
-    except TypeError:
-        raise ValueError(
-            f"{function}: {name} should be an int or a tuple of ints, but is {axis!r}"
-        ) from None
-    if not all(-ndim <= a < ndim for a in found):
-        raise ValueError(
-            f"{function}: {name} should lie between {-ndim} and {ndim - 1}, because x has {ndim} "
-            f"axes, but is {axis}"
-        )
-    if any(isinstance(a, bool | np.bool_) for a in given):
-        raise ValueError(f"{function}: {name} should be an int or a tuple of ints, but is {axis!r}")
-    found = tuple(a % ndim for a in found)
-    if len(set(found)) != len(found):
-        raise ValueError(f"{function}: {name} should name each axis once, but is {axis}")
-    return found
-
-
-def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
-    """The axes that are reduced, at least one."""
-    found = axes(function, name, axis, ndim)
-    if not found:
-        raise ValueError(
-            f"{function}: {name} should name at least one axis, because each entry alone would be "
-            f"its own mean, but is {axis!r}"
-        )
-    return found
-
-
 def layout(
     function: str,
     ndim: int,
@@ -167,10 +45,10 @@ def layout(
         raise ValueError(
             f"{function}: x should have at least 2 axes, such as {example}, but has {ndim}"
         )
-    channels = axes(function, "channel_axis", channel_axis, ndim)
+    channels = _arguments.axes(function, "channel_axis", channel_axis, ndim)
     if batch_axis is None:
         return Layout(ndim, channels)
-    (batch,) = axes(function, "batch_axis", batch_axis, ndim)
+    (batch,) = _arguments.axes(function, "batch_axis", batch_axis, ndim)
     if batch in channels:
         raise ValueError(
             f"{function}: batch_axis and channel_axis should differ, because every sample has all "
@@ -184,7 +62,9 @@ def group_layout(
     shape: Shape, channel_axis: int, batch_axis: int | Sequence[int] | None, num_groups: int
 ) -> tuple[Layout, Shape, int]:
     """One channel axis, divided by the groups, and the batch axes, which are others."""
-    num_groups = whole("group_norm", "num_groups", num_groups, "the channels are divided into it")
+    num_groups = _arguments.whole(
+        "group_norm", "num_groups", num_groups, "the channels are divided into it"
+    )
     least = 1 if batch_axis is None else 2
     found = layout("group_norm", len(shape), channel_axis, least=least)
     if len(found.channels) != 1:
@@ -192,7 +72,11 @@ def group_layout(
             f"group_norm: channel_axis should be one axis, because groups are of neighbouring "
             f"channels, but is {channel_axis!r}"
         )
-    batch = () if batch_axis is None else axes("group_norm", "batch_axis", batch_axis, len(shape))
+    batch = (
+        ()
+        if batch_axis is None
+        else _arguments.axes("group_norm", "batch_axis", batch_axis, len(shape))
+    )
     (channel,) = found.channels
     if channel in batch:
         raise ValueError(
@@ -283,7 +167,7 @@ def batch_stats(
     *,
     stacked: bool = False,
     shape: Shape = (),
-) -> "BatchStats":
+) -> BatchStats:
     """The state is whole: mean and var of the channels' shape, and one count.
 
     Stacked: or any number of such states, the count's axes leading. The shape is x's.
@@ -293,11 +177,14 @@ def batch_stats(
     if not _has(stats, "accumulation"):
         return state
     accumulation = stats["accumulation"]
-    parts = {"start": dict, "moments": {"count", "mean", "var"}}
+    start, moments = (
+        accumulation.get(part) if isinstance(accumulation, Mapping) else None
+        for part in ("start", "moments")
+    )
     if not (
-        isinstance(accumulation, Mapping)
-        and all(isinstance(accumulation.get(part), Mapping) for part in parts)
-        and parts["moments"] <= accumulation["moments"].keys()
+        isinstance(start, Mapping)
+        and isinstance(moments, Mapping)
+        and {"count", "mean", "var"} <= moments.keys()
     ):
         found = sorted(accumulation) if isinstance(accumulation, Mapping) else accumulation
         raise ValueError(
@@ -305,15 +192,15 @@ def batch_stats(
             f"begin_accumulation makes them, but is {found!r}; write begin_accumulation(state) to "
             f"begin anew, or end_accumulation(state)"
         )
-    start = _state(function, accumulation["start"], state["mean"].shape, counts, shape)
-    return cast("BatchStats", {**state, "accumulation": {**accumulation, "start": start}})
+    start = _state(function, start, state["mean"].shape, counts, shape)
+    return cast(BatchStats, {**state, "accumulation": {**accumulation, "start": start}})
 
 
 def _has(stats: Any, key: str) -> bool:
     return isinstance(stats, Mapping) and stats.get(key) is not None
 
 
-def stacked_batch_stats(function: str, stats: Any) -> "BatchStats":
+def stacked_batch_stats(function: str, stats: Any) -> BatchStats:
     """States with a leading axis: mean and var of one shape, and a count for each entry."""
     mean = stats.get("mean") if isinstance(stats, Mapping) else None
     if mean is not None and jnp.ndim(mean) < 1:
@@ -326,7 +213,7 @@ def stacked_batch_stats(function: str, stats: Any) -> "BatchStats":
 
 def _state(
     function: str, stats: Any, channels: Shape | None, counts: Shape, x_shape: Shape = ()
-) -> "BatchStats":
+) -> BatchStats:
     keys = ("mean", "var", "count")
     missing = [k for k in keys if not isinstance(stats, Mapping) or stats.get(k) is None]
     if missing:
@@ -357,7 +244,7 @@ def _state(
                 f"not whole numbers, but has {state[key].dtype}; was it cast when it was restored?"
             )
     state["count"] = _count(function, state["count"])
-    return cast("BatchStats", state)
+    return cast(BatchStats, state)
 
 
 def _count(function: str, count: jax.Array) -> jax.Array:
@@ -373,7 +260,7 @@ def _count(function: str, count: jax.Array) -> jax.Array:
             f"{function}: batch_stats['count'] should be an integer, because it counts updates, "
             f"but is {count.dtype}"
         )
-    if not is_traced(count) and np.any(np.asarray(count, np.float64) % 1):
+    if not _arguments.is_traced(count) and np.any(np.asarray(count, np.float64) % 1):
         raise ValueError(
             f"{function}: batch_stats['count'] should be a whole number, because it counts "
             f"updates, but is {count}; were states averaged that have seen different numbers of "
@@ -388,7 +275,7 @@ def weights(function: str, counts: Any, shape: Shape) -> jax.Array:
     counts = jnp.asarray(counts)
     if not any(jnp.issubdtype(counts.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise ValueError(f"{function}: counts should be numbers, but are {counts.dtype}")
-    if not is_traced(counts) and not np.all(np.asarray(counts) >= 0):
+    if not _arguments.is_traced(counts) and not np.all(np.asarray(counts) >= 0):
         raise ValueError(
             f"{function}: counts should be at least 0, because they are weights, but are {counts}"
         )
@@ -398,27 +285,6 @@ def weights(function: str, counts: Any, shape: Shape) -> jax.Array:
             f"{counts.shape}"
         )
     return counts
-
-
-def switches(
-    function: str, tracked: bool, use_running_average: Any, update_stats: Any
-) -> tuple[bool, bool]:
-    """Which statistics normalize, and whether the state moves."""
-    for name, switch in (
-        ("use_running_average", use_running_average),
-        ("update_stats", update_stats),
-    ):
-        if switch is not None:
-            boolean(function, name, switch)
-    if update_stats is None:
-        update_stats = tracked and not use_running_average
-    if not tracked and (use_running_average or update_stats):
-        name = "use_running_average" if use_running_average else "update_stats"
-        raise ValueError(
-            f"{function}: {name}=True should come with batch_stats, but batch_stats is None; pass "
-            f"the trained state, or init_batch_stats(num_features) to begin with"
-        )
-    return bool(use_running_average), bool(update_stats)
 
 
 def several_values(function: str, shape: Shape, layout: Layout, devices: int) -> None:
@@ -458,7 +324,7 @@ def virtual_batches(function: str, size: Any, shape: Shape, layout: Layout, devi
             f"{function}: virtual_batch_size should come with samples on axis 0, but channel_axis "
             f"is {layout.channels}"
         )
-    size = whole(function, "virtual_batch_size", size, "it is a number of samples")
+    size = _arguments.whole(function, "virtual_batch_size", size, "it is a number of samples")
     samples = shape[0]
     if isinstance(samples, int) and samples % (size * devices):
         where = f" on {devices} devices" if devices > 1 else ""
@@ -468,16 +334,6 @@ def virtual_batches(function: str, size: Any, shape: Shape, layout: Layout, devi
             f"{samples} samples{where}"
         )
     return size
-
-
-def limits(function: str, r_max: Any, d_max: Any) -> None:
-    """The corrections are clipped to 1 / r_max .. r_max and -d_max .. d_max.
-
-    A function of the count gives a number when it is called.
-    """
-    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if not callable(value):
-            number(function, name, value, least=least)
 
 
 def _agrees(shape: Shape, wanted: Shape) -> bool:

@@ -1,14 +1,13 @@
 """What is left of a norm in evaluation? A product and a sum, which the layer before takes in."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm import _checks
+from jaxnorm import _arguments, _checks, _walk
 from jaxnorm._normalize import affine, rstd
 from jaxnorm._sample import widen
 from jaxnorm.variables import Affine, BatchStats
@@ -53,8 +52,8 @@ def fold_scale_shift(
     state = _checks.batch_stats("fold_scale_shift", batch_stats)
     mean, var = widen(state["mean"]), widen(state["var"])
     scale, bias = _checks.params("fold_scale_shift", params, mean.shape, mean.shape)
-    epsilon = _checks.number("fold_scale_shift", "epsilon", epsilon, least=0)
-    multiplier = affine(rstd(var, epsilon), scale, None)
+    number = _arguments.number("fold_scale_shift", "epsilon", epsilon, least=0)
+    multiplier = affine(rstd(var, jnp.asarray(number, float)), scale, None)
     return multiplier, affine(-mean * multiplier, None, bias)
 
 
@@ -102,7 +101,7 @@ def fold_into(
         )
     multiplier, offset = fold_scale_shift(params, batch_stats, epsilon=epsilon)
     kernel = jnp.asarray(layer["kernel"])
-    (last,) = _checks.axes("fold_into", "feature_axis", feature_axis, kernel.ndim)
+    (last,) = _arguments.axes("fold_into", "feature_axis", feature_axis, kernel.ndim)
     outputs = kernel.shape[last]
     if multiplier.shape != (outputs,):
         raise ValueError(
@@ -158,14 +157,13 @@ def fold_variables(
     if len(set(pairs.values())) != len(pairs):
         raise ValueError(f"fold_variables: pairs should name each norm once, but are {dict(pairs)}")
     for layer, norm in pairs.items():
-        state: Any = _at(stats, norm.split("."))
-        affine_params: Any = _at(params, norm.split("."))
+        state, affine_params = (_walk.at(tree, norm.split(".")) for tree in (stats, params))
         if not isinstance(state, Mapping):
             raise ValueError(
                 f"fold_variables: pairs should name norms with running statistics, but "
                 f"batch_stats have no {norm!r}"
             )
-        kernel_and_bias = _at(params, layer.split("."))
+        kernel_and_bias = _walk.at(params, layer.split("."))
         if not isinstance(kernel_and_bias, Mapping):
             raise ValueError(
                 f"fold_variables: pairs should name layers of the model, but params have no "
@@ -181,47 +179,7 @@ def fold_variables(
             )
         except ValueError as error:
             raise ValueError(f"fold_variables: {norm!r} into {layer!r}: {error}") from error
-        stats = _replaced(stats, norm.split("."), None)
-        params = _replaced(params, layer.split("."), folded)
-        params = _replaced(params, norm.split("."), None)
+        stats = _walk.replaced(stats, norm.split("."), None)
+        params = _walk.replaced(params, layer.split("."), folded)
+        params = _walk.replaced(params, norm.split("."), None)
     return {**variables, "params": params, "batch_stats": stats}
-
-
-def _at(tree: Any, name: Sequence[str]) -> Any:
-    """What has this name in the tree; None if nothing has."""
-    if not name:
-        return tree
-    return _at(_parts(tree).get(name[0]), name[1:])
-
-
-def _replaced(tree: Any, name: Sequence[str], new: Any) -> Any:
-    """The tree with something else under this name.
-
-    None takes it out, and the dicts that are empty then; in a list or a dataclass an empty dict
-    stays, so that the others keep their names.
-    """
-    parts = _parts(tree)
-    if name[0] not in parts:
-        return tree
-    changed = _replaced(parts[name[0]], name[1:], new) if len(name) > 1 else new
-    if isinstance(tree, Mapping):
-        if new is None and not changed:
-            return {key: value for key, value in tree.items() if str(key) != name[0]}
-        return {k: changed if str(k) == name[0] else value for k, value in tree.items()}
-    parts[name[0]] = {} if changed is None else changed
-    if isinstance(tree, list | tuple):
-        is_named = hasattr(tree, "_fields")
-        return type(tree)(*parts.values()) if is_named else type(tree)(parts.values())
-    return dataclasses.replace(tree, **{name[0]: parts[name[0]]})
-
-
-def _parts(tree: Any) -> dict[str, Any]:
-    """What a container holds, by name."""
-    if isinstance(tree, Mapping):
-        return {str(key): value for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        names = getattr(tree, "_fields", range(len(tree)))
-        return {str(name): value for name, value in zip(names, tree, strict=True)}
-    if dataclasses.is_dataclass(tree):
-        return {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
-    return {}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm import _checks, functional
+from jaxnorm import _arguments, _checks, functional
 from jaxnorm._layout import Layout
 from jaxnorm.variables import Affine, BatchStats
 
@@ -47,12 +47,12 @@ def check(layer: Any, *, infers_channels: bool) -> None:
             f"{name}: epsilon should be a small number, because it is added to the variance, but "
             f"is {layer.epsilon!r}{hint}, and epsilon=1e-5 for PyTorch's epsilon"
         )
-    _checks.number(name, "epsilon", layer.epsilon, least=0)
+    _arguments.number(name, "epsilon", layer.epsilon, least=0)
     for argument in ("dtype", "param_dtype"):
-        _checks.float_dtype(name, argument, held.get(argument))
+        _arguments.float_dtype(name, argument, held.get(argument))
     for switch in ("use_bias", "use_scale", "track_running_stats", "skip_nonfinite"):
         if switch in held:
-            _checks.boolean(name, switch, held[switch])
+            _arguments.boolean(name, switch, held[switch])
     if "momentum" in held:
         check_momentum(layer)
 
@@ -67,8 +67,8 @@ def check_momentum(layer: Any) -> None:
         )
     for argument, value in (("momentum", momentum), ("decay", decay)):
         if value is not None:
-            _checks.number(name, argument, value, least=0, most=1)
-    if momentum is not None and not _checks.is_traced(momentum) and 0.5 < momentum < 1.0:
+            _arguments.number(name, argument, value, least=0, most=1)
+    if momentum is not None and not _arguments.is_traced(momentum) and 0.5 < momentum < 1.0:
         raise ValueError(
             f"{name}: momentum should not lie between 0.5 and 1.0, because it weighs the new value "
             f"as in PyTorch, but is {momentum}; if it is Flax's, which weighs the old value, write "
@@ -78,7 +78,7 @@ def check_momentum(layer: Any) -> None:
 
 def check_limits(layer: Any) -> None:
     """A batch renorm corrects within limits, towards running statistics."""
-    _checks.limits(type(layer).__name__, layer.r_max, layer.d_max)
+    _arguments.limits(type(layer).__name__, layer.r_max, layer.d_max)
     if not layer.track_running_stats:
         raise ValueError(
             f"{type(layer).__name__}: track_running_stats should be True, because it corrects "
@@ -100,7 +100,7 @@ def number_of_groups(layer: Any, channels: int) -> int:
     """Into how many groups the channels are divided, none left over."""
     check_groups(layer)
     said = "num_groups" if layer.group_size is None else "group_size"
-    divisor = _checks.whole(
+    divisor = _arguments.whole(
         type(layer).__name__, said, getattr(layer, said), "the channels are divided by it"
     )
     if channels % divisor:
@@ -145,7 +145,7 @@ def feature_axes(layer: Any, ndim: int) -> tuple[int, ...]:
 
 def _rising(layer: Any, attribute: str, ndim: int) -> tuple[int, ...]:
     axes = getattr(layer, attribute)
-    return tuple(sorted(_checks.axes(type(layer).__name__, attribute, axes, ndim)))
+    return tuple(sorted(_arguments.axes(type(layer).__name__, attribute, axes, ndim)))
 
 
 def _check_rank(layer: Any, ndim: int) -> None:
@@ -195,7 +195,7 @@ def group_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Arr
     if layer.reduction_axes is None:
         kept: tuple[int, ...] = (0,)
     else:
-        reduced = _checks.axes(name, "reduction_axes", layer.reduction_axes, ndim)
+        reduced = _arguments.axes(name, "reduction_axes", layer.reduction_axes, ndim)
         if ndim - 1 not in reduced:
             raise ValueError(
                 f"{name}: reduction_axes should hold the last axis, because it is that of the "
@@ -278,7 +278,7 @@ def _feature_options(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> d
     """The arguments of layer and RMS norm, whose parameters may lie along other axes."""
     name, shape = type(layer).__name__, jnp.shape(x)
     layout = Layout(len(shape), feature_axes(layer, len(shape)))
-    reduced = _checks.axes(name, "reduction_axes", layer.reduction_axes, len(shape))
+    reduced = _arguments.axes(name, "reduction_axes", layer.reduction_axes, len(shape))
     scale, bias = _checks.params(name, params, shape, layout.shape(x))
     spread = {"scale": scale, "bias": bias}
     return {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm import _checks, _platforms
+from jaxnorm import _arguments, _checks, _platforms
 from jaxnorm._devices import AxisName, Devices, devices, spread_alike
 from jaxnorm._sample import Sample, select, widen
 
@@ -94,7 +94,7 @@ def moments(
       Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983: section 3.
     """
     x = _checks.float_array("moments", x)
-    axes = _checks.axes("moments", "axis", axis, x.ndim)
+    axes = _arguments.axes("moments", "axis", axis, x.ndim)
     mask = _checks.mask("moments", mask, x.shape)
     sample = Sample(axes, devices=devices("moments", axis_name, axis_index_groups))
     shift, about_shift = measure(sample, x, mask)

@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm import _checks
+from jaxnorm import _arguments, _checks
 from jaxnorm._devices import HERE, explicit_devices
 from jaxnorm._moments import Moments, about_zero, measure
 from jaxnorm._normalize import infinite_for_zero, normalize, renormalize
-from jaxnorm._running import advance
+from jaxnorm._running import Update, advance
 from jaxnorm._sample import Sample, widen
 
 # Traced, differentiated and lowered once for all layers of one shape.
@@ -20,15 +21,30 @@ _measure = jax.jit(measure, static_argnums=0)
 _normalize = jax.jit(normalize, static_argnums=(0, 1))
 
 
+class _Operands(NamedTuple):
+    """The arrays that are laid against x, in its rank; None for those that there are not."""
+
+    x: jax.Array
+    mask: jax.Array | None
+    scale: jax.Array | None
+    bias: jax.Array | None
+    mean: Any = None
+    var: Any = None
+
+    def map(self, change: Callable[[Any], Any]) -> "_Operands":
+        """Each of them changed."""
+        x, *others = self
+        return _Operands(change(x), *(None if a is None else change(a) for a in others))
+
+
 def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
     """y of a norm without a state, whose parameters lie along the layout's channels."""
-    scale, bias, mask = _operands(function, x, params, mask, layout)
-    given, epsilon = epsilon, _checks.number(function, "epsilon", epsilon, least=0)
-    dtype, shape = _checks.float_dtype(function, "dtype", dtype) or x.dtype, x.shape
-    measured = _divisible(_measure(sample, x, mask), epsilon, given)
-    x, scale, bias, mask = map(sample.laid_out, (x, scale, bias, mask))
-    y = _normalize(dtype, sample.as_laid_out, x, scale, bias, epsilon, mask, *measured)
-    return y.reshape(shape)
+    operands = _operands(function, x, params, mask, layout)
+    epsilon = _arguments.number(function, "epsilon", epsilon, least=0)
+    dtype = _arguments.float_dtype(function, "dtype", dtype) or x.dtype
+    measured = _measure(sample, x, operands.mask)
+    laid_out, sample = operands.map(sample.laid_out), sample.as_laid_out
+    return _normalized(dtype, sample, laid_out, epsilon, measured).reshape(x.shape)
 
 
 def tracked_norm(
@@ -58,79 +74,79 @@ def tracked_norm(
     """
     x = _checks.float_array(function, x)
     layout = _checks.layout(function, x.ndim, channel_axis, batch_axis)
-    given_epsilon, epsilon = epsilon, _checks.number(function, "epsilon", epsilon, least=0)
-    momentum = None if momentum is None else _checks.number(function, "momentum", momentum)
-    skip_nonfinite = _checks.boolean(function, "skip_nonfinite", skip_nonfinite)
-    dtype = _checks.float_dtype(function, "dtype", dtype) or x.dtype
-    scale, bias, mask = _operands(function, x, params, mask, layout)
-    use_running_average, update_stats = _checks.switches(
+    epsilon = _arguments.number(function, "epsilon", epsilon, least=0)
+    update = Update.checked(function, momentum, skip_nonfinite)
+    dtype = _arguments.float_dtype(function, "dtype", dtype) or x.dtype
+    by_state, moves = _arguments.switches(
         function, batch_stats is not None, use_running_average, update_stats
     )
-    mean: Any = None
-    var: Any = None
+    state: Any = None
     if batch_stats is not None:
         state = _checks.batch_stats(function, batch_stats, layout.shape(x), shape=x.shape)
-        mean, var = layout.spread(state["mean"]), layout.spread(state["var"])
-        mean, var = lax.stop_gradient((widen(mean, x), widen(var, x)))
-    shape = one_sample = x.shape
-    run = layout
-    if virtual_batch_size is not None and not use_running_average:
-        virtual_batch_size = _checks.virtual_batches(
-            function, virtual_batch_size, shape, layout, explicit_devices(x, 0)
-        )
-        run, one_sample = layout.folded, (virtual_batch_size, *shape[1:])
-        samples_on, entries_on = entries_on, HERE
-        fold = functools.partial(_fold, size=virtual_batch_size)
-        x, mask, scale, bias, mean, var = (
-            None if a is None else fold(a) for a in (x, mask, scale, bias, mean, var)
-        )
-    if not use_running_average and mask is None:
+    operands = _operands(function, x, params, mask, layout, state)
+    run, one_sample = layout, x.shape
+    if virtual_batch_size is not None and not by_state:
+        operands, one_sample = _in_virtual_batches(function, virtual_batch_size, operands, layout)
+        run, samples_on, entries_on = layout.folded, entries_on, HERE
+    if not by_state and mask is None:
         _checks.several_values(function, one_sample, layout, entries_on.number())
-
     sample = Sample(run.reduced, devices=entries_on)
     measured: Any = None
-    moving: Sample | None = sample
-    if update_stats or not use_running_average:
-        measured = _measure(sample, x, mask, mean)
-    used = measured
-    if use_running_average:
-        moving, used = None, (mean, Moments(jnp.zeros_like(var), jnp.zeros_like(mean), var))
-    elif limits is not None:
-        limits = tuple(
-            _checks.number(function, name, a(state["count"]) if callable(a) else a)
-            for name, a in zip(("r_max", "d_max"), limits, strict=True)
-        )
-        scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, limits)
-    used = _divisible(used, epsilon, given_epsilon)
-    y = _normalize(dtype, moving, x, scale, bias, epsilon, mask, *used).reshape(shape)
-    if not update_stats:
-        return y, batch_stats
-    return y, advance(
-        state,
-        jax.tree.map(run.rows, about_zero(*measured)),
-        momentum=momentum,
-        skip_nonfinite=skip_nonfinite,
-        between=layout.batch is None,
-        devices=samples_on,
-    )
+    if moves or not by_state:
+        measured = _measure(sample, operands.x, operands.mask, operands.mean)
+    if by_state:
+        y = _normalized(dtype, None, operands, epsilon, _constants(operands))
+    else:
+        if limits is not None:
+            operands = _corrected(function, operands, measured, epsilon, limits, state["count"])
+        y = _normalized(dtype, sample, operands, epsilon, measured)
+    if moves:
+        rows, between = jax.tree.map(run.rows, about_zero(*measured)), layout.batch is None
+        batch_stats = advance(state, rows, update, between=between, devices=samples_on)
+    return y.reshape(x.shape), batch_stats
 
 
-def _divisible(measured, epsilon, given):
-    """The shift and the moments, by which nothing is divided by 0, for epsilon as it was given."""
-    if not _checks.is_traced(given) and float(given) > 0:
-        return measured
-    shift, moments = measured
-    return shift, dataclasses.replace(moments, var=infinite_for_zero(moments.var, epsilon))
+# ---- The steps ----
 
 
-def _operands(function, x, params, mask, layout):
-    """Scale and bias, in x's rank, and the mask, all checked."""
+def _operands(function, x, params, mask, layout, state=None):
+    """x and what is laid against it, all checked. The state is a constant for the derivative."""
     mask = _checks.mask(function, mask, x.shape)
     given = _checks.params(function, params, x.shape, layout.shape(x))
     scale, bias = (
         None if a is None else _seen(mask, layout.spread(a), a.ndim == x.ndim) for a in given
     )
-    return scale, bias, mask
+    if state is None:
+        return _Operands(x, mask, scale, bias)
+    mean, var = (widen(layout.spread(state[key]), x) for key in ("mean", "var"))
+    return _Operands(x, mask, scale, bias, *lax.stop_gradient((mean, var)))
+
+
+def _normalized(dtype, sample, operands, epsilon, measured):
+    """y by the moments that were measured, or by constants, for which the sample is None."""
+    (shift, moments), number = measured, jnp.asarray(epsilon, float)
+    if not isinstance(epsilon, float) or epsilon == 0:
+        moments = dataclasses.replace(moments, var=infinite_for_zero(moments.var, number))
+    x, mask, scale, bias, *_ = operands
+    return _normalize(dtype, sample, x, scale, bias, number, mask, shift, moments)
+
+
+def _constants(operands):
+    """The running statistics as a shift and moments; they count no entries."""
+    zero = jnp.zeros_like(operands.mean)
+    return operands.mean, Moments(zero, zero, operands.var)
+
+
+def _corrected(function, operands, measured, epsilon, limits, count):
+    """The operands with the scale and the bias of batch renorm."""
+    r_max, d_max = (
+        _arguments.number(function, name, limit(count) if callable(limit) else limit)
+        for name, limit in zip(("r_max", "d_max"), limits, strict=True)
+    )
+    _, _, scale, bias, mean, var = operands
+    epsilon = jnp.asarray(epsilon, float)
+    scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, (r_max, d_max))
+    return operands._replace(scale=scale, bias=bias)
 
 
 def _seen(mask, a, of_x_rank):
@@ -142,6 +158,13 @@ def _seen(mask, a, of_x_rank):
 
 
 # ---- Virtual batches: (N, ...) as (N / size, size, ...) ----
+
+
+def _in_virtual_batches(function, size, operands, layout):
+    """The operands with the virtual batches as a first axis, and the shape of one of them."""
+    x = operands.x
+    size = _checks.virtual_batches(function, size, x.shape, layout, explicit_devices(x, 0))
+    return operands.map(functools.partial(_fold, size=size)), (size, *x.shape[1:])
 
 
 def _fold(a, *, size):

@@ -1,11 +1,14 @@
 """What is remembered? The running statistics, moved once by the moments of a batch."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm import _checks
+from jaxnorm import _arguments, _checks
 from jaxnorm._devices import HERE, Devices, spread_alike
 from jaxnorm._moments import (
     Moments,
@@ -67,8 +70,7 @@ def update_batch_stats(
     """
     function = "update_batch_stats"
     batch_stats = _checks.batch_stats(function, batch_stats)
-    momentum = None if momentum is None else _checks.number(function, "momentum", momentum)
-    skip_nonfinite = _checks.boolean(function, "skip_nonfinite", skip_nonfinite)
+    update = Update.checked(function, momentum, skip_nonfinite)
     if not isinstance(moments, Moments):
         raise ValueError(
             f"{function}: moments should be Moments, as `moments` returns them, but is "
@@ -77,13 +79,7 @@ def update_batch_stats(
     _checks.moments_shape(function, jnp.shape(moments.mean), batch_stats["mean"].shape)
     has_rows = jnp.ndim(moments.mean) > batch_stats["mean"].ndim
     rows = moments if has_rows else jax.tree.map(lambda a: a[None], moments)
-    return advance(
-        batch_stats,
-        rows,
-        momentum=momentum,
-        skip_nonfinite=skip_nonfinite,
-        between=not has_rows,
-    )
+    return advance(batch_stats, rows, update, between=not has_rows)
 
 
 def merge_batch_stats(
@@ -126,7 +122,7 @@ def merge_batch_stats(
       Variances, 1979.
     """
     stacked = _checks.stacked_batch_stats("merge_batch_stats", stacked)
-    between = _checks.boolean("merge_batch_stats", "between", between)
+    between = _arguments.boolean("merge_batch_stats", "between", between)
     mean, var, count = lax.stop_gradient([stacked[k] for k in ("mean", "var", "count")])
     weights = count if counts is None else _checks.weights("merge_batch_stats", counts, count.shape)
     weights = weights.astype(widen(mean).dtype)
@@ -147,12 +143,31 @@ def merge_batch_stats(
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How running statistics move.
+
+    Attributes:
+      momentum: how much the new value weighs; None is the cumulative average.
+      skip_nonfinite: whether a channel with NaN or Inf in its moments keeps its state.
+    """
+
+    momentum: ArrayLike | None
+    skip_nonfinite: bool
+
+    @classmethod
+    def checked(cls, function: str, momentum: Any, skip_nonfinite: Any) -> "Update":
+        """An update with the arguments of a public function."""
+        if momentum is not None:
+            momentum = _arguments.number(function, "momentum", momentum)
+        return cls(momentum, _arguments.boolean(function, "skip_nonfinite", skip_nonfinite))
+
+
 def advance(
     batch_stats: BatchStats,
     rows: Moments,
+    update: Update,
     *,
-    momentum: ArrayLike | None,
-    skip_nonfinite: bool,
     between: bool,
     devices: Devices = HERE,
 ) -> BatchStats:
@@ -166,25 +181,20 @@ def advance(
     batch = _pooled(rows, devices) if between else _averaged(rows, devices)
     accumulation = stats.get("accumulation")
     if accumulation is None:
-        return _moved(stats, batch, momentum, skip_nonfinite, between)
+        return _moved(stats, batch, update, between)
     seen = Moments(**accumulation["moments"])
     batch = jax.tree.map(spread_alike, batch, seen)
     batch = jax.tree.map(
         lambda new, old: new.astype(old.dtype), merge(seen, batch, between=between), seen
     )
-    moved = _moved(
-        accumulation["start"],
-        batch,
-        accumulation.get("momentum", momentum),
-        skip_nonfinite,
-        between,
-    )
+    update = dataclasses.replace(update, momentum=accumulation.get("momentum", update.momentum))
+    moved = _moved(accumulation["start"], batch, update, between)
     moments = {"count": batch.count, "mean": batch.mean, "var": batch.var}
     moved["accumulation"] = {**accumulation, "moments": moments}
     return moved
 
 
-def _moved(stats, batch, momentum, skip_nonfinite, between) -> BatchStats:
+def _moved(stats, batch, update, between) -> BatchStats:
     """The state after one step towards the batch; it stays spread over devices as it was."""
     batch = jax.tree.map(lambda a: spread_alike(a, stats["mean"]), batch)
     # A sample of fewer than two entries has no unbiased variance; averages are of unbiased ones.
@@ -192,8 +202,9 @@ def _moved(stats, batch, momentum, skip_nonfinite, between) -> BatchStats:
     correction = batch.count / jnp.maximum(batch.count - 1, 1) if between else 1
     mean, var = batch.mean, batch.var * correction
     moves = enough
-    if skip_nonfinite:
+    if update.skip_nonfinite:
         moves &= jnp.isfinite(mean) & jnp.isfinite(var)
+    momentum = update.momentum
     if momentum is None:  # the count is the weight: either every channel moves or none
         momentum = 1 / (stats["count"].astype(mean.dtype) + 1)
         moves = jnp.broadcast_to(jnp.all(moves), moves.shape)

@@ -4,7 +4,7 @@ A tree is any pytree, such as dicts, lists, tuples, `FrozenDict`, dataclasses of
 `nnx.State`, and also a mapping that JAX does not know as a pytree.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,6 +103,43 @@ def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
         for key, value in _parts(node).items():
             for rest, leaf in leaves(value):
                 yield (*names(path), str(key), *rest), leaf
+
+
+def at(tree: Any, name: Sequence[str]) -> Any:
+    """What has this name in the tree; None if nothing has."""
+    for part in name:
+        tree = _named(tree).get(part)
+    return tree
+
+
+def replaced(tree: Any, name: Sequence[str], new: Any) -> Any:
+    """The tree with something else under this name; the containers stay what they are.
+
+    None takes it out, and the mappings that are empty then. In a list or a dataclass an empty dict
+    takes its place, so that the others keep their names.
+    """
+    first, *rest = name
+    parts = _named(tree)
+    if first not in parts:
+        return tree
+    changed = replaced(parts[first], rest, new) if rest else new
+    if new is None and not changed and _is_mapping(tree):
+        return _like(tree, {k: part for k, part in _parts(tree).items() if str(k) != first})
+    parts[first] = {} if changed is None else changed
+    if _is_mapping(tree):
+        return _like(tree, dict(zip(_parts(tree), parts.values(), strict=True)))
+    structure: Any = jax.tree.structure(tree, is_leaf=lambda part: part is not tree)
+    return structure.unflatten(parts.values())
+
+
+def _named(node: Any) -> dict[str, Any]:
+    """What a container of any kind holds, by name."""
+    if _is_mapping(node):
+        return {str(key): part for key, part in _parts(node).items()}
+    if jax.tree_util.all_leaves([node]):
+        return {}
+    below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
+    return {names(path)[0]: part for path, part in below}
 
 
 def _is_mapping(node: Any) -> bool:

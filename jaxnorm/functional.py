@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm import _checks
+from jaxnorm import _arguments, _checks
 from jaxnorm._devices import AxisName, devices
 from jaxnorm._layout import Layout
 from jaxnorm._norm import tracked_norm, untracked_norm
@@ -194,7 +194,7 @@ def batch_renorm(
     References:
       Ioffe, Batch Renormalization, 2017. https://arxiv.org/abs/1702.03275
     """
-    _checks.limits("batch_renorm", r_max, d_max)
+    _arguments.limits("batch_renorm", r_max, d_max)
     _checks.batch_stats("batch_renorm", batch_stats)
     return tracked_norm(
         "batch_renorm",
@@ -413,7 +413,7 @@ def layer_norm(
       torch.nn.LayerNorm, PyTorch 2.13.
     """
     x = _checks.float_array("layer_norm", x)
-    layout = Layout(x.ndim, _checks.features("layer_norm", "axis", axis, x.ndim))
+    layout = Layout(x.ndim, _arguments.features("layer_norm", "axis", axis, x.ndim))
     sample = Sample(layout.channels, devices=devices("layer_norm", axis_name, axis_index_groups))
     return untracked_norm(
         "layer_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
@@ -468,7 +468,7 @@ def rms_norm(
       torch.nn.RMSNorm, PyTorch 2.13.
     """
     x = _checks.float_array("rms_norm", x)
-    layout = Layout(x.ndim, _checks.features("rms_norm", "axis", axis, x.ndim))
+    layout = Layout(x.ndim, _arguments.features("rms_norm", "axis", axis, x.ndim))
     sample = Sample(
         layout.channels,
         centred=False,

@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 import jaxnorm
-from jaxnorm import _checks, _layers
+from jaxnorm import _arguments, _layers
 from jaxnorm._devices import AxisName
 from jaxnorm.functional import Limit
 from jaxnorm.variables import BatchStats, init_batch_stats
@@ -690,7 +690,7 @@ def _declare(module: Any, arguments: dict[str, Any]) -> None:
         if name not in making:
             setattr(module, name, value)
     _layers.check(module, infers_channels=False)
-    _checks.channels(type(module).__name__, module.num_features)
+    _arguments.channels(type(module).__name__, module.num_features)
     for name in ("scale", "bias"):
         if arguments.get(f"use_{name}"):
             key, init = arguments["rngs"].params(), arguments[f"{name}_init"]
@@ -715,7 +715,7 @@ def _batch_stats(module: Any) -> Any:
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    return _checks.channels(type(module).__name__, module.num_features)
+    return _arguments.channels(type(module).__name__, module.num_features)
 
 
 def _params(module: Any) -> Any:

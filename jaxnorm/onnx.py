@@ -26,7 +26,7 @@ from jax.interpreters import batching
 from jax2onnx.plugins._patching import AssignSpec, MonkeyPatchSpec
 from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-from jaxnorm import _checks, _platforms, functional
+from jaxnorm import _arguments, _checks, _platforms, functional
 from jaxnorm._devices import HERE, Devices
 from jaxnorm._layout import Layout
 from jaxnorm._normalize import affine
@@ -219,7 +219,7 @@ def _untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 def _by_state(function: str, batch_stats: Any, options: dict[str, Any]) -> bool:
     """Whether the running statistics normalize; they do not move."""
     switches = options["use_running_average"], options["update_stats"]
-    by_state, moves = _checks.switches(function, batch_stats is not None, *switches)
+    by_state, moves = _arguments.switches(function, batch_stats is not None, *switches)
     if moves:
         raise ValueError(
             f"{function}: the running statistics should not move in an export, because a graph "

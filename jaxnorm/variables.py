@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxnorm import _checks
+from jaxnorm import _arguments
 
 
 class Affine(TypedDict, total=False):
@@ -85,12 +85,12 @@ def init_params(
     References:
       torch.nn.BatchNorm2d and flax.linen.BatchNorm begin with the same values.
     """
-    shape = _checks.channels("init_params", num_features)
-    dtype = _checks.float_dtype("init_params", "dtype", dtype)
+    shape = _arguments.channels("init_params", num_features)
+    dtype = _arguments.float_dtype("init_params", "dtype", dtype)
     params: Affine = {}
-    if _checks.boolean("init_params", "use_scale", use_scale):
+    if _arguments.boolean("init_params", "use_scale", use_scale):
         params["scale"] = jnp.ones(shape, dtype)
-    if _checks.boolean("init_params", "use_bias", use_bias):
+    if _arguments.boolean("init_params", "use_bias", use_bias):
         params["bias"] = jnp.zeros(shape, dtype)
     return params
 
@@ -117,8 +117,8 @@ def init_batch_stats(
     References:
       torch.nn.BatchNorm2d begins with the same values.
     """
-    shape = _checks.channels("init_batch_stats", num_features)
-    dtype = statistics_dtype(_checks.float_dtype("init_batch_stats", "dtype", dtype))
+    shape = _arguments.channels("init_batch_stats", num_features)
+    dtype = statistics_dtype(_arguments.float_dtype("init_batch_stats", "dtype", dtype))
     return {
         "mean": jnp.zeros(shape, dtype),
         "var": jnp.ones(shape, dtype),

@@ -192,7 +192,7 @@ def test_when_is_one_bool(bad):
 # ---- Layers ----
 
 LINEN = ["BatchNorm", "BatchNorm2d", "InstanceNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm"]
-FACES = [
+MAKERS = [
     lambda name, **o: getattr(jaxnorm.linen, name)(**o),
     lambda name, **o: getattr(jaxnorm.nnx, name)(8, rngs=nnx.Rngs(0), **o),
 ]
@@ -207,7 +207,7 @@ def test_linen_says_that_it_infers_the_channels(name, first):
     refused(message, getattr(jaxnorm.linen, name), first)
 
 
-@pytest.mark.parametrize("make", FACES, ids=["linen", "nnx"])
+@pytest.mark.parametrize("make", MAKERS, ids=["linen", "nnx"])
 @pytest.mark.parametrize("name", ["BatchNorm", "InstanceNorm"])
 @pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan"), True, "0.1", 1j], ids=repr)
 def test_layers_take_a_momentum_between_0_and_1(make, name, bad):
@@ -215,7 +215,7 @@ def test_layers_take_a_momentum_between_0_and_1(make, name, bad):
     refused(f"^{name}: decay should be a number between 0 and 1", make, name, decay=bad)
 
 
-@pytest.mark.parametrize("make", FACES, ids=["linen", "nnx"])
+@pytest.mark.parametrize("make", MAKERS, ids=["linen", "nnx"])
 @pytest.mark.parametrize("name", ["BatchNorm", "InstanceNorm", "LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize(
     "bad",
@@ -233,7 +233,7 @@ def test_layers_check_what_they_are_given(make, name, bad):
     refused(rf"^{name}: {next(iter(bad))} should be ", make, name, **bad)
 
 
-@pytest.mark.parametrize("make", FACES, ids=["linen", "nnx"])
+@pytest.mark.parametrize("make", MAKERS, ids=["linen", "nnx"])
 def test_switches_of_layers_are_bools(make):
     for bad in ({"use_running_average": 1}, {"update_stats": "no"}, {"skip_nonfinite": None}):
         refused(rf"^BatchNorm: {next(iter(bad))} should be a ", make, "BatchNorm", **bad)

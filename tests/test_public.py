@@ -25,10 +25,10 @@ FUNCTIONS = [
 LAYERS, NNX_LAYERS = (
     [
         c
-        for name, c in inspect.getmembers(face, inspect.isclass)
-        if c.__module__ == face.__name__ and name[0] != "_"
+        for name, c in inspect.getmembers(module, inspect.isclass)
+        if c.__module__ == module.__name__ and name[0] != "_"
     ]
-    for face in (jaxnorm.linen, jaxnorm.nnx)
+    for module in (jaxnorm.linen, jaxnorm.nnx)
 )
 TRACKED = [jaxnorm.batch_norm, jaxnorm.instance_norm]
 NORMS = [*TRACKED, jaxnorm.batch_renorm, jaxnorm.group_norm, jaxnorm.layer_norm, jaxnorm.rms_norm]

@@ -150,6 +150,28 @@ def test_lists_of_numbers_are_arrays_as_in_a_json_file():
     assert "was expected" in finding.problem
 
 
+def test_folding_leaves_containers_what_they_are():
+    @struct.dataclass
+    class Block:
+        conv: Any
+        bn: Any
+
+    params = Block({"kernel": jnp.ones((1, 2))}, {"scale": jnp.ones(2)})
+    variables = {
+        "params": {"block": params},
+        "batch_stats": flax.core.freeze({"block": [state(0)]}),
+    }
+    with pytest.raises(ValueError, match="batch_stats have no 'block.bn'"):
+        jaxnorm.fold_variables(variables, {"block.conv": "block.bn"})
+    variables["batch_stats"] = flax.core.freeze({"block": {"bn": state(0)}, "other": state(1)})
+    folded = jaxnorm.fold_variables(variables, {"block.conv": "block.bn"})
+    assert isinstance(folded["params"]["block"], Block)
+    assert folded["params"]["block"].bn == {}
+    assert sorted(folded["params"]["block"].conv) == ["bias", "kernel"]
+    assert isinstance(folded["batch_stats"], flax.core.FrozenDict)
+    assert list(folded["batch_stats"]) == ["other"]
+
+
 def test_norms_in_lists_are_folded_and_the_others_keep_their_names():
     params = {"layers": [{"conv": {"kernel": jnp.ones((1, 2))}, "bn": {"scale": jnp.ones(2)}}, 1.0]}
     stats = {"layers": [{"bn": state(0)}, {"bn": state(1)}]}

@@ -1,0 +1,165 @@
+"""Checks of arguments that are no arrays: numbers, bools, dtypes and axes.
+
+All of it is decided while JAX traces, before anything runs.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+def number(
+    function: str, name: str, value: Any, least: float = -math.inf, most: float = math.inf
+) -> Any:
+    """A real number, or an array of shape () that holds one: a float, or a traced float array.
+
+    A traced one cannot be compared with the bounds; any other is finite and lies within them.
+    """
+    kinds = (int, float, np.number, np.ndarray, jax.Array)
+    if isinstance(value, kinds) and not isinstance(value, bool) and jnp.ndim(value) == 0:
+        given: Any = value if hasattr(value, "dtype") else np.asarray(value)
+        real = any(jnp.issubdtype(given.dtype, kind) for kind in (jnp.floating, jnp.integer))
+        if real and is_traced(given):
+            return given.astype(float)
+        if real and math.isfinite(float(given)) and least <= float(given) <= most:
+            return float(given)
+    found = repr(value)
+    if isinstance(value, np.ndarray | jax.Array):
+        found = f"an array of shape {value.shape} and dtype {value.dtype}"
+    if most < math.inf:
+        wanted = f"a number between {least:g} and {most:g}"
+    else:
+        wanted = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
+    raise ValueError(f"{function}: {name} should be {wanted}, but is {found}")
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only when the program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def whole(function: str, name: str, value: Any, why: str) -> int:
+    """A positive Python or NumPy integer."""
+    try:
+        if not isinstance(value, bool | np.bool_) and operator.index(value) >= 1:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{function}: {name} should be a positive int, because {why}, but is {value!r}"
+    )
+
+
+def boolean(function: str, name: str, value: Any) -> bool:
+    """A Python or NumPy bool, known while the program is traced."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(
+        f"{function}: {name} should be a Python bool, because it chooses which program is "
+        f"compiled, but is {_described(value)}; under jit, mark it static"
+    )
+
+
+def float_dtype(function: str, name: str, dtype: Any) -> Any:
+    """A float dtype, or None."""
+    try:
+        if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return dtype if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{function}: {name} should be a float dtype, such as jnp.bfloat16, but is {dtype!r}"
+    )
+
+
+def _described(value: Any) -> str:
+    """A value, or what kind of array it is."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{type(value).__name__} of dtype {value.dtype} and shape {value.shape}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def channels(function: str, num_features: Any) -> Shape:
+    """The number of channels, or x's shape over the channel axes, as a shape."""
+    try:
+        sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
+        found = tuple(operator.index(n) for n in sizes)
+        if min(found, default=0) >= 0 and not any(isinstance(n, bool | np.bool_) for n in sizes):
+            return found
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{function}: num_features should be an int of at least 0, or a tuple of them, because it "
+        f"is the number of channels, but is {num_features!r}"
+    )
+
+
+def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
+    """The axes that an argument names, counted from 0, in its order."""
+    try:
+        given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+        found = tuple(operator.index(a) for a in given)
+    except TypeError:
+        raise ValueError(
+            f"{function}: {name} should be an int or a tuple of ints, but is {axis!r}"
+        ) from None
+    if not all(-ndim <= a < ndim for a in found):
+        raise ValueError(
+            f"{function}: {name} should lie between {-ndim} and {ndim - 1}, because x has {ndim} "
+            f"axes, but is {axis}"
+        )
+    if any(isinstance(a, bool | np.bool_) for a in given):
+        raise ValueError(f"{function}: {name} should be an int or a tuple of ints, but is {axis!r}")
+    found = tuple(a % ndim for a in found)
+    if len(set(found)) != len(found):
+        raise ValueError(f"{function}: {name} should name each axis once, but is {axis}")
+    return found
+
+
+def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
+    """The axes that are reduced, at least one."""
+    found = axes(function, name, axis, ndim)
+    if not found:
+        raise ValueError(
+            f"{function}: {name} should name at least one axis, because each entry alone would be "
+            f"its own mean, but is {axis!r}"
+        )
+    return found
+
+
+def switches(
+    function: str, tracked: bool, use_running_average: Any, update_stats: Any
+) -> tuple[bool, bool]:
+    """Which statistics normalize, and whether the state moves."""
+    for name, switch in (
+        ("use_running_average", use_running_average),
+        ("update_stats", update_stats),
+    ):
+        if switch is not None:
+            boolean(function, name, switch)
+    if update_stats is None:
+        update_stats = tracked and not use_running_average
+    if not tracked and (use_running_average or update_stats):
+        name = "use_running_average" if use_running_average else "update_stats"
+        raise ValueError(
+            f"{function}: {name}=True should come with batch_stats, but batch_stats is None; pass "
+            f"the trained state, or init_batch_stats(num_features) to begin with"
+        )
+    return bool(use_running_average), bool(update_stats)
+
+
+def limits(function: str, r_max: Any, d_max: Any) -> None:
+    """The corrections are clipped to 1 / r_max .. r_max and -d_max .. d_max.
+
+    A function of the count gives a number when it is called.
+    """
+    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if not callable(value):
+            number(function, name, value, least=least)
