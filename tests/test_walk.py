@@ -161,7 +161,7 @@ def test_folding_leaves_containers_what_they_are():
         "params": {"block": params},
         "batch_stats": flax.core.freeze({"block": [state(0)]}),
     }
-    with pytest.raises(ValueError, match="batch_stats have no 'block.bn'"):
+    with pytest.raises(ValueError, match=r"batch_stats have no 'block\.bn'"):
         jaxnorm.fold_variables(variables, {"block.conv": "block.bn"})
     variables["batch_stats"] = flax.core.freeze({"block": {"bn": state(0)}, "other": state(1)})
     folded = jaxnorm.fold_variables(variables, {"block.conv": "block.bn"})
