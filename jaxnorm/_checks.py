@@ -63,7 +63,7 @@ def group_layout(
 ) -> tuple[Layout, Shape, int]:
     """One channel axis, divided by the groups, and the batch axes, which are others."""
     num_groups = _arguments.whole(
-        "group_norm", "num_groups", num_groups, "the channels are divided into it"
+        "group_norm", "num_groups", num_groups, "it is the number of groups of channels"
     )
     least = 1 if batch_axis is None else 2
     found = layout("group_norm", len(shape), channel_axis, least=least)

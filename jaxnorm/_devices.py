@@ -85,11 +85,11 @@ def devices(
     return Devices(axis_name, groups)
 
 
-def spread_alike(a: jax.Array, like: jax.Array) -> jax.Array:
-    """An array, spread over devices as another one of its shape is.
+def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
+    """An array with the sharding of another one of its shape.
 
-    Only where JAX's types say how arrays are spread, as they do for the explicit axes of a mesh: it
-    then refuses to combine arrays that are spread in different ways.
+    Only where the sharding is a part of the array's type, as it is on the explicit axes of a mesh:
+    JAX then refuses to combine arrays of different shardings.
     """
     found, wanted = jax.typeof(a).sharding, jax.typeof(like).sharding
     mesh = found.mesh if wanted.mesh.empty else wanted.mesh

@@ -35,11 +35,11 @@ def check(layer: Any, *, infers_channels: bool) -> None:
     hint = ""
     if infers_channels:
         hint = f"; the number of channels is not an argument: write {name}()"
-    for switch in ("use_running_average", "update_stats"):
+    for switch, write in (("use_running_average", hint), ("update_stats", "")):
         if held.get(switch) is not None and not isinstance(held[switch], bool | np.bool_):
             raise ValueError(
                 f"{name}: {switch} should be a bool or None, because it says which statistics "
-                f"normalize or move, but is {held[switch]!r}{hint if switch[:3] == 'use' else ''}"
+                f"normalize or move, but is {held[switch]!r}{write}"
             )
     number_of_channels = isinstance(layer.epsilon, int | float | np.number) and layer.epsilon >= 1
     if infers_channels and number_of_channels:
@@ -101,7 +101,7 @@ def number_of_groups(layer: Any, channels: int) -> int:
     check_groups(layer)
     said = "num_groups" if layer.group_size is None else "group_size"
     divisor = _arguments.whole(
-        type(layer).__name__, said, getattr(layer, said), "the channels are divided by it"
+        type(layer).__name__, said, getattr(layer, said), "it divides the channels"
     )
     if channels % divisor:
         raise ValueError(

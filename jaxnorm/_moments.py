@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import _arguments, _checks, _platforms
-from jaxnorm._devices import AxisName, Devices, devices, spread_alike
+from jaxnorm._devices import AxisName, Devices, devices, sharded_like
 from jaxnorm._sample import Sample, select, widen
 
 
@@ -249,7 +249,7 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
     Exact (Chan, Golub & LeVeque, 1979): within the samples plus between them. Without `between`
     the variance is the mean of the rows' own. A row of count 0 weighs nothing.
     """
-    rows = dataclasses.replace(rows, count=spread_alike(rows.count, shifts))
+    rows = dataclasses.replace(rows, count=sharded_like(rows.count, shifts))
     count = jnp.sum(rows.count, axis=0, keepdims=True)
     # One of the shifts, so that those of equal ones differ by 0 exactly; which one does not matter.
     shift = jnp.max(shifts, axis=0, keepdims=True, where=rows.count > 0, initial=-jnp.inf)

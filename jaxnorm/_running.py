@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm import _arguments, _checks
-from jaxnorm._devices import HERE, Devices, spread_alike
+from jaxnorm._devices import HERE, Devices, sharded_like
 from jaxnorm._moments import (
     Moments,
     about_mean,
@@ -183,7 +183,7 @@ def advance(
     if accumulation is None:
         return _moved(stats, batch, update, between)
     seen = Moments(**accumulation["moments"])
-    batch = jax.tree.map(spread_alike, batch, seen)
+    batch = jax.tree.map(sharded_like, batch, seen)
     batch = jax.tree.map(
         lambda new, old: new.astype(old.dtype), merge(seen, batch, between=between), seen
     )
@@ -195,8 +195,8 @@ def advance(
 
 
 def _moved(stats, batch, update, between) -> BatchStats:
-    """The state after one step towards the batch; it stays spread over devices as it was."""
-    batch = jax.tree.map(lambda a: spread_alike(a, stats["mean"]), batch)
+    """The state after one step towards the batch; its sharding stays the same."""
+    batch = jax.tree.map(lambda a: sharded_like(a, stats["mean"]), batch)
     # A sample of fewer than two entries has no unbiased variance; averages are of unbiased ones.
     enough = batch.count > (1 if between else 0)
     correction = batch.count / jnp.maximum(batch.count - 1, 1) if between else 1

@@ -44,7 +44,7 @@ def mesh():
 @pytest.mark.parametrize("accumulates", [False, True])
 @pytest.mark.parametrize("spec", [P(None, None, "model"), P("data", None, "model")], ids=str)
 @pytest.mark.parametrize("name", TRACKED)
-def test_channels_are_spread_and_the_state_is_not(name, spec, accumulates, mesh):
+def test_channels_are_sharded_and_the_state_is_not(name, spec, accumulates, mesh):
     state = jaxnorm.begin_accumulation(STATE) if accumulates else STATE
 
     def step(x, state):
@@ -60,9 +60,9 @@ def test_channels_are_spread_and_the_state_is_not(name, spec, accumulates, mesh)
     assert all(a.sharding.is_fully_replicated for a in jax.tree.leaves(found[0][1][1]))
 
 
-def test_a_state_that_is_spread_as_the_channels_are_stays_so(mesh):
-    spread = NamedSharding(mesh, P("model"))
-    state = {k: a if a.ndim == 0 else jax.device_put(a, spread) for k, a in STATE.items()}
+def test_a_state_that_is_sharded_as_the_channels_are_stays_so(mesh):
+    sharding = NamedSharding(mesh, P("model"))
+    state = {k: a if a.ndim == 0 else jax.device_put(a, sharding) for k, a in STATE.items()}
     x = jax.device_put(X, NamedSharding(mesh, P("data", None, "model")))
     y, new = jax.jit(jaxnorm.batch_norm)(x, None, state)
     assert new["mean"].sharding.spec == new["var"].sharding.spec == P("model")
