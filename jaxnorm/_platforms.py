@@ -77,7 +77,12 @@ def shifted_moments(
         return zero, count, zero, square
     about_part = functools.partial(_measure_about_part, sample, whole_rows=not differentiated)
     about_zero = functools.partial(_measure_until_good, sample, order=None)
-    about_guess = functools.partial(_measure_until_good, sample, order=_order_on_tpu(sample, x))
+    about_guess = functools.partial(
+        _measure_until_good,
+        sample,
+        order=_order_on_tpu(sample, x),
+        one_number=x.dtype.itemsize < 4 and sample.axes == (x.ndim - 1,),
+    )
     return choose(
         *(x, mask, guess),
         tpu=about_guess,
@@ -93,8 +98,12 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     The operand of a loop has the layout that a TPU gives to any array of its shape. The result of a
     convolution over images has another, with samples and channels together in the tiles of 8 by
     128, and would be copied for the loop: with that, the training step of a ResNet takes 1.28 times
-    flax.linen's cycles, and in this order 1.01. The results of matrix products, of two or three
-    axes, are not copied, and fewer than eight images are laid out in yet other ways.
+    flax.linen's cycles, and in this order 1.00. The results of matrix products, of two or three
+    axes, are not copied.
+
+    Where there are fewer than eight images, the compiler moves a part of each to the axis of the
+    samples, and no order of x's own axes gives that layout. With this one a step of three
+    convolutions takes 1.09 to 1.33 times flax.linen's cycles, and without one 1.18 to 1.64.
     """
     if x.ndim < 4 or sample.split is not None:
         return None
@@ -108,7 +117,7 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
         return None
     n //= explicit_devices(x, 0)
     if n < 8:
-        return None
+        return (0, *reversed(space), channels) if len(space) == 2 else None
     # Of the two, that of which fewer entries are padding has the 128 lanes.
     by_channels, by_samples = (_up(c, 128) * _up(n, 8), _up(n, 128) * _up(c, 8))
     return (*space, 0, channels) if by_channels <= by_samples else (*space, channels, 0)
@@ -126,10 +135,15 @@ def _measure_until_good(
     guess: jax.Array | None,
     *,
     order: tuple[int, ...] | None,
+    one_number: bool = False,
 ) -> Measured:
     """Measures about the guess or 0, and again about the mean where it was far.
 
-    What is measured again is x with its axes in the given order.
+    What is measured again is x with its axes in the given order. With `one_number` the mean is
+    rounded to one float32 number, which is returned as the shift. That is for half precision, where
+    y has few digits to lose, and for norms over the last axis, whose statistics a TPU spreads over
+    the lanes wherever it uses them: two of them, and not three, make layer norm's step of three
+    convolutions 1.03 times flax.linen's cycles, and not 1.22.
     """
     if guess is not None:
         guess = guess.astype(widen(x).dtype)
@@ -137,13 +151,16 @@ def _measure_until_good(
     count, mean, var = sample.moments_about(guess, sample.laid_out(x), sample.laid_out(mask))
     shift = jnp.zeros_like(mean) if guess is None else guess + jnp.zeros_like(mean)
     if order is None:
-        return _measure_again(sample, x, mask, shift, count, mean, var)
-    mask = None if mask is None else jnp.transpose(mask, order)
-    x, *measured = (jnp.transpose(a, order) for a in (x, shift, count, mean, var))
-    found = _measure_again(sample.ordered(order), x, mask, *measured)
-    shift, count, mean, var = (
-        jnp.transpose(a, [order.index(i) for i in range(a.ndim)]) for a in found
-    )
+        found = _measure_again(sample, x, mask, shift, count, mean, var)
+    else:
+        mask = None if mask is None else jnp.transpose(mask, order)
+        x, *measured = (jnp.transpose(a, order) for a in (x, shift, count, mean, var))
+        found = _measure_again(sample.ordered(order), x, mask, *measured)
+        back = [order.index(i) for i in range(len(order))]
+        found = tuple(jnp.transpose(a, back) for a in found)
+    shift, count, mean, var = found
+    if one_number:
+        shift, mean = shift + mean, jnp.zeros_like(mean)
     return shift, count, mean, var
 
 
