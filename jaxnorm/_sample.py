@@ -63,13 +63,14 @@ class Sample:
         axes = tuple(i for i, a in enumerate(order) if a in self.axes)
         return dataclasses.replace(self, axes=axes, groups=groups)
 
-    def sum(self, x: jax.Array, *, in_two: bool = False) -> jax.Array:
+    def sum(self, x: jax.Array, *, first: Sequence[int] = ()) -> jax.Array:
         """Sums over this device's entries; the reduced axes stay, with size 1.
 
-        In two, the sum over the first axis is taken after the others, and XLA keeps them apart.
+        The sum over the axes in `first` is taken before that over the others, and XLA keeps the two
+        apart.
         """
-        if in_two and len(self.axes) > 1 and self.axes[0] == 0:
-            x = jax.lax.optimization_barrier(jnp.sum(x, self.axes[1:], keepdims=True))
+        if first:
+            x = jax.lax.optimization_barrier(jnp.sum(x, first, keepdims=True))
         return self.join(jnp.sum(x, self.axes, keepdims=True))
 
     def join(self, sums: jax.Array, how: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
@@ -103,20 +104,20 @@ class Sample:
         mask: jax.Array | None,
         unit: jax.Array | None = None,
         *,
-        in_two: bool = False,
+        first: Sequence[int] = (),
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The count, the mean and the biased variance of x - shift, over all devices.
 
         One collective, or none where the sample is on one device. What is summed for the mean can
         be multiplied by a unit first, so that a sum of finite entries does not overflow.
-        `in_two` is explained at `sum`.
+        `first` is explained at `sum`.
         """
         wide = widen(x)
         d = select(mask, wide if shift is None else wide - shift)
         count = self.count(x, mask, d.dtype)
         scaled = d if unit is None else d * unit
-        total = self.sum(scaled, in_two=in_two) if self.centred else jnp.zeros_like(count)
-        squares = self.sum(d * d, in_two=in_two)
+        total = self.sum(scaled, first=first) if self.centred else jnp.zeros_like(count)
+        squares = self.sum(d * d, first=first)
         if mask is None:
             count = count * self.devices.number()
             total, squares = self.devices.sum(total, squares)

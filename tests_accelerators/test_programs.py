@@ -95,14 +95,30 @@ def three_layers(net, images, target, depth):
 
 
 @pytest.mark.parametrize(
-    ("norm", "images"), [("batch", 64), ("instance", 64), ("group32", 64), ("batch", 128)]
+    ("norm", "images", "cycles", "moved", "more_kernels"),
+    [
+        ("batch", 64, 1.01, 1.04, 0),
+        ("instance", 64, 1.01, 1.02, 0),
+        ("group32", 64, 1.01, 1.02, 0),
+        ("layer", 64, 1.05, 1.02, 3),
+        ("batch", 128, 1.01, 1.02, 0),
+        ("batch", 4, 1.25, 1.04, 0),
+        ("batch", 32, 1.01, 1.04, 0),
+        ("instance", 16, 1.01, 1.0, 8),
+    ],
 )
 def test_a_convolutional_network_s_step_costs_what_it_does_with_flax_s(
-    target, norm, images, monkeypatch
+    target, norm, images, cycles, moved, more_kernels, monkeypatch
 ):
     """On a TPU it is 1.5 times as much if the loop takes x in the order of its axes.
 
-    With 128 images the samples, and not the 64 channels, have the lanes of the tiles.
+    With 128 images the samples, and not the 64 channels, have the lanes of the tiles. Layer norm
+    has 1.22 with the mean in two numbers. Four images have 1.45 in the order of the axes, and 1.98
+    if the two norms of 64 channels are calls of one function.
+
+    On a GPU XLA takes one of Flax's sums for batch norm together with the rectifier's derivative.
+    Batch norm of 32 images has 1.16 if the sums are taken in two steps, and instance norm of 16
+    images 1.19 if they are not, which takes more kernels. Layer norm has 1.12 with two numbers.
     """
     x = jax.ShapeDtypeStruct((images, 56, 56, 64), jnp.bfloat16)
     data = x, jax.ShapeDtypeStruct((), jnp.int32)
@@ -115,11 +131,10 @@ def test_a_convolutional_network_s_step_costs_what_it_does_with_flax_s(
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
     ours, flax = costs
     if target.startswith("TPU"):
-        assert ours.cycles <= 1.01 * flax.cycles
+        assert ours.cycles <= cycles * flax.cycles
     else:
-        # XLA takes one of Flax's sums for batch norm together with the rectifier's derivative.
-        assert ours.bytes <= (1.04 if norm == "batch" else 1.02) * flax.bytes
-        assert ours.kernels <= flax.kernels
+        assert ours.bytes <= moved * flax.bytes
+        assert ours.kernels <= flax.kernels + more_kernels
     assert temporaries[0] <= 1.01 * temporaries[1]
 
 
