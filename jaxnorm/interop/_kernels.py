@@ -1,0 +1,194 @@
+"""Makes the `convert` of `from_torch` and `to_torch` from the kinds of a model's modules."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxnorm.interop._layouts import Kind, Rule, rule_of
+from jaxnorm.interop._leaves import Convert
+from jaxnorm.interop._trees import inverted, join, renamed, split
+
+WEIGHTS = ("weight", "kernel", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What `kernels` and `kernels_of` return: a `convert` for `from_torch`, and its inverse.
+
+    Attributes:
+      kinds: the kind of each module that has one of its own, by the module's name in PyTorch.
+      names: what modules are called here, from PyTorch's names, as given to `from_torch`.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxnorm import interop
+      >>> convert = interop.kernels({"embed": "embedding"})
+      >>> convert("embed.weight", np.ones((5, 2)))[0], convert("fc.weight", np.ones((5, 2)))[0]
+      ('embed.embedding', 'fc.kernel')
+      >>> convert.inverse("embed.embedding", np.ones((5, 2)))[0]
+      'embed.weight'
+
+    References:
+      torch.nn.Conv2d, PyTorch 2.13; flax.linen.Conv, flax 0.12.
+    """
+
+    kinds: Mapping[str, Kind]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks the kinds, and that their keys are PyTorch's names."""
+        theirs = inverted("kernels", self.names)
+        for module, kind in self.kinds.items():
+            _check_key(module, self.names, theirs)
+            if kind is not None:
+                rule_of(module, kind)
+        for field in ("kinds", "names"):  # what the user changes later is not checked
+            object.__setattr__(self, field, MappingProxyType(dict(getattr(self, field))))
+
+    def __call__(self, name: str, value: Any) -> tuple[str, Any] | None:
+        """Converts one array, by its name here, from PyTorch's layout to that of Flax."""
+        module, leaf = split(name)
+        theirs = renamed(module, inverted("kernels", self.names))
+        _check_array(name, value)
+        kind = self._kind(theirs, value)
+        if kind is None or kind == "unchanged":
+            return None if kind is None else (name, value)
+        rule = rule_of(name, kind)
+        if leaf == "weight":
+            _check_axes(name, value, kind, rule)
+            return join(module, rule.leaf), rule.to_flax(value)
+        if leaf in WEIGHTS:
+            raise ValueError(_ambiguous(name, theirs, leaf, "weight"))
+        return name, rule.bias_to_flax(value) if leaf == "bias" else value
+
+    @property
+    def inverse(self) -> Convert:
+        """The `convert` for `to_torch`, which gets the names in PyTorch: it restores every bit."""
+        return self._to_torch
+
+    def _to_torch(self, name: str, value: Any) -> tuple[str, Any] | None:
+        module, leaf = split(name)
+        _check_array(name, value)
+        kind = self._kind(module, value)
+        if leaf == "embedding" and value.ndim == 2 and module not in self.kinds:
+            kind = "embedding"  # the leaf says so
+        if kind is None or kind == "unchanged":
+            return None if kind is None else (name, value)
+        rule = rule_of(name, kind)
+        if leaf == rule.leaf:
+            _check_axes(name, value, kind, rule)
+            return join(module, "weight"), rule.to_torch(value)
+        if leaf in WEIGHTS:
+            raise ValueError(_ambiguous(name, module, leaf, rule.leaf))
+        return name, rule.bias_to_torch(value) if leaf == "bias" else value
+
+    def _kind(self, module: str, value: Any) -> Kind:
+        """What the user says, or else what the number of axes says."""
+        if module in self.kinds:
+            return self.kinds[module]
+        return "unchanged" if value.ndim < 2 else "linear" if value.ndim == 2 else "conv"
+
+
+def kernels(
+    kinds: Mapping[str, Kind] | None = None, *, names: Mapping[str, str] | None = None
+) -> Kernels:
+    r"""Makes a `convert` for `from_torch`: weights become Flax's kernels and embeddings.
+
+    An array called `weight` becomes `kernel`, with its axes in the order of Flax's layers, in Linen
+    and NNX alike; `bias` and all others stay as they are. A state dict does not say which layer a
+    weight is of. Where `kinds` does not say it either, 2 axes are those of a Linear and 3 to 5
+    those of a convolution; one axis or none stays as it is. What is neither is to be named:
+
+    - "conv_transpose": a ConvTranspose of Flax with `transpose_kernel=False`, the default; with
+      `transpose_kernel=True`, write "conv". Flax has no groups in transposed convolutions.
+    - "embedding": becomes `embedding`, for nn.Embed.
+    - "transposed_linear": has (I, O) in PyTorch too, such as Conv1D of Hugging Face's GPT-2.
+    - `Flattened(C, H, W)`: a Linear behind a flatten of (C, H, W).
+    - `Unflattened(C, H, W)`: a Linear whose outputs become (C, H, W).
+    - "norm": a layer norm over several axes, which `from_torch` does not find by itself.
+    - "unchanged": neither the names nor the arrays change.
+    - None: the module's arrays are left out, for a weight that is another one's; the inverse cannot
+      restore it.
+
+    `kernels_of` finds them in a PyTorch model.
+
+    Args:
+      kinds: what the modules are, by their names in PyTorch, such as {"encoder.up":
+        "conv_transpose"}; "linear" and "conv" may be said too.
+      names: the same map as for `from_torch`, where one is given there.
+
+    Returns:
+      A `convert` for `from_torch`; its `inverse` is the `convert` for `to_torch`.
+
+    Raises:
+      ValueError: if a kind is not one of these, or a key is not a name in PyTorch; in the call, if
+        an array has not the axes of its kind, or its name could not be restored.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxnorm import interop
+      >>> state_dict = {"conv.weight": np.ones((8, 3, 5, 5)), "embed.weight": np.ones((100, 16)),
+      ...               "head.weight": np.ones((10, 8 * 4 * 4))}
+      >>> convert = interop.kernels(
+      ...     {"embed": "embedding", "head": interop.Flattened(8, 4, 4)}, names={"conv": "Conv_0"})
+      >>> variables = interop.from_torch(state_dict, names={"conv": "Conv_0"}, convert=convert)
+      >>> variables["params"]["Conv_0"]["kernel"].shape
+      (5, 5, 3, 8)
+      >>> variables["params"]["embed"]["embedding"].shape
+      (100, 16)
+      >>> back = interop.to_torch(variables, names={"conv": "Conv_0"}, convert=convert.inverse)
+      >>> sorted(back)
+      ['conv.weight', 'embed.weight', 'head.weight']
+
+    References:
+      torch.nn.ConvTranspose2d, PyTorch 2.13; flax.linen.ConvTranspose, flax 0.12.
+    """
+    return Kernels(kinds or {}, names or {})
+
+
+# ---- Checks ----
+
+
+def _check_key(module: Any, names: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    if not isinstance(module, str) or split(module)[1] in ("weight", "kernel", "embedding"):
+        raise ValueError(
+            f"kernels: the keys of kinds should be names of modules, but one is {module!r}; write "
+            f"'encoder.up' for 'encoder.up.weight'"
+        )
+    in_torch = renamed(module, theirs)
+    if in_torch != module and renamed(module, names) == module:
+        raise ValueError(
+            f"kernels: the keys of kinds should be names in PyTorch, but {module!r} is what names "
+            f"calls {in_torch!r} here; write {in_torch!r}"
+        )
+
+
+def _check_array(name: str, value: Any) -> None:
+    if not isinstance(value, np.ndarray | jax.Array) or value.dtype == object:
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(
+            f"kernels: {name!r} should be an array of numbers, but is {kind}; give from_torch the "
+            f"state dict alone, without what was saved beside it"
+        )
+
+
+def _check_axes(name: str, value: Any, kind: Kind, rule: Rule) -> None:
+    if rule.axes and value.ndim not in rule.axes:
+        expected = " to ".join(str(n) for n in sorted({rule.axes[0], rule.axes[-1]}))
+        raise ValueError(
+            f"kernels: {name!r} should have {expected} axes, because its module is taken for "
+            f"{kind!r}, but has shape {value.shape}; give the module its kind, or 'unchanged' for "
+            f"a weight of another sort"
+        )
+
+
+def _ambiguous(name: str, module: str, leaf: str, expected: str) -> str:
+    return (
+        f"kernels: {name!r} should be called {expected!r}, because {leaf!r} could not be restored "
+        f"on the way back, but is not; write kernels({{{module!r}: 'unchanged'}}) to leave the "
+        f"module's arrays and their names as they are"
+    )

@@ -1,0 +1,171 @@
+"""Finds the kinds of a PyTorch model's weights from the classes of its modules."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from jaxnorm.interop._kernels import Kernels
+from jaxnorm.interop._layouts import Kind
+from jaxnorm.interop._torch_modules import class_names, is_uninitialized, named_modules, own_arrays
+from jaxnorm.interop._torch_norms import norm_row
+
+# By the name of the class, or of one that it inherits from.
+KINDS: dict[str, str] = {
+    **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), "conv"),
+    **dict.fromkeys((f"ConvTranspose{n}d" for n in (1, 2, 3)), "conv_transpose"),
+    "Linear": "linear",
+    **dict.fromkeys(("Embedding", "EmbeddingBag"), "embedding"),
+    "Conv1D": "transposed_linear",  # of Hugging Face's transformers
+    "Bilinear": "unchanged",  # Flax has none
+}
+
+
+def kernels_of(
+    module: Any,
+    *,
+    kinds: Mapping[str, Kind] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Kernels:
+    """Makes a `convert` for `from_torch` from the classes of a PyTorch model's modules.
+
+    Convolutions, transposed convolutions, Linear, Embedding, Conv1D of Hugging Face's GPT-2 and the
+    classes that inherit from them are recognized, and norms over several axes. What the classes do
+    not say is to be given in `kinds`: a Linear behind a flatten (with a warning where it looks as
+    if there were one), modules of other classes, and weights that are shared. The arrays of
+    attention and of recurrent cells, which are not called `weight`, stay as they are.
+
+    Args:
+      module: a torch.nn.Module.
+      kinds: as for `kernels`, by names in PyTorch; they take precedence.
+      names: the same map as for `from_torch`, where one is given there.
+
+    Returns:
+      A `convert` for `from_torch`; its `inverse` is the `convert` for `to_torch`.
+
+    Raises:
+      ValueError: naming the modules, if one is not initialized or has groups in a transposed
+        convolution; if two share one weight, or the class of one with a weight of several axes is
+        not known, and `kinds` does not say what becomes of them; if `kinds` names none of the
+        model's.
+
+    Example:
+      >>> import torch
+      >>> from jaxnorm import interop
+      >>> model = torch.nn.Sequential(
+      ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 3, 3))
+      >>> convert = interop.kernels_of(model)
+      >>> print(dict(convert.kinds))
+      {'0': 'conv', '2': 'conv_transpose'}
+      >>> variables = interop.from_torch(model.state_dict(), convert=convert)
+      >>> variables["params"]["2"]["kernel"].shape
+      (3, 3, 8, 3)
+
+    References:
+      torch.nn.Module.named_modules, PyTorch 2.13; flax.linen.ConvTranspose, flax 0.12.
+    """
+    modules = dict(named_modules("kernels_of", module))
+    given = dict(kinds or {})
+    absent = sorted(given.keys() - modules.keys())
+    if absent:
+        raise ValueError(
+            f"kernels_of: kinds should name modules of the model, but it has no {absent}; it has "
+            f"{sorted(name for name in modules if name)}"
+        )
+    kernels = Kernels(given, names or {})
+    for name, kind in given.items():
+        if kind is not None and kind != "unchanged":
+            _check(name, modules[name], own_arrays(modules[name]))
+    rest = {name: m for name, m in modules.items() if name not in given}
+    found = {name: kind for name, m in rest.items() if (kind := _kind(name, m)) is not None}
+    _check_shared(modules, {**found, **given}, given)
+    _warn_of_flattened(modules, given)
+    return Kernels({**found, **kernels.kinds}, kernels.names)
+
+
+def _kind(name: str, module: Any) -> Kind:
+    """The kind by the class; None if the module has no weight that is to be converted."""
+    arrays = own_arrays(module)
+    axes = getattr(arrays.get("weight"), "ndim", 0)
+    if norm_row(name, module) is not None:
+        return "norm" if axes > 1 else None
+    kind = next((KINDS[c] for c in class_names(module) if c in KINDS), None)
+    if kind is None:
+        if axes > 1:
+            raise ValueError(
+                f"kernels_of: {name!r} should be of a class that is known, because its weight has "
+                f"{axes} axes, but is a {type(module).__name__}; write kinds={{{name!r}: ...}} "
+                f"with 'linear', 'conv', 'unchanged' or another kind"
+            )
+        return None
+    if not arrays and not hasattr(module, "parametrizations"):
+        return None  # somebody else's class of that name, which holds modules
+    _check(name, module, arrays)
+    return kind
+
+
+def _check(name: str, module: Any, arrays: dict[str, Any]) -> None:
+    """The weight is there, and Flax has such a layer."""
+    if "weight" not in arrays:
+        raise ValueError(
+            f"kernels_of: {name!r} should have a parameter weight, but it is computed from others; "
+            f"write torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') or "
+            f"torch.nn.utils.remove_weight_norm(module) first"
+        )
+    if is_uninitialized(arrays["weight"]):
+        raise ValueError(
+            f"kernels_of: {name!r} should be initialized, but is lazy; call the model on a batch "
+            f"first"
+        )
+    if any("ConvTranspose" in c for c in class_names(module)) and module.groups > 1:
+        raise ValueError(
+            f"kernels_of: {name!r} should have one group, because Flax's ConvTranspose has no "
+            f"groups, but has {module.groups}; write kinds={{{name!r}: 'unchanged'}} and a layer "
+            f"of your own"
+        )
+
+
+def _check_shared(
+    modules: Mapping[str, Any], kinds: Mapping[str, Kind], given: Mapping[str, Kind]
+) -> None:
+    """A weight that is another's would become two arrays, which training moves apart."""
+    first: dict[int, str] = {}
+    shared = {}
+    for name, kind in kinds.items():
+        weight = own_arrays(modules[name]).get("weight")
+        if weight is None or kind is None:
+            continue
+        other = first.setdefault(id(weight), name)
+        if other != name and not {name, other} <= given.keys():
+            shared[name] = other
+    if shared:
+        ties = ", ".join(f"{name!r} has that of {other!r}" for name, other in shared.items())
+        raise ValueError(
+            f"kernels_of: each module should have a weight of its own, because each becomes an "
+            f"array of its own, but {ties}; write kinds={dict.fromkeys(shared)!r} to leave it out "
+            f"where the new model shares it too, or give both modules their kinds"
+        )
+
+
+def _warn_of_flattened(modules: Mapping[str, Any], given: Mapping[str, Kind]) -> None:
+    """The first Linear after a convolution has several inputs for each of its channels."""
+    convolution = None
+    for name, m in modules.items():
+        classes = class_names(m)
+        if hasattr(m, "out_channels"):
+            convolution = name
+        elif "Linear" in classes and hasattr(m, "in_features") and convolution is not None:
+            before, convolution = convolution, None
+            channels = modules[before].out_channels
+            entries, remainder = divmod(m.in_features, channels)
+            if name in given or remainder or entries < 2:
+                continue
+            side = math.isqrt(entries)
+            space = f"{side}, {side}" if side * side == entries else "height, width"
+            warnings.warn(
+                f"kernels_of: {name!r} has {m.in_features} inputs, {entries} for each of the "
+                f"{channels} channels of {before!r}, as if these were flattened; write "
+                f"kinds={{{name!r}: Flattened({channels}, {space})}}, with the shape before it is "
+                f"flattened, or kinds={{{name!r}: 'linear'}} if it is not",
+                stacklevel=3,
+            )
