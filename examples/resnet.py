@@ -94,17 +94,9 @@ class ResNet18(nn.Module):
         return nn.Dense(self.classes, name="fc")(x.mean((1, 2)))
 
 
-def kernels(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """Flax's order of a kernel's axes: (height, width, in, out), and (in, out) for the last one."""
-    if array.ndim == 1:
-        return name, array
-    axes = (1, 0) if array.ndim == 2 else (2, 3, 1, 0)
-    return name.replace("weight", "kernel"), array.transpose(axes)
-
-
 def from_pytorch(state_dict: Any) -> dict[str, Any]:
     """The network's variables, from its state dict or a .safetensors file of it."""
-    return interop.from_torch(state_dict, convert=kernels)
+    return interop.from_torch(state_dict, convert=interop.kernels())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -100,27 +100,15 @@ def module_names() -> dict[str, str]:
     return names | {f"main.{after + 6}": "leave"}
 
 
-def kernels(name: str, weight: np.ndarray) -> tuple[str, np.ndarray]:
-    """Flax's order of a convolution's axes, (height, width, in, out).
-
-    PyTorch's is (out, in, height, width). A transposed one is (in, out, height, width) there, and
-    turned by 180 degrees: PyTorch means the gradient of a convolution, Flax a dilated one.
-    """
-    if name.startswith("up_"):
-        kernel = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
-    else:
-        kernel = weight.transpose(2, 3, 1, 0)
-    return name.replace("weight", "kernel"), kernel
-
-
-def weights(name: str, kernel: np.ndarray) -> tuple[str, np.ndarray]:
-    """The way back, by PyTorch's names."""
-    transposed = module_names()[name.removesuffix(".kernel")].startswith("up_")
-    if transposed:
-        weight = kernel.transpose(2, 3, 0, 1)[:, :, ::-1, ::-1]
-    else:
-        weight = kernel.transpose(3, 2, 0, 1)
-    return name.replace("kernel", "weight"), weight
+# A state dict does not say that two of the convolutions are transposed.
+kernels = interop.kernels(
+    {
+        theirs: "conv_transpose"
+        for theirs, ours in module_names().items()
+        if ours in ("up_0", "up_1")
+    },
+    names=module_names(),
+)
 
 
 def from_pytorch(state_dict: Any) -> dict[str, Any]:

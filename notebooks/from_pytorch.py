@@ -119,8 +119,9 @@ print(f"{'main.1.num_batches_tracked':28} {state_dict['main.1.num_batches_tracke
 #
 # `interop.from_torch` takes the state dict apart: what is a norm's goes to `params` and
 # `batch_stats`, bit for bit, all else to `params`. `names` says what PyTorch's numbered modules are
-# called here, and `convert` turns the kernels. `like` holds the outcome against the model: an array
-# that is missing, left over or of another shape is an error.
+# called here, and `convert`, made by `interop.kernels`, gives the kernels Flax's order of axes. `like`
+# holds the outcome against the model: an array that is missing, left over or of another shape is an
+# error.
 
 # %%
 generator = stargan.Generator(features=FEATURES)

@@ -92,7 +92,7 @@ def test_the_generator_agrees_in_both_modes(examples, generator):
     assert np.abs(by_state - by_own).max() > 0.1  # they are two functions
     # The state has moved alike: it goes back, and PyTorch has the same after its pass.
     back = interop.to_torch(
-        {**variables, **updates}, names=stargan.module_names(), convert=stargan.weights
+        {**variables, **updates}, names=stargan.module_names(), convert=stargan.kernels.inverse
     )
     for key, expected in theirs.state_dict().items():
         if not key.endswith("num_batches_tracked"):
@@ -104,7 +104,9 @@ def test_the_generator_goes_back_bit_for_bit(examples, generator, tmp_path):
     state_dict = theirs.state_dict()
     path = tmp_path / "generator.safetensors"
     variables = stargan.from_pytorch(state_dict)
-    interop.to_torch(variables, names=stargan.module_names(), convert=stargan.weights, file=path)
+    interop.to_torch(
+        variables, names=stargan.module_names(), convert=stargan.kernels.inverse, file=path
+    )
     again = torch_models.Generator(features=32)
     import safetensors.torch
 
@@ -147,18 +149,11 @@ def test_a_resnet_agrees_in_both_modes(examples, tmp_path, capsys):
     assert_agree(by_state, evaluated)
     assert_agree(by_batch, trained)
     back = interop.to_torch(
-        {**variables, **updates}, convert=linear_and_conv, like=theirs.state_dict()
+        {**variables, **updates}, convert=interop.kernels().inverse, like=theirs.state_dict()
     )
     for key, expected in theirs.state_dict().items():
         assert_agree(back[key], expected.numpy())
     path = tmp_path / "resnet18.safetensors"
-    interop.to_torch(variables, convert=linear_and_conv, file=path)
+    interop.to_torch(variables, convert=interop.kernels().inverse, file=path)
     resnet.main([str(path)])
     assert "the five likeliest of 10 classes" in capsys.readouterr().out
-
-
-def linear_and_conv(name, array):
-    if array.ndim == 1:
-        return name, array
-    axes = (1, 0) if array.ndim == 2 else (3, 2, 0, 1)
-    return name.replace("kernel", "weight"), array.transpose(axes)
