@@ -134,6 +134,15 @@ def test_a_layer_norm_over_several_axes():
     assert_agree(y, theirs(torch.from_numpy(x)))
 
 
+def test_a_module_may_be_called_as_its_leaf_is():
+    weight = np.ones((2, 3), np.float32)
+    convert = interop.kernels({"embedding": "embedding", "kernel": "linear"})
+    for module, leaf in (("embedding", "embedding"), ("kernel", "kernel")):
+        name, value = convert(f"{module}.weight", weight)
+        assert name == f"{module}.{leaf}"
+        assert convert.inverse(name, value)[0] == f"{module}.weight"
+
+
 def test_what_is_unchanged_stays_as_it_is():
     weight = np.ones((2, 3), np.float32)
     for leaf in ("weight", "kernel", "embedding"):
@@ -334,7 +343,7 @@ def test_what_looks_like_a_flatten_is_warned_of():
         assert interop.kernels_of(model, kinds={"2": kind}).kinds["2"] == kind
 
 
-@pytest.mark.parametrize("features", [8, 12])
+@pytest.mark.parametrize("features", [8, 20])
 def test_a_linear_behind_a_mean_is_not_warned_of(features):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(features, 64))
     assert interop.kernels_of(model).kinds["1"] == "linear"
@@ -436,6 +445,11 @@ def test_a_weight_of_too_many_axes_and_a_name_that_could_not_be_restored():
         interop.kernels()("m.embedding", np.ones((2, 3)))
     with pytest.raises(ValueError, match="should be called 'kernel'"):
         interop.kernels().inverse("m.weight", np.ones((2, 3)))
+
+
+def test_an_embedding_of_a_model_that_was_never_in_pytorch_goes_there():
+    name, weight = interop.kernels().inverse("e.embedding", np.ones((5, 2)))
+    assert (name, weight.shape) == ("e.weight", (5, 2))
 
 
 def test_what_kernels_returns_does_not_change():

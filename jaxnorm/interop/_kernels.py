@@ -154,7 +154,7 @@ def kernels(
 
 
 def _check_key(module: Any, names: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    if not isinstance(module, str) or split(module)[1] in ("weight", "kernel", "embedding"):
+    if not isinstance(module, str) or split(module)[1] in ("weight", "bias"):
         raise ValueError(
             f"kernels: the keys of kinds should be names of modules, but one is {module!r}; write "
             f"'encoder.up' for 'encoder.up.weight'"

@@ -43,7 +43,7 @@ class _Shape:
 class Flattened(_Shape):
     """A Linear behind a flatten: its inputs in the order that channels last have.
 
-    PyTorch flattens (C, *space), and a model with channels last (*space, C); the inputs of the
+    PyTorch flattens `(C, *space)`, and a model with channels last `(*space, C)`; the inputs of the
     Linear change their places accordingly.
 
     Args:
@@ -68,7 +68,7 @@ class Flattened(_Shape):
 class Unflattened(_Shape):
     """A Linear before an unflatten: its outputs in the order that channels last have.
 
-    For decoders, whose first Linear makes all entries of (C, *space); the bias changes its order
+    For decoders, whose first Linear makes all entries of `(C, *space)`; the bias changes its order
     too.
 
     Args:
