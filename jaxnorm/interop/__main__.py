@@ -17,7 +17,7 @@ from jaxnorm.interop import _leaves
 from jaxnorm.interop._from_torch import read_torch, variables_of
 from jaxnorm.interop._leaves import Entry
 from jaxnorm.interop._to_torch import write_torch
-from jaxnorm.interop._trees import flatten, split
+from jaxnorm.interop._trees import flatten, nest, split
 
 NORMS_HAVE = ("scale", "mean")
 COLLECTIONS = ("params", "batch_stats")
@@ -72,10 +72,8 @@ def convert_file(options: Any) -> str:
     names = json.loads(options.names.read_text()) if options.names else None
     track = False if options.no_running_stats else None
     if any(name.startswith(tuple(f"{c}/" for c in COLLECTIONS)) for name in arrays):
-        variables: dict[str, Any] = {collection: {} for collection in COLLECTIONS}
-        for name, value in arrays.items():
-            collection, _, rest = name.partition("/")
-            variables.setdefault(collection, {})[rest.replace("/", ".")] = value
+        dotted = {name.replace("/", "."): value for name, value in arrays.items()}
+        variables: dict[str, Any] = nest("convert", dotted)
         entries = write_torch(variables, names=names, convert=None, track_running_stats=track)
         result = {e.theirs: e.value for e in entries if e.theirs is not None}
     else:
@@ -87,7 +85,7 @@ def convert_file(options: Any) -> str:
             track_running_stats=track,
             count=options.count,
         )
-        flat = flatten(variables_of(entries))
+        flat = flatten("convert", variables_of(entries))
         result = {name.replace(".", "/"): np.array(a, order="C") for name, a in flat.items()}
     safetensors.save_file(result, options.target)
     return table(entries)
