@@ -76,7 +76,7 @@ def shifted_moments(
         count, zero, square = sample.moments_about(None, x, mask)
         return zero, count, zero, square
     # Norms over the last axis in half precision have the mean in one number; see there.
-    rows, half = sample.axes == (x.ndim - 1,), x.dtype.itemsize < 4
+    rows, half = sample.axes == (sample.laid_out(x).ndim - 1,), x.dtype.itemsize < 4
     about_part = functools.partial(
         _measure_about_part,
         sample,
