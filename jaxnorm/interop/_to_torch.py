@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check, safetensors
+from jaxnorm.interop._files import Contents, write
+from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check
 from jaxnorm.interop._trees import array, flatten, inverted, join, renamed, settled, split
 
 
@@ -33,7 +34,8 @@ def to_torch(
         the norms that have none first ones.
       like: the state dict of the PyTorch model: the same names and shapes are to come out, and its
         dtypes do; half-precision statistics, say, that `from_torch` had widened.
-      file: the path of a .safetensors file that is written too.
+      file: the path of a .safetensors file that is written too, or replaced; an
+        .safetensors.index.json writes it in shards of at most 5 GB.
 
     Returns:
       A dict of NumPy arrays, writable copies, by dotted names; counts are int64.
@@ -62,7 +64,7 @@ def to_torch(
             continue
         if entry.theirs in state_dict:
             raise ValueError(f"to_torch: {entry.theirs!r} should be one array, but is two")
-        state_dict[entry.theirs] = entry.value
+        state_dict[entry.theirs] = np.array(entry.value, order="C")
     if like is not None:
         shapes = {key: tuple(np.shape(value)) for key, value in like.items()}
         check("to_torch", {k: v.shape for k, v in state_dict.items()}, shapes, {})
@@ -70,7 +72,7 @@ def to_torch(
             key: state_dict[key].astype(array("to_torch", key, like[key]).dtype) for key in like
         }
     if file is not None:
-        safetensors("to_torch").save_file(state_dict, file)
+        write("to_torch", file, Contents(state_dict))
     return state_dict
 
 
@@ -81,7 +83,7 @@ def write_torch(
     convert: Convert | None,
     track_running_stats: bool | None,
 ) -> list[Entry]:
-    """Every array of the variables, with what it is in PyTorch."""
+    """Every array of the variables, with what it is in PyTorch: no copies, where none is needed."""
     theirs = inverted("to_torch", names or {})
     params, stats = (
         {k: array("to_torch", k, v) for k, v in settled(flatten(variables.get(name, {}))).items()}
@@ -106,7 +108,7 @@ def write_torch(
             (known, value) if convert is None else convert(known, value) or (None, value)
         )
         note = "left out" if new_name is None else "" if new is value else "converted"
-        entries.append(Entry(new_name, "params", name, np.array(new, order="C"), note))
+        entries.append(Entry(new_name, "params", name, np.asarray(new), note))
     return entries
 
 
@@ -117,7 +119,7 @@ def _of_a_norm(name, stats):
 
 def _write_norm(module, theirs, params, stats, track_running_stats):
     leaves = {
-        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])].copy()
+        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])]
         for ours in THEIRS
         if join(module, ours[1]) in (params if ours[0] == "params" else stats)
     }
