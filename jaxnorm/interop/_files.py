@@ -64,7 +64,7 @@ def _read_shards(function: str, path: Path) -> Contents:
     arrays: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     shards = []
-    for file in dict.fromkeys(files.values()):
+    for file in sorted({*files.values()}):  # an index may be in alphabetical order of the arrays
         if Path(file).name != file or file.endswith(INDEX):  # it stays in its own folder
             raise ValueError(f"{function}: {path} should name files beside it, but names {file!r}")
         shard = read(function, path.parent / file)
