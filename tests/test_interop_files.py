@@ -202,6 +202,7 @@ def checkpoint():
         "ema": {"model": tensors(bn(channels=4)), "decay": 0.9},
         "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
         "epoch": 3,
+        "a.dotted": {"bn.weight": torch.ones(3)},  # a dotted key does not lead there
     }
 
 
@@ -217,6 +218,8 @@ def test_a_checkpoint_that_holds_more_says_which_key_to_write(tmp_path):
         assert found["params"]["bn"]["scale"].shape == (4,)
         with pytest.raises(ValueError, match=r"'x' is not there; there is state_dict, ema\.model"):
             interop.from_torch(given, key="x")
+        with pytest.raises(ValueError, match=r"'epoch\.x' is not there"):
+            interop.from_torch(given, key="epoch.x")
         with pytest.raises(ValueError, match=r"write key='ema\.model'"):
             interop.from_torch(given, key="ema")
         with pytest.raises(ValueError, match=r"'epoch' should be a mapping of arrays, but is int"):
@@ -658,10 +661,19 @@ def test_sources_that_cannot_be_read_are_said_in_a_line(capsys, tmp_path, source
     assert not target.exists()
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_said_in_a_line(capsys, source, target):
-    source.chmod(0)
-    assert "ermission denied" in refused(capsys, source, target)
+def test_a_file_that_may_not_be_read_is_said_in_a_line(capsys, source, target, monkeypatch):
+    def denied(path, **_):  # root may read everything
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(safetensors, "safe_open", denied)
+    said = refused(capsys, source, target)
+    assert said.endswith(f"[Errno 13] Permission denied: '{source}'")
+    assert "should be a .safetensors file" not in said
+
+
+def test_the_target_is_checked_before_the_source_is_read(capsys, source):
+    said = refused(capsys, source.with_name("none.safetensors"), source)
+    assert "exists; write another name" in said
 
 
 def test_a_checkpoint_is_converted_by_its_key_prefix_and_what_is_left_out(tmp_path, target, capsys):
