@@ -10,4 +10,5 @@ from jaxnorm.interop._from_torch import from_torch as from_torch
 from jaxnorm.interop._haiku import from_haiku as from_haiku
 from jaxnorm.interop._nnx import from_nnx as from_nnx
 from jaxnorm.interop._nnx import to_nnx as to_nnx
+from jaxnorm.interop._to_torch import tensors as tensors
 from jaxnorm.interop._to_torch import to_torch as to_torch

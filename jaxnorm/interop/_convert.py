@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxnorm.interop import _files
-from jaxnorm.interop._from_torch import read_torch, variables_of
+from jaxnorm.interop._from_torch import read_torch, variables_of, warn_of_scales
 from jaxnorm.interop._leaves import Entry
 from jaxnorm.interop._state_dict import state_dict_of
 from jaxnorm.interop._to_torch import write_torch
-from jaxnorm.interop._trees import split
+from jaxnorm.interop._trees import nest, split
 
 NORMS_HAVE = ("scale", "mean")
 COLLECTIONS = ("params/", "batch_stats/")
@@ -56,6 +56,7 @@ def _from_torch(
         track_running_stats=track,
         count=options.count,
     )
+    warn_of_scales(entries)
     variables_of(entries)  # no two arrays have one name, and none is inside another
     return entries, [(e.theirs, _file_name(e), e.value) for e in entries]
 
@@ -69,22 +70,29 @@ def _to_torch(
             f"convert: all names should begin with params/ or batch_stats/, since some do, but "
             f"{others} do not; write --leave-out for each of them"
         )
-    if options.norm or options.count is not None:
-        raise ValueError("convert: --norm and --count are for state dicts, but IN has variables")
-    variables: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
-    origin: dict[tuple[str, str], str] = {}
-    for name, value in arrays.items():
-        collection, *parts = (_decoded(part) for part in name.split("/"))
-        ours = ".".join(parts)
-        if ours in variables[collection]:
+    if options.count is not None:
+        raise ValueError("convert: --count is for state dicts, but the source has variables")
+    origin: dict[str, str] = {}
+    for name in arrays:
+        parts = [_decoded(part) for part in name.split("/")]
+        dotted = ".".join(parts)
+        if any("." in part or not part for part in parts):
             raise ValueError(
-                f"convert: {origin[collection, ours]!r} and {name!r} should have names of their "
-                f"own in PyTorch, but both become {ours!r}"
+                f"convert: the parts of {name!r} should not be empty and hold no dot, because "
+                f"PyTorch joins them by dots; rename them"
             )
-        variables[collection][ours], origin[collection, ours] = value, name
-    entries = write_torch(variables, names=names, convert=None, track_running_stats=track)
+        if dotted in origin:
+            raise ValueError(
+                f"convert: {origin[dotted]!r} and {name!r} should have names of their own, but "
+                f"both become {dotted!r}"
+            )
+        origin[dotted] = name
+    variables = nest("convert", {dotted: arrays[name] for dotted, name in origin.items()})
+    entries = write_torch(
+        variables, names=names, norms=options.norm, convert=None, track_running_stats=track
+    )
     return entries, [
-        (None if e.ours is None else origin[e.collection, e.ours], e.theirs, e.value)
+        (None if e.ours is None else origin[f"{e.collection}.{e.ours}"], e.theirs, e.value)
         for e in entries
     ]
 
