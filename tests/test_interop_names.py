@@ -76,7 +76,10 @@ def test_random_streams_are_neither_params_nor_batch_stats():
     [
         ({"a.b": {"kernel": np.ones(2)}}, r"hold no dot, .* \['a\.b', 'kernel'\]"),
         ({"": {"kernel": np.ones(2)}}, r"should not be empty .* \['', 'kernel'\]"),
-        (MappingProxyType({0: np.ones(2), "0": np.ones(2)}), r"'0' should be one array, but is two"),
+        (
+            MappingProxyType({0: np.ones(2), "0": np.ones(2)}),
+            r"'0' should be one array, but is two",
+        ),
     ],
 )
 def test_variables_whose_names_would_not_come_back_are_refused(params, message):

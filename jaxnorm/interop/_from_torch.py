@@ -8,7 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check, safetensors
+from jaxnorm.interop._files import read
+from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check
+from jaxnorm.interop._state_dict import common_front, state_dict_of
 from jaxnorm.interop._trees import (
     Tree,
     array,
@@ -34,6 +36,9 @@ def from_torch(
     track_running_stats: bool | None = None,
     count: int | None = None,
     like: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+    leave_out: Collection[str] = (),
 ) -> Tree:
     r"""Turns a PyTorch state dict into variables.
 
@@ -45,13 +50,14 @@ def from_torch(
 
     Running statistics in half precision are widened to float32. A count beyond int32 becomes the
     largest int32, with a warning. Nothing else is changed: `to_torch` gives back every bit. The
-    arrays are copies: training the PyTorch model on does not change them.
+    arrays are copies, but for those of a file: training the PyTorch model on does not change them.
 
     A state dict does not hold epsilon, which differs between PyTorch's layers and Flax's.
 
     Args:
       state_dict: a mapping of arrays, such as model.state_dict(); a module that has one; or the
-        path of a .safetensors file.
+        path of a file: a .safetensors file, an .index.json of several, or a .pt, .pth, .bin or
+        .ckpt file of torch.save, which needs PyTorch and is read with weights_only=True.
       names: what modules are called here, as {"layer1.0": "Block_0", "layer1.0.bn1":
         "Block_0.BatchNorm_0"}; the longest front of a name that it knows is replaced. Each is a
         module of the state dict; "" is the whole model.
@@ -66,15 +72,23 @@ def from_torch(
         batch replace the statistics; write how many batches they stand for.
       like: variables of the new model, or their `jax.eval_shape`: what comes out is to have the
         same names and shapes.
+      key: where the state dict is in a checkpoint that holds more, such as "state_dict" or
+        "ema.model". None is at the top.
+      prefix: what is taken from the front of every name, such as "module." of
+        DistributedDataParallel or "_orig_mod." of torch.compile. A name without it is an error.
+      leave_out: names in the state dict that are left out, prefix and all, where * stands for
+        anything, such as "n_averaged" or "*_extra_state". One that matches nothing is an error.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays.
+      {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays. Those of a file are
+      read-only views of the mapped file, where nothing had to be changed.
 
     Raises:
-      ValueError: naming the keys, if a norm lacks one half of its statistics, its arrays are of
-        different shapes or its statistics no floats; if `names` or `norms` names what is not there;
-        if two arrays get one name; if anything is missing, unexpected or of another shape than in
-        `like`.
+      ImportError: if a file needs PyTorch or safetensors, and that is missing.
+      ValueError: if a file cannot be read, or holds more than arrays by name; naming the keys, if
+        a norm lacks one half of its statistics, its arrays are of different shapes or its
+        statistics no floats; if `names` or `norms` names what is not there; if two arrays get one
+        name; if anything is missing, unexpected or of another shape than in `like`.
 
     Example:
       >>> import numpy as np
@@ -92,8 +106,14 @@ def from_torch(
     References:
       torch.nn.Module.state_dict, PyTorch 2.13.
     """
+    given: Any = state_dict
+    of_a_file = isinstance(state_dict, str | os.PathLike)
+    if of_a_file:
+        given = read("from_torch", state_dict).arrays
+    elif not isinstance(state_dict, Mapping) and hasattr(state_dict, "state_dict"):
+        given = state_dict.state_dict()
     entries = read_torch(
-        state_dict,
+        state_dict_of("from_torch", given, key, prefix=prefix, leave_out=leave_out),
         names=names,
         norms=norms,
         convert=convert,
@@ -102,15 +122,17 @@ def from_torch(
     )
     if like is not None:
         _check_variables(entries, like)
-    _warn_of_scales(entries)
-    return variables_of([entry._replace(value=_copied(entry.value)) for entry in entries])
+    warn_of_scales(entries)
+    if not of_a_file:  # a model may go on changing its arrays
+        entries = [entry._replace(value=_copied(entry.value)) for entry in entries]
+    return variables_of(entries)
 
 
 def _copied(value):
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _warn_of_scales(entries):
+def warn_of_scales(entries):
     """Names that `to_torch` takes for those of norms, where nothing else is said."""
     own = [e.theirs for e in entries if e.theirs == e.ours and split(e.theirs)[1] == "scale"]
     if own:
@@ -122,7 +144,7 @@ def _warn_of_scales(entries):
 
 
 def read_torch(
-    state_dict: Any,
+    state_dict: Mapping[str, Any],
     *,
     names: Mapping[str, str] | None,
     norms: Collection[str] | None,
@@ -131,12 +153,7 @@ def read_torch(
     count: int | None,
 ) -> list[Entry]:
     """Every array of the state dict, with what it is here."""
-    given: Any = state_dict
-    if isinstance(state_dict, str | os.PathLike):
-        given = safetensors("from_torch").load_file(state_dict)
-    elif not isinstance(state_dict, Mapping) and hasattr(state_dict, "state_dict"):
-        given = state_dict.state_dict()
-    arrays = {name: array("from_torch", name, value) for name, value in given.items()}
+    arrays = {name: array("from_torch", name, value) for name, value in state_dict.items()}
     found = _norms(arrays) if norms is None else _named(arrays, norms)
     _check_parts(arrays)
     inverted("from_torch", names or {})
@@ -287,9 +304,7 @@ def _check_variables(entries, like):
     found = {f"{e.collection}.{e.ours}": np.shape(e.value) for e in entries if e.ours is not None}
     origin = {f"{e.collection}.{e.ours}": e.theirs for e in entries if e.ours and e.theirs}
     expected = {k: v for k, v in like.items() if k in ("params", "batch_stats")}
-    check(
-        "from_torch",
-        found,
-        {k: v.shape for k, v in flatten("from_torch", expected).items()},
-        origin,
-    )
+    front = common_front(origin.values())
+    hint = f"; all names begin with {front!r}: write prefix= what a wrapper added of it"
+    shapes = {k: v.shape for k, v in flatten("from_torch", expected).items()}
+    check("from_torch", found, shapes, origin, hint if front else "")

@@ -7,7 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check, safetensors
+from jaxnorm.interop._files import Contents, write
+from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check
 from jaxnorm.interop._trees import (
     array,
     check_names,
@@ -47,7 +48,8 @@ def to_torch(
       like: the state dict of the PyTorch model: the same names and shapes are to come out, and its
         dtypes do; half-precision statistics, say, that `from_torch` had widened. Counts are left
         out of norms that have none there, such as FrozenBatchNorm2d.
-      file: the path of a .safetensors file that is written too.
+      file: the path of a .safetensors file that is written too, or replaced; an
+        .safetensors.index.json writes it in shards of at most 5 GB.
 
     Returns:
       A dict of NumPy arrays, writable copies, by dotted names; counts are int64.
@@ -82,7 +84,7 @@ def to_torch(
             continue
         if entry.theirs in state_dict:
             raise ValueError(f"to_torch: {entry.theirs!r} should be one array, but is two")
-        state_dict[entry.theirs] = entry.value
+        state_dict[entry.theirs] = np.array(entry.value, order="C")
     if like is not None:
         shapes = {key: tuple(np.shape(value)) for key, value in like.items()}
         check("to_torch", {k: v.shape for k, v in state_dict.items()}, shapes, {})
@@ -90,7 +92,7 @@ def to_torch(
             key: state_dict[key].astype(array("to_torch", key, like[key]).dtype) for key in like
         }
     if file is not None:
-        safetensors("to_torch").save_file(state_dict, file)
+        write("to_torch", file, Contents(state_dict))
     return state_dict
 
 
@@ -103,7 +105,7 @@ def write_torch(
     track_running_stats: bool | None,
     like: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
-    """Every array of the variables, with what it is in PyTorch."""
+    """Every array of the variables, with what it is in PyTorch: no copies, where none is needed."""
     theirs = inverted("to_torch", names or {})
     params, stats = (
         {k: array("to_torch", k, v) for k, v in _flat(variables.get(name, {})).items()}
@@ -130,7 +132,7 @@ def write_torch(
             (known, value) if convert is None else convert(known, value) or (None, value)
         )
         note = "left out" if new_name is None else "" if new is value else "converted"
-        entries.append(Entry(new_name, "params", name, np.array(new, order="C"), note))
+        entries.append(Entry(new_name, "params", name, np.asarray(new), note))
     return entries
 
 
@@ -159,7 +161,7 @@ def _norms(params, stats, theirs, norms, like):
 def _write_norm(module, theirs, params, stats, track_running_stats, uncounted):
     """The entries of one norm; without its count if it is not counted in PyTorch."""
     leaves = {
-        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])].copy()
+        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])]
         for ours in THEIRS
         if join(module, ours[1]) in (params if ours[0] == "params" else stats)
     }
