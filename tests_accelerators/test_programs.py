@@ -73,6 +73,16 @@ def test_a_norm_costs_at_most_what_flax_s_does(target, norm, shape, dtype, mode)
         assert ours.cost().kernels <= flax.cost().kernels + KERNELS.get(norm, 0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("norm", ["layer", "group32"])
+def test_the_forward_pass_over_rows_is_one_kernel_on_a_gpu(target, norm, dtype):
+    """It reads x once; Flax's are three kernels, which read it twice."""
+    if target.startswith("TPU"):
+        pytest.skip("a TPU's fusions are not kernels that are launched")
+    ours = Program(program(target, "jaxnorm", norm, TOKENS, dtype, "forward").as_text())
+    assert ours.cost().kernels == 1
+
+
 @pytest.mark.parametrize(("norm", "shape"), CELLS)
 def test_only_a_tpu_has_a_loop(target, norm, shape):
     text = program(target, "jaxnorm", norm, shape, "bfloat16", "both").as_text()

@@ -17,5 +17,6 @@ from jaxnorm.interop._layouts import Flattened as Flattened
 from jaxnorm.interop._layouts import Unflattened as Unflattened
 from jaxnorm.interop._nnx import from_nnx as from_nnx
 from jaxnorm.interop._nnx import to_nnx as to_nnx
+from jaxnorm.interop._to_torch import tensors as tensors
 from jaxnorm.interop._to_torch import to_torch as to_torch
 from jaxnorm.interop._torch_norms import NormRow as NormRow

@@ -1,40 +1,53 @@
-"""What does the command line do? It converts a file of weights, and shows what became of each.
+"""The command line converts a file of weights, and shows what became of each array.
 
-python -m jaxnorm.interop convert IN.safetensors OUT.safetensors [--names MAP.json]
+python -m jaxnorm.interop convert IN OUT.safetensors [--names MAP.json]
 """
 
 import argparse
-import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from jaxnorm.interop._convert import convert_file
+from jaxnorm.interop._from_torch import MOST
 
-from jaxnorm.interop import _leaves
-from jaxnorm.interop._from_torch import read_torch, variables_of
-from jaxnorm.interop._leaves import Entry
-from jaxnorm.interop._to_torch import write_torch
-from jaxnorm.interop._trees import flatten, split
-
-NORMS_HAVE = ("scale", "mean")
-COLLECTIONS = ("params", "batch_stats")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and converts."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)
+            print(convert_file(options))
+        for warning in caught:
+            print(f"note: {warning.message}", file=sys.stderr)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jaxnorm.interop", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    convert = commands.add_parser(
+    convert = parser.add_subparsers(required=True).add_parser(
         "convert",
-        help="convert a .safetensors file",
+        help="convert a file of arrays",
         description="A PyTorch state dict becomes variables, with names such as "
         "params/layer1/0/bn1/scale; a file of such names becomes a state dict again.",
     )
-    convert.add_argument("source", type=Path, metavar="IN.safetensors")
-    convert.add_argument("target", type=Path, metavar="OUT.safetensors")
+    convert.add_argument(
+        "source",
+        type=Path,
+        metavar="IN",
+        help=".safetensors, .index.json of shards, .pt, .pth, .bin or .ckpt",
+    )
+    convert.add_argument(
+        "target", type=Path, metavar="OUT", help=".safetensors, or .safetensors.index.json"
+    )
     convert.add_argument(
         "--names",
         "--map",
@@ -45,71 +58,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     convert.add_argument(
         "--norm", action="append", metavar="NAME", help="a module that is a norm; all, if given"
     )
-    convert.add_argument("--count", type=int, help="of norms without num_batches_tracked")
+    convert.add_argument("--count", type=_count, help="of norms without num_batches_tracked")
     convert.add_argument(
         "--no-running-stats", action="store_true", help="leave the running statistics out"
     )
-    options = parser.parse_args(arguments)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            print(convert_file(options))
-        for warning in caught:
-            print(f"note: {warning.message}", file=sys.stderr)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-
-
-def convert_file(options: Any) -> str:
-    """Reads, converts and writes; the table of what was done."""
-    safetensors = _leaves.safetensors("convert")
-    try:
-        arrays = safetensors.load_file(options.source)
-    except Exception as error:  # the library's own type of error is not public
-        raise ValueError(
-            f"{options.source}: it should be a .safetensors file, but {error}"
-        ) from error
-    names = json.loads(options.names.read_text()) if options.names else None
-    track = False if options.no_running_stats else None
-    if any(name.startswith(tuple(f"{c}/" for c in COLLECTIONS)) for name in arrays):
-        variables: dict[str, Any] = {collection: {} for collection in COLLECTIONS}
-        for name, value in arrays.items():
-            collection, _, rest = name.partition("/")
-            variables.setdefault(collection, {})[rest.replace("/", ".")] = value
-        entries = write_torch(variables, names=names, convert=None, track_running_stats=track)
-        result = {e.theirs: e.value for e in entries if e.theirs is not None}
-    else:
-        entries = read_torch(
-            arrays,
-            names=names,
-            norms=options.norm,
-            convert=None,
-            track_running_stats=track,
-            count=options.count,
-        )
-        flat = flatten(variables_of(entries))
-        result = {name.replace(".", "/"): np.array(a, order="C") for name, a in flat.items()}
-    safetensors.save_file(result, options.target)
-    return table(entries)
-
-
-def table(entries: list[Entry]) -> str:
-    """A row for each array: its names there and here, its shape and dtype, what became of it."""
-    rows = [("PyTorch", "here", "shape", "dtype", "")]
-    for entry in entries:
-        ours = None if entry.ours is None else f"{entry.collection}.{entry.ours}".replace(".", "/")
-        shape = "x".join(map(str, entry.value.shape)) or "()"
-        rows.append((entry.theirs or "-", ours or "-", shape, str(entry.value.dtype), entry.note))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    modules = {split(e.ours)[0] for e in entries if e.ours and split(e.ours)[1] in NORMS_HAVE}
-    return "\n".join(
-        [*lines, "", f"{len(entries)} arrays, among them those of {len(modules)} norm(s)"]
+    convert.add_argument("--key", help="where the state dict is in a checkpoint: state_dict")
+    convert.add_argument("--prefix", help="taken from the front of every name: module.")
+    convert.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name in the file that is left out; * stands for anything",
     )
+    convert.add_argument("--force", action="store_true", help="replace files that exist")
+    convert.add_argument(
+        "--shard-size", type=_size, metavar="2GB", help="write shards of at most this size"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if not 0 <= count <= MOST:
+        raise argparse.ArgumentTypeError(f"it should be from 0 to {MOST}, but is {count}")
+    return count
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) *([KMG]I?|)B?", text.upper(), re.ASCII)
+    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"it should be a size such as 2GB, but is {text!r}")
+    return size
 
 
 if __name__ == "__main__":

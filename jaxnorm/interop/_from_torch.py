@@ -1,4 +1,4 @@
-"""How does a PyTorch model come? Its state dict, norm by norm, bit for bit."""
+"""From PyTorch: a state dict becomes variables, norm by norm and bit for bit."""
 
 import os
 import warnings
@@ -8,15 +8,27 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check, safetensors
-from jaxnorm.interop._trees import Tree, array, flatten, inverted, join, nest, renamed, split
+from jaxnorm.interop._files import read
+from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check
+from jaxnorm.interop._state_dict import common_front, state_dict_of
+from jaxnorm.interop._trees import (
+    Tree,
+    array,
+    check_names,
+    flatten,
+    inverted,
+    join,
+    nest,
+    renamed,
+    split,
+)
 from jaxnorm.variables import statistics_dtype
 
 MOST = np.iinfo(np.int32).max
 
 
 def from_torch(
-    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    state_dict: Any,
     *,
     names: Mapping[str, str] | None = None,
     norms: Collection[str] | None = None,
@@ -24,6 +36,9 @@ def from_torch(
     track_running_stats: bool | None = None,
     count: int | None = None,
     like: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+    leave_out: Collection[str] = (),
 ) -> Tree:
     r"""Turns a PyTorch state dict into variables.
 
@@ -34,13 +49,18 @@ def from_torch(
     to "params" under its own name, untouched, unless `convert` says otherwise.
 
     Running statistics in half precision are widened to float32. A count beyond int32 becomes the
-    largest int32, with a warning. Nothing else is changed: `to_torch` gives back every bit.
+    largest int32, with a warning. Nothing else is changed: `to_torch` gives back every bit. The
+    arrays are copies, but for those of a file: training the PyTorch model on does not change them.
+
+    A state dict does not hold epsilon, which differs between PyTorch's layers and Flax's.
 
     Args:
-      state_dict: a mapping of arrays, such as model.state_dict(), or the path of a .safetensors
-        file.
+      state_dict: a mapping of arrays, such as model.state_dict(); a module that has one; or the
+        path of a file: a .safetensors file, an .index.json of several, or a .pt, .pth, .bin or
+        .ckpt file of torch.save, which needs PyTorch and is read with weights_only=True.
       names: what modules are called here, as {"layer1.0": "Block_0", "layer1.0.bn1":
-        "Block_0.BatchNorm_0"}; the longest front of a name that it knows is replaced.
+        "Block_0.BatchNorm_0"}; the longest front of a name that it knows is replaced. Each is a
+        module of the state dict; "" is the whole model.
       norms: the names, in PyTorch, of the modules that are norms; None finds them. For layer norms
         over several axes, or where a `weight` of one axis is no norm's (PReLU).
       convert: `convert(name, array)` for each array that is no norm's, after `names`: its new
@@ -52,14 +72,23 @@ def from_torch(
         batch replace the statistics; write how many batches they stand for.
       like: variables of the new model, or their `jax.eval_shape`: what comes out is to have the
         same names and shapes.
+      key: where the state dict is in a checkpoint that holds more, such as "state_dict" or
+        "ema.model". None is at the top.
+      prefix: what is taken from the front of every name, such as "module." of
+        DistributedDataParallel or "_orig_mod." of torch.compile. A name without it is an error.
+      leave_out: names in the state dict that are left out, prefix and all, where * stands for
+        anything, such as "n_averaged" or "*_extra_state". One that matches nothing is an error.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays.
+      {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays. Those of a file are
+      read-only views of the mapped file, where nothing had to be changed.
 
     Raises:
-      ValueError: naming the keys, if a norm lacks one half of its statistics, its arrays are of
-        different shapes or its statistics no floats; if `norms` names what is not there; if two
-        arrays get one name; if anything is missing, unexpected or of another shape than in `like`.
+      ImportError: if a file needs PyTorch or safetensors, and that is missing.
+      ValueError: if a file cannot be read, or holds more than arrays by name; naming the keys, if
+        a norm lacks one half of its statistics, its arrays are of different shapes or its
+        statistics no floats; if `names` or `norms` names what is not there; if two arrays get one
+        name; if anything is missing, unexpected or of another shape than in `like`.
 
     Example:
       >>> import numpy as np
@@ -77,8 +106,14 @@ def from_torch(
     References:
       torch.nn.Module.state_dict, PyTorch 2.13.
     """
+    given: Any = state_dict
+    of_a_file = isinstance(state_dict, str | os.PathLike)
+    if of_a_file:
+        given = read("from_torch", state_dict).arrays
+    elif not isinstance(state_dict, Mapping) and hasattr(state_dict, "state_dict"):
+        given = state_dict.state_dict()
     entries = read_torch(
-        state_dict,
+        state_dict_of("from_torch", given, key, prefix=prefix, leave_out=leave_out),
         names=names,
         norms=norms,
         convert=convert,
@@ -87,11 +122,29 @@ def from_torch(
     )
     if like is not None:
         _check_variables(entries, like)
+    warn_of_scales(entries)
+    if not of_a_file:  # a model may go on changing its arrays
+        entries = [entry._replace(value=_copied(entry.value)) for entry in entries]
     return variables_of(entries)
 
 
+def _copied(value):
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def warn_of_scales(entries):
+    """Names that `to_torch` takes for those of norms, where nothing else is said."""
+    own = [e.theirs for e in entries if e.theirs == e.ours and split(e.theirs)[1] == "scale"]
+    if own:
+        warnings.warn(
+            f"from_torch: {own} are called scale, as those of norms are here; write like= or "
+            f"norms= for to_torch, too, or it calls them weight",
+            stacklevel=3,
+        )
+
+
 def read_torch(
-    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    state_dict: Mapping[str, Any],
     *,
     names: Mapping[str, str] | None,
     norms: Collection[str] | None,
@@ -100,20 +153,27 @@ def read_torch(
     count: int | None,
 ) -> list[Entry]:
     """Every array of the state dict, with what it is here."""
-    given: Any = state_dict
-    if isinstance(state_dict, str | os.PathLike):
-        given = safetensors("from_torch").load_file(state_dict)
-    arrays = {name: array("from_torch", name, value) for name, value in given.items()}
+    arrays = {name: array("from_torch", name, value) for name, value in state_dict.items()}
     found = _norms(arrays) if norms is None else _named(arrays, norms)
+    _check_parts(arrays)
     inverted("from_torch", names or {})
+    check_names("from_torch", names or {}, arrays, "the state dict")
     entries = []
+    uncounted: list[str] = []
     for module in dict.fromkeys(split(name)[0] for name in arrays):
         if module in found:
             leaves = {
                 leaf: arrays[join(module, leaf)] for leaf in LEAVES if join(module, leaf) in arrays
             }
             ours = renamed(module, names or {})
-            entries += _read_norm(module, ours, leaves, track_running_stats, count)
+            entries += _read_norm(module, ours, leaves, track_running_stats, count, uncounted)
+    if uncounted and count is None:
+        warnings.warn(
+            f"from_torch: num_batches_tracked of {uncounted} is missing and taken as 0; with "
+            f"momentum=None the next batch would replace the running statistics; write count= the "
+            f"number of batches that they stand for, or count=0",
+            stacklevel=3,
+        )
     for name, value in arrays.items():
         module, leaf = split(name)
         if module in found and leaf in LEAVES:
@@ -123,6 +183,15 @@ def read_torch(
         note = "left out" if new_name is None else "" if new is value else "converted"
         entries.append(Entry(name, "params", new_name, new, note))
     return entries
+
+
+def _check_parts(arrays):
+    empty = [name for name in arrays if "" in name.split(".")]
+    if empty:
+        raise ValueError(
+            f"from_torch: names should be parts joined by dots, but {empty} have empty parts; "
+            f"rename them"
+        )
 
 
 def _norms(arrays):
@@ -146,8 +215,8 @@ def _named(arrays, norms):
     return set(norms)
 
 
-def _read_norm(module, ours, leaves, track_running_stats, count):
-    """The entries of one norm, checked."""
+def _read_norm(module, ours, leaves, track_running_stats, count, uncounted):
+    """The entries of one norm, checked; its name is added to `uncounted` if it has no count."""
 
     def key(leaf):
         return join(module, leaf)
@@ -173,6 +242,8 @@ def _read_norm(module, ours, leaves, track_running_stats, count):
                 )
             leaves[leaf], notes[leaf] = _statistic(key(leaf), leaves[leaf])
         leaf = RUNNING[2]
+        if leaf not in leaves:
+            uncounted.append(module)
         leaves[leaf], notes[leaf] = _count(key(leaf), leaves.get(leaf), count)
     elif track_running_stats:
         shape = next(iter(shapes.values()))
@@ -200,13 +271,6 @@ def _statistic(key, value):
 
 def _count(key, value, count):
     if value is None:
-        if count is None:
-            warnings.warn(
-                f"from_torch: {key!r} is missing and taken as 0; with momentum=None the next batch "
-                f"would replace the running statistics; write count= the number of batches that "
-                f"they stand for, or count=0",
-                stacklevel=5,
-            )
         return np.asarray(count or 0, np.int32), "missing"
     if value.shape != () or not np.issubdtype(value.dtype, np.integer) or value < 0:
         raise ValueError(
@@ -240,4 +304,7 @@ def _check_variables(entries, like):
     found = {f"{e.collection}.{e.ours}": np.shape(e.value) for e in entries if e.ours is not None}
     origin = {f"{e.collection}.{e.ours}": e.theirs for e in entries if e.ours and e.theirs}
     expected = {k: v for k, v in like.items() if k in ("params", "batch_stats")}
-    check("from_torch", found, {k: v.shape for k, v in flatten(expected).items()}, origin)
+    front = common_front(origin.values())
+    hint = f"; all names begin with {front!r}: write prefix= what a wrapper added of it"
+    shapes = {k: v.shape for k, v in flatten("from_torch", expected).items()}
+    check("from_torch", found, shapes, origin, hint if front else "")

@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     note: str = ""
 
 
-def check(function, found, expected, origin):
+def check(function, found, expected, origin, hint=""):
     """Both have the same names and shapes."""
 
     def named(name):
@@ -47,16 +47,5 @@ def check(function, found, expected, origin):
             f"{function}: what comes out should be like the given model, but\n  "
             + "\n  ".join(problems)
             + "\nwrite names= where modules are called otherwise, and track_running_stats=False "
-            "or True to leave running statistics out or begin with first ones"
+            f"or True to leave running statistics out or begin with first ones{hint}"
         )
-
-
-def safetensors(function):
-    """The library for files, which only they need."""
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            f"{function}: files need safetensors; write pip install 'jaxnorm[interop]'"
-        ) from error
-    return safetensors.numpy

@@ -1,9 +1,12 @@
-"""How do Linen's two collections become NNX's one tree, and back?"""
+"""The variables of NNX models: one tree where Linen has two collections."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxnorm.interop._trees import Tree, flatten, nest, settled, split
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.interop._trees import Tree, flatten, join, nest, settled, split
 
 STATE = ("mean", "var", "count")
 
@@ -32,7 +35,9 @@ def to_nnx(variables: Mapping[str, Any]) -> Tree:
     References:
       flax.nnx.replace_by_pure_dict, flax 0.12.
     """
-    params, stats = (flatten(variables.get(name, {})) for name in ("params", "batch_stats"))
+    params, stats = (
+        flatten("to_nnx", variables.get(name, {})) for name in ("params", "batch_stats")
+    )
     twice = sorted(params.keys() & stats.keys())
     if twice:
         raise ValueError(f"to_nnx: {twice} should be in one collection, but are in both")
@@ -43,10 +48,12 @@ def from_nnx(tree: Mapping[Any, Any]) -> Tree:
     """Parts an NNX model's tree into params and batch_stats.
 
     Args:
-      tree: `nnx.to_pure_dict(nnx.state(model))`. What accumulates is left out.
+      tree: `nnx.to_pure_dict(nnx.state(model))`. Batches that accumulate and the random streams of
+        Dropout (a key and its counter) are left out.
 
     Returns:
-      {"params": ..., "batch_stats": ...}: a module's mean, var and count are its batch_stats.
+      {"params": ..., "batch_stats": ...}: the mean, var and count of a module that has the first
+      two are its batch_stats.
 
     Example:
       >>> from flax import nnx
@@ -60,8 +67,11 @@ def from_nnx(tree: Mapping[Any, Any]) -> Tree:
     References:
       flax.nnx.to_pure_dict, flax 0.12.
     """
-    flat = settled(flatten(tree))
-    norms = {split(name)[0] for name in flat if split(name)[1] == "mean"}
+    flat = settled(flatten("from_nnx", tree))
+    random = {split(name)[0] for name, leaf in flat.items() if _is_key(leaf)}
+    flat = {k: v for k, v in flat.items() if split(k)[0] not in random}
+    modules = {split(name)[0] for name in flat}
+    norms = {m for m in modules if join(m, "mean") in flat and join(m, "var") in flat}
 
     def of_a_state(name: str) -> bool:
         module, leaf = split(name)
@@ -71,3 +81,9 @@ def from_nnx(tree: Mapping[Any, Any]) -> Tree:
         "params": nest("from_nnx", {k: v for k, v in flat.items() if not of_a_state(k)}),
         "batch_stats": nest("from_nnx", {k: v for k, v in flat.items() if of_a_state(k)}),
     }
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether this is a key of jax.random."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)

@@ -1,19 +1,31 @@
-"""How does a model go to PyTorch? Its variables, norm by norm, as a state dict."""
+"""To PyTorch: variables become a state dict, norm by norm and bit for bit."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check, safetensors
-from jaxnorm.interop._trees import array, flatten, inverted, join, renamed, settled, split
+from jaxnorm.interop._files import Contents, write
+from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check
+from jaxnorm.interop._trees import (
+    array,
+    check_names,
+    flatten,
+    inverted,
+    join,
+    renamed,
+    settled,
+    split,
+)
 
 
 def to_torch(
     variables: Mapping[str, Any],
     *,
     names: Mapping[str, str] | None = None,
+    norms: Collection[str] | None = None,
     convert: Convert | None = None,
     track_running_stats: bool | None = None,
     like: Mapping[str, Any] | None = None,
@@ -22,25 +34,30 @@ def to_torch(
     """Turns variables into a PyTorch state dict: the inverse of `from_torch`.
 
     A norm is a module with a scale, or with running statistics. For PyTorch, write
-    `model.load_state_dict({k: torch.from_numpy(v) for k, v in state_dict.items()})`.
+    `model.load_state_dict(interop.tensors(state_dict))`.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}; the second may be missing.
       names: the same map as for `from_torch`, from PyTorch's names to those here.
+      norms: the names, in PyTorch, of the modules that are norms. None takes every module that has
+        a scale or running statistics, but for those with a `scale` of their own in `like`.
       convert: `convert(name, array)` for each array that is no norm's, after `names`: its new
         dotted name in PyTorch and array; or None to leave it out.
       track_running_stats: None: as they are. False leaves the running statistics out. True gives
         the norms that have none first ones.
       like: the state dict of the PyTorch model: the same names and shapes are to come out, and its
-        dtypes do; half-precision statistics, say, that `from_torch` had widened.
-      file: the path of a .safetensors file that is written too.
+        dtypes do; half-precision statistics, say, that `from_torch` had widened. Counts are left
+        out of norms that have none there, such as FrozenBatchNorm2d.
+      file: the path of a .safetensors file that is written too, or replaced; an
+        .safetensors.index.json writes it in shards of at most 5 GB.
 
     Returns:
       A dict of NumPy arrays, writable copies, by dotted names; counts are int64.
 
     Raises:
-      ValueError: naming the keys, if a state lacks a part or two arrays get one name; if
-        anything is missing, unexpected or of another shape than in `like`.
+      ValueError: naming the keys, if a state lacks a part, a count is not a whole number or two
+        arrays get one name; if `names` or `norms` names what is not there; if anything is missing,
+        unexpected or of another shape than in `like`.
 
     Example:
       >>> import jaxnorm
@@ -54,7 +71,12 @@ def to_torch(
       torch.nn.Module.load_state_dict, PyTorch 2.13.
     """
     entries = write_torch(
-        variables, names=names, convert=convert, track_running_stats=track_running_stats
+        variables,
+        names=names,
+        norms=norms,
+        convert=convert,
+        track_running_stats=track_running_stats,
+        like=like,
     )
     state_dict: dict[str, np.ndarray] = {}
     for entry in entries:
@@ -62,7 +84,7 @@ def to_torch(
             continue
         if entry.theirs in state_dict:
             raise ValueError(f"to_torch: {entry.theirs!r} should be one array, but is two")
-        state_dict[entry.theirs] = entry.value
+        state_dict[entry.theirs] = np.array(entry.value, order="C")
     if like is not None:
         shapes = {key: tuple(np.shape(value)) for key, value in like.items()}
         check("to_torch", {k: v.shape for k, v in state_dict.items()}, shapes, {})
@@ -70,7 +92,7 @@ def to_torch(
             key: state_dict[key].astype(array("to_torch", key, like[key]).dtype) for key in like
         }
     if file is not None:
-        safetensors("to_torch").save_file(state_dict, file)
+        write("to_torch", file, Contents(state_dict))
     return state_dict
 
 
@@ -78,46 +100,68 @@ def write_torch(
     variables: Mapping[str, Any],
     *,
     names: Mapping[str, str] | None,
+    norms: Collection[str] | None = None,
     convert: Convert | None,
     track_running_stats: bool | None,
+    like: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
-    """Every array of the variables, with what it is in PyTorch."""
+    """Every array of the variables, with what it is in PyTorch: no copies, where none is needed."""
     theirs = inverted("to_torch", names or {})
     params, stats = (
-        {k: array("to_torch", k, v) for k, v in settled(flatten(variables.get(name, {}))).items()}
+        {k: array("to_torch", k, v) for k, v in _flat(variables.get(name, {})).items()}
         for name in ("params", "batch_stats")
     )
+    check_names("to_torch", theirs, (*params, *stats), "the variables")
     unknown = sorted(name for name in stats if ("batch_stats", split(name)[1]) not in THEIRS)
     if unknown:
         raise ValueError(
             f"to_torch: batch_stats should hold mean, var and count of norms, which PyTorch has "
             f"too, but hold {unknown}; leave them out"
         )
-    norms = dict.fromkeys(split(name)[0] for name in (*params, *stats) if _of_a_norm(name, stats))
+    found = _norms(params, stats, theirs, norms, like)
     entries = []
-    for module in norms:
-        entries += _write_norm(module, renamed(module, theirs), params, stats, track_running_stats)
+    for module, known in found.items():
+        uncounted = like is not None and join(known, RUNNING[2]) not in like
+        entries += _write_norm(module, known, params, stats, track_running_stats, uncounted)
     for name, value in params.items():
         module, leaf = split(name)
-        if module in norms and leaf in ("scale", "bias"):
+        if module in found and leaf in ("scale", "bias"):
             continue
         known = join(renamed(module, theirs), leaf)
         new_name, new = (
             (known, value) if convert is None else convert(known, value) or (None, value)
         )
         note = "left out" if new_name is None else "" if new is value else "converted"
-        entries.append(Entry(new_name, "params", name, np.array(new, order="C"), note))
+        entries.append(Entry(new_name, "params", name, np.asarray(new), note))
     return entries
 
 
-def _of_a_norm(name, stats):
-    module, leaf = split(name)
-    return leaf == "scale" or join(module, "mean") in stats or join(module, "var") in stats
+def _flat(tree):
+    return settled(flatten("to_torch", tree))
 
 
-def _write_norm(module, theirs, params, stats, track_running_stats):
+def _norms(params, stats, theirs, norms, like):
+    """The modules that are norms, with their names in PyTorch."""
+    tracked = dict.fromkeys(split(name)[0] for name in stats)
+    scaled = dict.fromkeys(split(name)[0] for name in params if split(name)[1] == "scale")
+    found = {module: renamed(module, theirs) for module in scaled | tracked}
+    if norms is None:
+        own = {m for m, known in found.items() if like and join(known, "scale") in like}
+        return {m: known for m, known in found.items() if m in tracked or m not in own}
+    absent = sorted(set(norms) - set(found.values()))
+    unnamed = sorted(found[module] for module in tracked if found[module] not in norms)
+    if absent or unnamed:
+        raise ValueError(
+            f"to_torch: norms should name all modules with running statistics, and no others than "
+            f"those with a scale, but it lacks {unnamed}, and {absent} have no scale"
+        )
+    return {module: known for module, known in found.items() if known in norms}
+
+
+def _write_norm(module, theirs, params, stats, track_running_stats, uncounted):
+    """The entries of one norm; without its count if it is not counted in PyTorch."""
     leaves = {
-        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])].copy()
+        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])]
         for ours in THEIRS
         if join(module, ours[1]) in (params if ours[0] == "params" else stats)
     }
@@ -136,8 +180,11 @@ def _write_norm(module, theirs, params, stats, track_running_stats):
             leaves["batch_stats", leaf] = value(shape, np.float32)
         leaves["batch_stats", "count"] = np.zeros((), np.int32)
         notes |= dict.fromkeys([o for o in leaves if o[0] == "batch_stats"], "a first one")
-    if ("batch_stats", "count") in leaves:
-        leaves["batch_stats", "count"] = leaves["batch_stats", "count"].astype(np.int64)
+    count = "batch_stats", "count"
+    if count in leaves:
+        leaves[count] = _count(module, leaves[count])
+        if uncounted:
+            notes[count] = "left out"
     return [
         Entry(
             None if notes[ours] == "left out" else join(theirs, THEIRS[ours]),
@@ -148,3 +195,49 @@ def _write_norm(module, theirs, params, stats, track_running_stats):
         )
         for ours, value in leaves.items()
     ]
+
+
+def _count(module, count):
+    """The count in int64, as PyTorch has it; an average over devices is a whole number in float."""
+    whole = np.issubdtype(count.dtype, np.number) and np.all(count == np.round(count))
+    if not whole or np.any(count < 0):
+        raise ValueError(
+            f"to_torch: the count of {module!r} should be a whole number, not negative, but is "
+            f"{count.dtype} {count}; write the number of batches that its statistics stand for"
+        )
+    return count.astype(np.int64)
+
+
+def tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Turns the arrays of a state dict into PyTorch tensors, which needs PyTorch.
+
+    As torch.from_numpy does, which takes neither bfloat16 nor float8. The tensors share the arrays'
+    memory.
+
+    Args:
+      state_dict: NumPy arrays by name, as `to_torch` gives them.
+
+    Returns:
+      Tensors of the same names, shapes and dtypes, for `model.load_state_dict`.
+
+    Example:
+      >>> import torch
+      >>> import jaxnorm
+      >>> from jaxnorm import interop
+      >>> variables = {"params": jaxnorm.init_params(2), "batch_stats": jaxnorm.init_batch_stats(2)}
+      >>> state_dict = interop.to_torch(variables)
+      >>> torch.nn.BatchNorm1d(2).load_state_dict(interop.tensors(state_dict))
+      <All keys matched successfully>
+
+    References:
+      torch.from_numpy, PyTorch 2.13.
+    """
+    import torch
+
+    def tensor(value: np.ndarray) -> Any:
+        if value.dtype.kind != "V" and value.dtype.name not in dir(ml_dtypes):
+            return torch.from_numpy(value)
+        bits = value.view({1: np.uint8, 2: np.int16}[value.dtype.itemsize])
+        return torch.from_numpy(bits).view(getattr(torch, value.dtype.name))
+
+    return {name: tensor(np.asarray(value)) for name, value in state_dict.items()}

@@ -1,9 +1,11 @@
-"""What is called what? Nested dicts and dotted names, and the user's map between two of them."""
+"""Names of arrays: nested dicts and dotted names, and the user's map between two of them."""
 
-from collections.abc import Mapping
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxnorm._walk import leaves
@@ -11,9 +13,23 @@ from jaxnorm._walk import leaves
 Tree = dict[str, Any]
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(function: str, tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their dotted names; the parts of a list are called "0", "1", ..."""
-    return {".".join(names): leaf for names, leaf in leaves(tree)}
+    flat: dict[str, Any] = {}
+    for parts, leaf in leaves(tree):
+        name = ".".join(parts)
+        if any("." in part or not part for part in parts):
+            raise ValueError(
+                f"{function}: the names of modules and arrays should not be empty and hold no dot, "
+                f"because the parts of {list(parts)} are joined by dots; rename them"
+            )
+        if name in flat:
+            raise ValueError(
+                f"{function}: {name!r} should be one array, but is two; give one of them another "
+                f"name"
+            )
+        flat[name] = leaf
+    return flat
 
 
 def settled(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +80,22 @@ def renamed(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
+def check_names(function: str, names: Iterable[str], found: Iterable[str], whose: str) -> None:
+    """Every name in the user's map is that of a module that holds arrays; "" is the whole model."""
+    modules: set[str] = set()
+    for name in found:
+        parts = name.split(".")
+        modules |= {".".join(parts[:end]) for end in range(len(parts))}
+    unknown = [name for name in names if name not in modules]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], modules - {""}, n=3, cutoff=0.5)
+        meant = f"; did you mean {' or '.join(map(repr, close))}" if close else ""
+        raise ValueError(
+            f"{function}: names should name modules of {whose} that hold arrays, but it has no "
+            f"{unknown}{meant}"
+        )
+
+
 def inverted(function: str, names: Mapping[str, str]) -> dict[str, str]:
     """The map the other way round."""
     back = {ours: theirs for theirs, ours in names.items()}
@@ -78,15 +110,22 @@ def inverted(function: str, names: Mapping[str, str]) -> dict[str, str]:
 
 def array(function: str, name: str, value: Any) -> np.ndarray:
     """Whatever holds an array, as NumPy's, in its dtype: JAX would narrow 64 bits to 32."""
-    value = value.detach() if hasattr(value, "detach") else value
     try:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
+            return _of_tensor(torch, value.detach())
         return np.asarray(value)
-    except (TypeError, RuntimeError):  # PyTorch's bfloat16, or another device's memory
-        pass
-    try:
-        return np.asarray(jnp.from_dlpack(value))
-    except Exception as error:
+    except (TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{function}: {name!r} should be an array in this machine's memory, but is "
-            f"{type(value).__name__}; for PyTorch, write tensor.cpu()"
+            f"{type(value).__name__}: {error}; for PyTorch, write tensor.cpu()"
         ) from error
+
+
+def _of_tensor(torch: Any, tensor: Any) -> np.ndarray:
+    """The array of a PyTorch tensor; NumPy itself does not have bfloat16 and float8."""
+    dtype = getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch."), None)
+    if dtype is None:
+        return tensor.resolve_conj().resolve_neg().numpy()
+    of_the_size = {1: torch.uint8, 2: torch.int16}[tensor.element_size()]
+    return tensor.view(of_the_size).numpy().view(dtype)

@@ -1,0 +1,170 @@
+"""A file of weights is converted to another one, and nothing in it is lost."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxnorm.interop import _files
+from jaxnorm.interop._from_torch import read_torch, variables_of, warn_of_scales
+from jaxnorm.interop._leaves import Entry
+from jaxnorm.interop._state_dict import state_dict_of
+from jaxnorm.interop._to_torch import write_torch
+from jaxnorm.interop._trees import nest, split
+
+NORMS_HAVE = ("scale", "mean")
+COLLECTIONS = ("params/", "batch_stats/")
+
+
+def convert_file(options: Any) -> str:
+    """Reads, converts and writes; the table of what was done."""
+    _files.check_target("convert", options.target, replace=options.force)
+    names = _names(options.names) if options.names else None
+    source = _files.read("convert", options.source)
+    arrays = state_dict_of(
+        "convert", source.arrays, options.key, prefix=options.prefix, leave_out=options.leave_out
+    )
+    track = False if options.no_running_stats else None
+    if any(name.startswith(COLLECTIONS) for name in arrays):
+        entries, moves = _to_torch(arrays, options, names, track)
+    else:
+        entries, moves = _from_torch(arrays, options, names, track)
+    moved = _moved(arrays, moves)
+    shards = None
+    if options.shard_size is not None:
+        shards = _files.shards_of(moved, options.shard_size)
+    elif source.shards is not None:
+        shards = _same_shards(source.shards, options.prefix or "", moves)
+    contents = source._replace(arrays=moved, shards=shards)
+    written = _files.write("convert", options.target, contents, replace=options.force)
+    lines = [table(entries), f"written: {', '.join(file.name for file in written)}"]
+    if options.leave_out:
+        lines.insert(1, f"left out: {', '.join(options.leave_out)}")
+    return "\n".join(lines)
+
+
+Move = tuple[str | None, str | None, Any]  # the name in the source, that in the target, the array
+
+
+def _from_torch(
+    arrays: Mapping[str, Any], options: Any, names: Any, track: bool | None
+) -> tuple[list[Entry], list[Move]]:
+    entries = read_torch(
+        arrays,
+        names=names,
+        norms=options.norm,
+        convert=None,
+        track_running_stats=track,
+        count=options.count,
+    )
+    warn_of_scales(entries)
+    variables_of(entries)  # no two arrays have one name, and none is inside another
+    return entries, [(e.theirs, _file_name(e), e.value) for e in entries]
+
+
+def _to_torch(
+    arrays: Mapping[str, Any], options: Any, names: Any, track: bool | None
+) -> tuple[list[Entry], list[Move]]:
+    others = [name for name in arrays if not name.startswith(COLLECTIONS)]
+    if others:
+        raise ValueError(
+            f"convert: all names should begin with params/ or batch_stats/, since some do, but "
+            f"{others} do not; write --leave-out for each of them"
+        )
+    if options.count is not None:
+        raise ValueError("convert: --count is for state dicts, but the source has variables")
+    origin: dict[str, str] = {}
+    for name in arrays:
+        parts = [_decoded(part) for part in name.split("/")]
+        dotted = ".".join(parts)
+        if any("." in part or not part for part in parts):
+            raise ValueError(
+                f"convert: the parts of {name!r} should not be empty and hold no dot, because "
+                f"PyTorch joins them by dots; rename them"
+            )
+        if dotted in origin:
+            raise ValueError(
+                f"convert: {origin[dotted]!r} and {name!r} should have names of their own, but "
+                f"both become {dotted!r}"
+            )
+        origin[dotted] = name
+    variables = nest("convert", {dotted: arrays[name] for dotted, name in origin.items()})
+    entries = write_torch(
+        variables, names=names, norms=options.norm, convert=None, track_running_stats=track
+    )
+    return entries, [
+        (None if e.ours is None else origin[f"{e.collection}.{e.ours}"], e.theirs, e.value)
+        for e in entries
+    ]
+
+
+def _moved(arrays: Iterable[str], moves: list[Move]) -> dict[str, Any]:
+    """What is written by name, in the order of the source; nothing that was read is lost."""
+    order = {name: i for i, name in enumerate(arrays)}
+    lost = sorted(order.keys() - {source for source, _, _ in moves})
+    if lost:
+        raise ValueError(
+            f"convert: all arrays should be converted, but {lost} have no place in PyTorch; write "
+            f"--leave-out for each of them"
+        )
+    origin: dict[str, str | None] = {}
+    for source, target, _ in moves:
+        if target is not None and target in origin:
+            raise ValueError(
+                f"convert: {origin[target]!r} and {source!r} should have names of their own, but "
+                f"both become {target!r}; write --names"
+            )
+        if target is not None:
+            origin[target] = source
+    moves = sorted(moves, key=lambda move: order.get(move[0] or "", len(order)))
+    return {target: value for _, target, value in moves if target is not None}
+
+
+def _same_shards(shards: Any, prefix: str, moves: list[Move]) -> list[list[str]]:
+    """The shards of the source, by the new names; what is new, such as a count, is in the last."""
+    shard_of = {name.removeprefix(prefix): i for i, names in enumerate(shards) for name in names}
+    new: list[list[str]] = [[] for _ in shards] or [[]]
+    for source, target, _ in moves:
+        if target is not None:
+            new[shard_of.get(source or "", -1)].append(target)
+    return [names for names in new if names] or [[]]
+
+
+def _names(path: Path) -> dict[str, str]:
+    names = _files.read_json("convert", path)
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(
+            f'convert: {path} should hold names by names, such as {{"layer1.0": "Block_0"}}, but '
+            f"does not"
+        )
+    return names
+
+
+def _file_name(entry: Entry) -> str | None:
+    """A variable's name in a file: its parts between slashes, which they cannot have themselves."""
+    if entry.ours is None:
+        return None
+    parts = [entry.collection, *entry.ours.split(".")]
+    return "/".join(part.replace("%", "%25").replace("/", "%2F") for part in parts)
+
+
+def _decoded(part: str) -> str:
+    return part.replace("%2F", "/").replace("%25", "%")
+
+
+def table(entries: list[Entry]) -> str:
+    """A row for each array: its names there and here, its shape and dtype, what became of it."""
+    rows = [("PyTorch", "here", "shape", "dtype", "")]
+    for entry in entries:
+        shape = "x".join(map(str, entry.value.shape)) or "()"
+        row = (entry.theirs or "-", _file_name(entry) or "-", shape, str(entry.value.dtype))
+        rows.append((*row, entry.note))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    modules = {split(e.ours)[0] for e in entries if e.ours and split(e.ours)[1] in NORMS_HAVE}
+    return "\n".join(
+        [*lines, "", f"{len(entries)} arrays, among them those of {len(modules)} norm(s)"]
+    )

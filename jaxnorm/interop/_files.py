@@ -1,0 +1,183 @@
+"""Files of arrays are read and written: .safetensors, also in shards; those of torch.save, read.
+
+What is read are views of the mapped file, so that arrays take memory only where they are changed.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxnorm.interop import _safetensors
+from jaxnorm.interop._replace import check_place, put
+
+OF_TORCH = (".pt", ".pth", ".bin", ".ckpt")
+SINGLE, INDEX = ".safetensors", ".index.json"
+SHARD_SIZE = 5 * 10**9  # Hugging Face's, for an index where nothing else is said
+
+
+class Contents(NamedTuple):
+    """What a file holds, and what it says about that."""
+
+    arrays: Any  # a dict of arrays by name; of a file of torch.save, whatever was saved
+    metadata: Mapping[str, str] = {}  # of the header
+    about: Mapping[str, Any] = {}  # of the index
+    shards: Sequence[Sequence[str]] | None = None  # the names in each; None for a single file
+
+
+# ---- Reading ----
+
+
+def read(function: str, path: str | os.PathLike[str]) -> Contents:
+    """Reads a .safetensors file, the shards of an index, or a file of torch.save."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{function}: {path} should be a file of arrays, but is a folder")
+    if not path.is_file():
+        raise ValueError(f"{function}: {path} should be a file of arrays, but there is none")
+    if path.name.endswith(INDEX):
+        return _read_shards(function, path)
+    if path.suffix in OF_TORCH:
+        return Contents(_read_torch(function, path))
+    return Contents(*_safetensors.read(function, path))
+
+
+def read_json(function: str, path: Path) -> Any:
+    """What a JSON file holds."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{function}: {path} should be a JSON file, but {error}") from error
+
+
+def _read_shards(function: str, path: Path) -> Contents:
+    """The arrays of all the files that an index names."""
+    index = read_json(function, path)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(
+            f'{function}: {path} should be an index of shards, with {{"weight_map": {{name: file}}'
+            f"}}, but has none"
+        )
+    arrays: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    shards = []
+    for file in sorted({*files.values()}):  # an index may be in alphabetical order of the arrays
+        if Path(file).name != file or file.endswith(INDEX):  # it stays in its own folder
+            raise ValueError(f"{function}: {path} should name files beside it, but names {file!r}")
+        shard = read(function, path.parent / file)
+        found = shard.arrays if isinstance(shard.arrays, Mapping) else {}
+        differ = {name for name in files if files[name] == file}.symmetric_difference(found)
+        if differ:
+            raise ValueError(
+                f"{function}: {file} should hold the arrays that {path} lists, but they differ in "
+                f"{sorted(map(str, differ))}"
+            )
+        arrays |= found
+        metadata = {**shard.metadata, **metadata}
+        shards.append(list(found))
+    about = index.get("metadata")
+    return Contents(arrays, metadata, about if isinstance(about, dict) else {}, shards)
+
+
+def _read_torch(function: str, path: Path) -> Any:
+    """What torch.save wrote; nothing but tensors and plain containers is ever unpickled."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: {path} needs PyTorch to be read; write pip install torch, or, where it "
+            f"was made, safetensors.torch.save_file(model.state_dict(), '{path.stem}.safetensors')"
+        ) from error
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # files of PyTorch before 1.6 cannot be mapped
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:
+        # PyTorch's own text says how to run the file's code, which is never the way out here.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{function}: {path} should hold tensors in dicts, but "
+            f"{f'has a pickled {found[1]}' if found else 'PyTorch cannot read it as such'}; where "
+            f"it was made, write torch.save(model.state_dict(), {path.name!r})"
+        ) from error
+
+
+# ---- Writing ----
+
+
+def check_target(function: str, path: Path, *, replace: bool) -> None:
+    """The path has the name of a file that can be written, and may be replaced if it exists."""
+    if path.suffix in OF_TORCH:
+        raise ValueError(
+            f"{function}: {path} should be a .safetensors file, but is one of torch.save; write "
+            f"{path.stem}.safetensors, which PyTorch loads by "
+            f"model.load_state_dict(safetensors.torch.load_file('{path.stem}.safetensors'))"
+        )
+    check_place(function, path, replace=replace)
+    if not path.name.removesuffix(INDEX).endswith(SINGLE):
+        raise ValueError(
+            f"{function}: {path} should end in .safetensors, or in .safetensors.index.json for "
+            f"shards; write {path.name}.safetensors"
+        )
+
+
+def write(
+    function: str, path: str | os.PathLike[str], contents: Contents, *, replace: bool = True
+) -> list[Path]:
+    """Writes a .safetensors file, or shards and their index.
+
+    All files are complete before the first is moved to its place: the arrays may be views of files
+    that are replaced.
+    """
+    path = Path(path)
+    check_target(function, path, replace=replace)
+    arrays = _safetensors.writable(function, path, contents.arrays)
+    single = path.with_name(path.name.removesuffix(INDEX))
+    index = single.with_name(single.name + INDEX)
+    shards = contents.shards
+    if shards is None and path == index:
+        shards = shards_of(contents.arrays, SHARD_SIZE)
+    parts = _named(single, shards) if shards is not None else {single: list(arrays)}
+    files = [single] if shards is None else [*parts, index]
+    for file in files:
+        check_place(function, file, replace=replace)
+    other = index if shards is None else single
+    if other.exists():
+        raise ValueError(
+            f"{function}: {other} should not lie beside {files[-1].name}, since it is not clear "
+            f"which of them counts; remove it, or write another name"
+        )
+    with put(files) as places:
+        for place, names in zip(places, parts.values(), strict=False):
+            _safetensors.write(place, {name: arrays[name] for name in names}, contents.metadata)
+        if shards is not None:
+            total = {"total_size": sum(a.nbytes for a in arrays.values())}
+            files_of = {name: file.name for file, names in parts.items() for name in names}
+            entries = {"metadata": {**contents.about, **total}, "weight_map": files_of}
+            places[-1].write_text(json.dumps(entries, indent=2))
+    return files
+
+
+def shards_of(arrays: Mapping[str, Any], most: int) -> list[list[str]]:
+    """The names, in order, in shards of at most this many bytes; a larger array has its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, a in arrays.items():
+        if shards[-1] and size + a.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += a.nbytes
+    return shards
+
+
+def _named(single: Path, shards: Sequence[Sequence[str]]) -> dict[Path, Sequence[str]]:
+    """The shards by the names of their files, as Hugging Face's programs give them."""
+    stem = single.name.removesuffix(SINGLE)
+    return {
+        single.with_name(f"{stem}-{i:05d}-of-{len(shards):05d}{SINGLE}"): names
+        for i, names in enumerate(shards, 1)
+    }
