@@ -10,6 +10,8 @@ VENV_DOCS ?= .venv-docs
 VENV_TPU ?= .venv-tpu
 VENV_GPU ?= .venv-gpu
 CUDA_COMPILER = jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12
+# A gigabyte of other libraries, and models of up to a gigabyte each.
+VENV_ZOO ?= .venv-zoo
 # The lowest versions that pyproject.toml allows, and the newest jax, which needs a newer Python.
 VENV_LOWEST ?= .venv-lowest
 VENV_NEWEST ?= .venv-newest
@@ -23,12 +25,13 @@ FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py func
 EXECUTE ?= true
 
 .PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
-  test-accelerators bench-accelerators test-versions
+  test-accelerators bench-accelerators test-versions test-zoo
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests, but for the slow ones, and the notebooks"
 	@echo "make test-slow   run the slow tests, and some of the others as TPU and GPU formulate the norms"
 	@echo "make test-onnx   run the tests of the export to ONNX"
+	@echo "make test-zoo   move the state dicts of other libraries' models; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
 	@echo "make lint   check format, style and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
@@ -62,6 +65,9 @@ ifneq ($(shell $(NEWEST_PYTHON) --version 2>/dev/null),)
 else
 	@echo "There is no $(NEWEST_PYTHON) here: the versions for it were not tested."
 endif
+
+test-zoo: $(VENV_ZOO)/with-zoo
+	$(VENV_ZOO)/bin/pytest tests_zoo -rsf $(ARGS)
 
 notebooks: $(VENV)/with-test
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
@@ -133,6 +139,11 @@ $(VENV_LOWEST)/with-%: pyproject.toml
 $(VENV_NEWEST)/with-%: PYTHON = $(NEWEST_PYTHON)
 $(VENV_NEWEST)/with-%: pyproject.toml
 	$(environment)
+
+$(VENV_ZOO)/with-%: pyproject.toml tests_zoo/constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable '.[$*]' --constraint tests_zoo/constraints.txt
+	@touch $@
 
 $(VENV_TPU)/with-%: pyproject.toml
 	$(environment)

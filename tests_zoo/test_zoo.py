@@ -1,0 +1,113 @@
+"""Tests that the state dict of every model of the zoo comes and goes, bit for bit.
+
+A run writes what it found to docs/interop_zoo.md. One model is in memory at a time.
+"""
+
+import math
+import pathlib
+import warnings
+from importlib import metadata
+
+import models
+import numpy as np
+import pytest
+import torch
+
+from jaxnorm import interop
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "interop_zoo.md"
+LIBRARIES = ("torch", "torchvision", "timm", "monai", "segmentation-models-pytorch", "transformers")
+ZOO = dict(models.zoo())
+ROWS: dict[str, tuple[str, ...]] = {}
+
+
+def built(make):
+    """The model without memory for its arrays, or with it where its constructor computes them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a library says of its own defaults
+        try:
+            with torch.device("meta"):
+                return make()
+        except (RuntimeError, NotImplementedError):
+            return make()
+
+
+def filled(state_dict):
+    """Tensors of the same names, shapes and dtypes with random bits, NaN among them."""
+    rng = np.random.default_rng(0)
+    given = {}
+    for name, a in state_dict.items():
+        if a.dtype.is_floating_point or a.dtype.is_complex:
+            random = torch.from_numpy(rng.integers(0, 256, a.numel() * a.element_size(), np.uint8))
+            given[name] = random.view(a.dtype).reshape(a.shape)
+        else:
+            most = 2 if a.dtype == torch.bool else 100
+            given[name] = torch.from_numpy(rng.integers(0, most, tuple(a.shape))).to(a.dtype)
+    return given
+
+
+def bits(tensor):
+    """The dtype, the shape and the bits of a tensor."""
+    tensor = tensor.contiguous()
+    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def page():
+    """Writes the table when all models have been tried."""
+    yield
+    if len(ROWS) == len(ZOO):
+        PAGE.write_text(table())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_state_dict_comes_and_goes_bit_for_bit(name):
+    ROWS[name] = ("", "", "", "not built")
+    try:
+        model = built(ZOO[name])
+    except Exception as error:
+        ROWS[name] = ("", "", "", f"not built: {type(error).__name__}")
+        pytest.skip(f"{type(error).__name__}: {error}")
+    shapes = model.state_dict()
+    size = sum(a.numel() * a.element_size() for a in shapes.values())
+    if size > models.MOST:
+        ROWS[name] = (str(len(shapes)), "", "", f"left out: {size / 1e9:.1f} GB")
+        pytest.skip(f"{size / 1e9:.1f} GB")
+    norms = interop.describe_torch(model)
+    unknown = sum(row.layer == "unknown" for row in norms)
+    ROWS[name] = (str(len(shapes)), str(len(norms) - unknown), str(unknown), "**no**")
+    given = filled(shapes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        variables = interop.from_torch(given)
+    back = interop.tensors(interop.to_torch(variables, like=given))
+    assert back.keys() == given.keys()
+    for key, tensor in given.items():
+        assert bits(back[key]) == bits(tensor), key
+    ROWS[name] = (*ROWS[name][:3], "bit for bit")
+
+
+def test_at_most_a_tenth_was_not_built():
+    failed = [name for name, row in ROWS.items() if row[3].startswith("not built")]
+    assert len(failed) <= math.ceil(len(ROWS) / 10), failed
+
+
+def table():
+    """The page: a row for each model."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
+    good = sum(row[3] == "bit for bit" for row in ROWS.values())
+    lines = [
+        "# The zoo",
+        "",
+        "`make test-zoo` builds models of other libraries, fills their state dicts with random",
+        "bits, and moves each through `from_torch` and `to_torch(like=...)`. The norms are those",
+        "that `describe_torch` lists, and those that it does not recognize.",
+        "",
+        f"{good} of {len(ROWS)} models came back bit for bit, with {versions}.",
+        "",
+        "| model | arrays | norms | not recognized | round trip |",
+        "|---|---|---|---|---|",
+        *(f"| {name} | {' | '.join(row)} |" for name, row in ROWS.items()),
+        "",
+    ]
+    return "\n".join(lines)
