@@ -135,6 +135,12 @@ def test_a_count_that_is_no_whole_number_does_not_go_out(count):
         interop.to_torch(variables)
 
 
+@pytest.mark.parametrize("count", [3.7, -5, True, 2**31, "7"])
+def test_a_count_that_is_given_is_a_whole_number(count):
+    with pytest.raises(ValueError, match="from_torch: count should be an int from 0 to 2147483647"):
+        interop.from_torch(bn(), count=count)
+
+
 def test_a_count_in_float_that_is_a_whole_number_goes_out():
     variables = interop.from_torch(bn(count=7))
     variables["batch_stats"]["count"] = jnp.float32(7)

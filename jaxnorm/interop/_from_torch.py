@@ -85,10 +85,11 @@ def from_torch(
 
     Raises:
       ImportError: if a file needs PyTorch or safetensors, and that is missing.
-      ValueError: if a file cannot be read, or holds more than arrays by name; naming the keys, if
-        a norm lacks one half of its statistics, its arrays are of different shapes or its
-        statistics no floats; if `names` or `norms` names what is not there; if two arrays get one
-        name; if anything is missing, unexpected or of another shape than in `like`.
+      ValueError: if a file cannot be read, or holds more than arrays by name; if count is no whole
+        number, or negative; naming the keys, if a norm lacks one half of its statistics, its
+        arrays are of different shapes or its statistics no floats; if `names` or `norms` names
+        what is not there; if two arrays get one name; if anything is missing, unexpected or of
+        another shape than in `like`.
 
     Example:
       >>> import numpy as np
@@ -156,6 +157,7 @@ def read_torch(
     arrays = {name: array("from_torch", name, value) for name, value in state_dict.items()}
     found = _norms(arrays) if norms is None else _named(arrays, norms)
     _check_parts(arrays)
+    _check_count(count)
     inverted("from_torch", names or {})
     check_names("from_torch", names or {}, arrays, "the state dict")
     entries = []
@@ -183,6 +185,15 @@ def read_torch(
         note = "left out" if new_name is None else "" if new is value else "converted"
         entries.append(Entry(name, "params", new_name, new, note))
     return entries
+
+
+def _check_count(count):
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if count is not None and not (whole and 0 <= count <= MOST):
+        raise ValueError(
+            f"from_torch: count should be an int from 0 to {MOST}, because it is a number of "
+            f"batches, but is {count!r}"
+        )
 
 
 def _check_parts(arrays):
