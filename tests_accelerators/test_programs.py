@@ -124,8 +124,8 @@ def test_a_convolutional_network_s_step_costs_what_it_does_with_flax_s(
 
     With 128 images the samples, and not the 64 channels, have the lanes of the tiles. Layer norm
     has 1.22 with the mean in two numbers. The loop costs the more, the fewer images there are: 32
-    have 1.013 with batch norm, and 16 have 1.025 with instance norm. Four images have 1.45 in the order of the axes, and 1.98
-    if the two norms of 64 channels are calls of one function.
+    have 1.013 with batch norm, and 16 have 1.025 with instance norm. Four images have 1.45 in the
+    order of the axes, and 1.98 if the two norms of 64 channels are calls of one function.
 
     On a GPU XLA takes one of Flax's sums for batch norm together with the rectifier's derivative.
     Batch norm of 32 images has 1.16 if the sums are taken in two steps, and instance norm of 16
