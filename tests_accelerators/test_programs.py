@@ -146,7 +146,8 @@ def test_a_convolutional_network_s_step_costs_what_it_does_with_flax_s(
     else:
         assert ours.bytes <= moved * flax.bytes
         assert ours.kernels <= flax.kernels + more_kernels
-    assert temporaries[0] <= 1.01 * temporaries[1]
+    # Of few images a TPU keeps most in its fast memory, which does not count: 27 MB are left of 32.
+    assert temporaries[0] <= (1.01 if images >= 64 else 1.03) * temporaries[1]
 
 
 def test_under_scan_the_norms_keep_a_fifth_of_what_flax_s_keep(target):
