@@ -15,8 +15,12 @@ from jaxnorm.interop._kernels import kernels as kernels
 from jaxnorm.interop._kernels_of import kernels_of as kernels_of
 from jaxnorm.interop._layouts import Flattened as Flattened
 from jaxnorm.interop._layouts import Unflattened as Unflattened
+from jaxnorm.interop._match import Proposal as Proposal
+from jaxnorm.interop._match import match as match
+from jaxnorm.interop._match import match_variables as match_variables
 from jaxnorm.interop._nnx import from_nnx as from_nnx
 from jaxnorm.interop._nnx import to_nnx as to_nnx
+from jaxnorm.interop._pairs import Pair as Pair
 from jaxnorm.interop._to_torch import tensors as tensors
 from jaxnorm.interop._to_torch import to_torch as to_torch
 from jaxnorm.interop._torch_norms import NormRow as NormRow

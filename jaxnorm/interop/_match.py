@@ -1,0 +1,285 @@
+"""Proposes which module of a Flax model takes the arrays of which module of a PyTorch model."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from jaxnorm.interop._equations import Equations
+from jaxnorm.interop._from_torch import from_torch
+from jaxnorm.interop._kernels import Kernels, kernels
+from jaxnorm.interop._kernels_of import kernels_of
+from jaxnorm.interop._layouts import Kind
+from jaxnorm.interop._models import model_of
+from jaxnorm.interop._pairs import Pair, Unit, names_of, pairs, units, with_notes, written
+from jaxnorm.interop._torch_calls import TorchCalls
+from jaxnorm.interop._trees import Tree, split
+from jaxnorm.interop._verify import Twins
+
+# The module that is the whole model.
+NO_NAME = '""'
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What `match` and `match_variables` return: pairs of modules, printed as a table.
+
+    Attributes:
+      pairs: a `Pair` for each module of the PyTorch model that was matched.
+      only_torch: the modules of the PyTorch model that have no partner, with their shapes here.
+      only_here: the modules here that have no partner, with their shapes.
+      kinds: the kinds of the kernels, by names in PyTorch.
+      twins: both models on their example inputs; None if they are not known.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxnorm import interop
+      >>> state_dict = {f"{i}.weight": np.ones(8) for i in range(2)}
+      >>> variables = {"params": {f"RMSNorm_{i}": {"scale": np.ones(8)} for i in range(2)}}
+      >>> print(interop.match_variables(variables, state_dict))
+      PyTorch  here  arrays here  matched by
+      only in PyTorch:
+        0  scale [8]
+        1  scale [8]
+      only here:
+        RMSNorm_0  scale [8]
+        RMSNorm_1  scale [8]
+      2 of these can be paired by their order: write allow_order=True, and call verify()
+
+    References:
+      torch.nn.Module.named_modules, PyTorch 2.13.
+    """
+
+    pairs: tuple[Pair, ...]
+    only_torch: tuple[Unit, ...]
+    only_here: tuple[Unit, ...]
+    kinds: Mapping[str, Kind]
+    twins: Twins | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The `names` for `from_torch` and `to_torch`, of the pairs that there are."""
+        return names_of(self.pairs)
+
+    @property
+    def kernels(self) -> Kernels:
+        """The `convert` for `from_torch`; its `inverse` is the one for `to_torch`."""
+        return Kernels(self.kinds, self.names)
+
+    def variables(self) -> Tree:
+        """The PyTorch model's arrays as variables of the model here.
+
+        Returns:
+          {"params": ..., "batch_stats": ...}, as from `from_torch`.
+
+        Raises:
+          ValueError: if a module has no partner, or the models are not known.
+        """
+        return self._complete().variables()
+
+    def verify(self, variables: Mapping[str, Any] | None = None, *, tolerance: float = 1e-5):
+        """Compares the outputs of both models in evaluation.
+
+        Modules that are initialized alike can be exchanged without any change of the output. So
+        the outputs are compared twice: with the values as they are, and with values that differ
+        between all modules, in a copy of the PyTorch model. With `variables`, which cannot have
+        other values, they are compared once.
+
+        Args:
+          variables: what is evaluated in place of `variables()`.
+          tolerance: how far an output may be off, relative to the largest of its values.
+
+        Returns:
+          The largest difference, relative to the largest value of its output.
+
+        Raises:
+          ValueError: if an output is off by more, naming the first module of the PyTorch model
+            whose output the model here does not compute; if the outputs have other shapes; if a
+            module has no partner.
+        """
+        return self._complete().verify(variables, tolerance=tolerance)
+
+    def __str__(self) -> str:
+        """A table with one row for each pair, and lists of the modules without a partner."""
+        cells = [("PyTorch", "here", "arrays here", "matched by")]
+        for pair in self.pairs:
+            by = f"{pair.by}; {pair.note}" if pair.note else pair.by
+            cells.append((pair.torch or NO_NAME, pair.here or NO_NAME, written(pair.shapes), by))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        for title, rest in (("only in PyTorch:", self.only_torch), ("only here:", self.only_here)):
+            rows = [f"  {unit.name or NO_NAME}  {written(unit.shapes)}" for unit in rest]
+            lines += [title, *rows] if rest else []
+        if self.by_order_only:
+            lines.append(
+                f"{self.by_order_only} of these can be paired by their order: write "
+                f"allow_order=True, and call verify()"
+            )
+        return "\n".join(lines)
+
+    @property
+    def by_order_only(self) -> int:
+        """How many of PyTorch's modules without a partner could be paired by their order."""
+        return len(pairs(list(self.only_torch), list(self.only_here), {}, allow_order=True))
+
+    def _complete(self) -> Twins:
+        if self.twins is None:
+            raise ValueError(
+                "match_variables: both models should be known, because they are to be called, but "
+                "only arrays are; write match(model, example_input, module, torch_input)"
+            )
+        if self.only_torch or self.only_here:
+            raise ValueError(
+                f"match: each module should have a partner, but these have none; write names= for "
+                f"them, kinds= if a kernel has another layout, or allow_order=True\n{self}"
+            )
+        return dataclasses.replace(self.twins, kernels=self.kernels, pairs=self.pairs)
+
+
+def match(
+    model: Any,
+    example_input: Any,
+    module: Any,
+    torch_input: Any,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    torch_kwargs: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    allow_order: bool = False,
+) -> Proposal:
+    """Proposes the `names` for `from_torch` from a PyTorch model and the same model in Flax.
+
+    Both models are called once on an example, in evaluation, which does not change them. Modules
+    are paired whose arrays have the same names and shapes, after the kernels are in Flax's layout:
+
+    1. by `names`, where they are given;
+    2. by their name, if it is the same in both models;
+    3. by their shapes, if no other module of either model has the same;
+    4. with `allow_order=True`, by the order in which the two models call those that are left.
+
+    A pair of the second to fourth sort can be wrong: `Proposal.verify` compares the outputs.
+
+    Args:
+      model: a Module of flax.linen, or one of flax.nnx, which is evaluated after `.eval()`.
+      example_input: its input, an array; or a tuple of its positional arguments.
+      module: the torch.nn.Module.
+      torch_input: the same input for it, a tensor; or a tuple of its positional arguments.
+      kwargs: keyword arguments of the model, such as {"train": False}, by which it evaluates.
+      torch_kwargs: keyword arguments of the PyTorch model.
+      names: pairs that are known, PyTorch's names to those here.
+      kinds: the kinds of kernels that `kernels_of` cannot find, as given to it.
+      allow_order: whether modules are paired by their order alone.
+
+    Returns:
+      A `Proposal`: str() makes a table of it, `names` is the map, `kernels` the `convert`,
+      `variables()` the variables of the model, and `verify()` compares the outputs.
+
+    Raises:
+      TypeError: if the model is none of Flax's, or the PyTorch model returns no tensors.
+      ValueError: if module is no PyTorch model; if `names` names modules that are not there, or
+        pairs two of different shapes; whatever `kernels_of` raises.
+
+    Example:
+      >>> import flax.linen as nn, numpy as np, torch
+      >>> from jaxnorm import interop
+      >>> from jaxnorm.linen import LayerNorm
+      >>> theirs = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+      >>> ours = nn.Sequential([nn.Dense(8), LayerNorm(epsilon=1e-5)])
+      >>> x = np.ones((2, 4), np.float32)
+      >>> proposal = interop.match(ours, x, theirs, torch.from_numpy(x))
+      >>> print(proposal)
+      PyTorch  here      arrays here              matched by
+      0        layers_0  bias [8], kernel [4, 8]  unique shape
+      1        layers_1  bias [8], scale [8]      unique shape
+      >>> proposal.verify() < 1e-6
+      True
+
+    References:
+      torch.nn.Module.register_forward_pre_hook, PyTorch 2.13; jax.make_jaxpr, JAX 0.10.
+    """
+    args, torch_args = _arguments(example_input), _arguments(torch_input)
+    found = kernels_of(module, kinds=kinds).kinds
+    theirs = from_torch(module, convert=Kernels(found))
+    calls = TorchCalls(module, torch_args, torch_kwargs or {}, keep=set())
+    ours = model_of(model, args, kwargs or {})
+    uses = Equations(ours.call_flat, ours.shapes).first_uses()
+    order: dict[str, int] = {}
+    for name, place in uses.items():  # the first use comes first
+        order.setdefault(split(name.partition(".")[2])[0], place)
+    twins = Twins(ours, module, torch_args, torch_kwargs or {})
+    left, right = units(theirs, calls.order), units(ours.like, order)
+    return _proposal(left, right, names, found, twins, allow_order=allow_order)
+
+
+def match_variables(
+    variables: Mapping[str, Any],
+    state_dict: Any,
+    *,
+    names: Mapping[str, str] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    allow_order: bool = False,
+) -> Proposal:
+    """Proposes the `names` for `from_torch` from arrays alone, without either model.
+
+    Modules are paired as by `match`, but the order is that of their names, in which 2 comes before
+    10, since nobody knows which module is called first. Neither can the outputs be compared, so
+    that `match` is to be preferred where both models are at hand.
+
+    Args:
+      variables: variables of the new model, or their `jax.eval_shape`.
+      state_dict: as for `from_torch`.
+      names: pairs that are known, PyTorch's names to those here.
+      kinds: the kinds of the kernels, as for `kernels`.
+      allow_order: whether modules are paired by the order of their names alone.
+
+    Returns:
+      A `Proposal`; its `variables()` and `verify()` need the models.
+
+    Raises:
+      ValueError: as from `match`.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxnorm import interop
+      >>> state_dict = {"a.1.weight": np.ones((8, 4)), "a.2.weight": np.ones(8)}
+      >>> variables = {"params": {"Dense_0": {"kernel": np.ones((4, 8))},
+      ...                         "RMSNorm_0": {"scale": np.ones(8)}}}
+      >>> interop.match_variables(variables, state_dict).names
+      {'a.1': 'Dense_0', 'a.2': 'RMSNorm_0'}
+
+    References:
+      torch.nn.Module.state_dict, PyTorch 2.13.
+    """
+    found = kernels(kinds)
+    theirs = from_torch(state_dict, convert=found)
+    left, right = units(theirs), units(variables)
+    return _proposal(left, right, names, found.kinds, None, allow_order=allow_order)
+
+
+def _proposal(
+    theirs: list[Unit],
+    ours: list[Unit],
+    names: Mapping[str, str] | None,
+    kinds: Mapping[str, Kind],
+    twins: Twins | None,
+    *,
+    allow_order: bool,
+) -> Proposal:
+    found = pairs(theirs, ours, names or {}, allow_order=allow_order)
+    here = {pair.here for pair in found}
+    torch = {pair.torch for pair in found}
+    return Proposal(
+        tuple(with_notes(found, theirs, ours)),
+        tuple(unit for unit in theirs if unit.name not in torch),
+        tuple(unit for unit in ours if unit.name not in here),
+        MappingProxyType(dict(kinds)),
+        twins,
+    )
+
+
+def _arguments(given: Any) -> tuple[Any, ...]:
+    return given if isinstance(given, tuple) else (given,)

@@ -1,0 +1,129 @@
+"""Compares what a PyTorch model and a Flax model with its arrays compute."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnorm.interop._equations import Equations
+from jaxnorm.interop._from_torch import from_torch
+from jaxnorm.interop._kernels import Kernels
+from jaxnorm.interop._models import Model
+from jaxnorm.interop._pairs import Pair
+from jaxnorm.interop._torch_calls import TorchCalls, tensors_of, with_distinct_values
+from jaxnorm.interop._trees import Tree, flatten
+
+HINT = (
+    "compare the arguments of the modules, such as epsilon (describe_torch lists them), the kinds "
+    "of the kernels, and the order in which modules of the same shapes are called"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twins:
+    """A PyTorch model and the same model here, each with an example input.
+
+    Attributes:
+      model: the model here, as a function of its variables.
+      module: the torch.nn.Module.
+      args: its positional arguments.
+      kwargs: its keyword arguments.
+      kernels: the `convert` and the `names` of the conversion.
+      pairs: the modules that belong together.
+    """
+
+    model: Model
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    kernels: Kernels = dataclasses.field(default_factory=lambda: Kernels({}))
+    pairs: tuple[Pair, ...] = ()
+
+    def variables(self, module: Any = None) -> Tree:
+        """The arrays of the PyTorch model, or of one like it, as variables."""
+        return from_torch(
+            self.module if module is None else module,
+            names=self.kernels.names,
+            convert=self.kernels,
+            like=self.model.like,
+        )
+
+    def verify(self, variables: Mapping[str, Any] | None, *, tolerance: float) -> float:
+        """The largest difference of the outputs, with these values and with distinct ones."""
+        given = self.variables() if variables is None else variables
+        difference = self._compare(self.module, given, tolerance, "")
+        if variables is not None:
+            return difference
+        moved = with_distinct_values(self.module)
+        how = " when no two of PyTorch's modules have the same values"
+        return max(difference, self._compare(moved, self.variables(moved), tolerance, how))
+
+    def _compare(
+        self, module: Any, variables: Mapping[str, Any], tolerance: float, how: str
+    ) -> float:
+        calls = TorchCalls(module, self.args, self.kwargs, keep=set())
+        expected = tensors_of(calls.output)
+        found = [np.asarray(a) for a in jax.tree.leaves(jax.jit(self.model.call)(variables))]
+        if len(found) != len(expected):
+            raise ValueError(
+                f"verify: both models should return as many arrays, but module returns "
+                f"{len(expected)} and the model here {len(found)}; wrap one of them"
+            )
+        differences = [_difference(a, b) for a, b in zip(found, expected, strict=True)]
+        worst = max(differences, default=0.0)
+        if not worst <= tolerance:  # it may be NaN
+            raise ValueError(
+                f"verify: the outputs should agree within {tolerance:g} of the largest value, but "
+                f"differ by {worst:.2g}{how}{self._where(module, variables, tolerance)}; {HINT}"
+            )
+        return worst
+
+    def _where(self, module: Any, variables: Mapping[str, Any], tolerance: float) -> str:
+        """Names the first module whose output is not among the arrays that the model computes."""
+        partner = {pair.torch: pair for pair in self.pairs}
+        calls = TorchCalls(module, self.args, self.kwargs, keep=set(partner))
+        arrays = {k: jnp.asarray(a) for k, a in flatten("verify", variables).items()}
+        sizes = {a.size for a in calls.outputs.values()}
+        computed = [
+            np.asarray(a) for a in Equations(self.model.call_flat, arrays).results(arrays, sizes)
+        ]
+        for name in sorted(calls.outputs, key=calls.order.__getitem__):
+            if not any(_same_values(a, calls.outputs[name], tolerance) for a in computed):
+                pair = partner[name]
+                return (
+                    f"; the first module whose output the model here does not compute is {name!r}, "
+                    f"matched with {pair.here!r} by {pair.by}"
+                )
+        return ""
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference relative to the largest value, whichever axis has the channels."""
+    layouts = [expected]
+    if expected.ndim > 2:
+        layouts.append(np.moveaxis(expected, 1, -1))
+    alike = [a.astype(np.float64) for a in layouts if a.shape == found.shape]
+    if not alike:
+        raise ValueError(
+            f"verify: the outputs should have the same shape, or differ in where the channels are, "
+            f"but that of module has {expected.shape}, and the one here {found.shape}; "
+            f"wrap one of the models"
+        )
+    largest = np.abs(alike[0]).max(initial=0)
+    off = [float(np.abs(found.astype(np.float64) - a).max(initial=0)) for a in alike]
+    least = min(off, key=lambda value: (np.isnan(value), value))
+    return least / float(largest) if largest > 0 else least
+
+
+def _same_values(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+    """Whether two arrays hold the same values, in whatever order and shape."""
+    if found.size != expected.size:
+        return False
+    largest = np.abs(expected).max(initial=0)
+    if not abs(found.mean() - expected.mean()) <= 10 * tolerance * largest:
+        return False
+    off = np.abs(np.sort(found, axis=None) - np.sort(expected, axis=None)).max(initial=0)
+    return bool(off <= tolerance * largest)
