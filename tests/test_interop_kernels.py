@@ -459,3 +459,22 @@ def test_what_kernels_returns_does_not_change():
     assert convert.kinds["m"] == "embedding"
     with pytest.raises(TypeError):
         convert.kinds["m"] = "linear"
+
+
+def test_kernels_with_kinds_need_the_same_names():
+    """Otherwise the kinds are not found, and a transposed convolution is taken for another."""
+    names = {"up": "ConvTranspose_0"}
+    state_dict = {"up.weight": np.ones((3, 3, 2, 2), np.float32)}
+    right = interop.kernels({"up": "conv_transpose"}, names=names)
+    wrong = interop.kernels({"up": "conv_transpose"})
+    variables = interop.from_torch(state_dict, names=names, convert=right)
+    assert interop.to_torch(variables, names=names, convert=right.inverse).keys() == {"up.weight"}
+    for call in (
+        lambda: interop.from_torch(state_dict, names=names, convert=wrong),
+        lambda: interop.from_torch(state_dict, convert=right),
+        lambda: interop.to_torch(variables, names=names, convert=wrong.inverse),
+        lambda: interop.to_torch(variables, convert=right.inverse),
+    ):
+        with pytest.raises(ValueError, match="names should be the map that kernels was given"):
+            call()
+    interop.from_torch(state_dict, names=names, convert=interop.kernels())  # no kinds to be found

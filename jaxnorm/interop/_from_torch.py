@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm.interop._files import read
+from jaxnorm.interop._kernels import check_names_of_kernels
 from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check
 from jaxnorm.interop._state_dict import common_front, state_dict_of
 from jaxnorm.interop._trees import (
@@ -88,8 +89,8 @@ def from_torch(
       ValueError: if a file cannot be read, or holds more than arrays by name; if count is no whole
         number, or negative; naming the keys, if a norm lacks one half of its statistics, its
         arrays are of different shapes or its statistics no floats; if `names` or `norms` names
-        what is not there; if two arrays get one name; if anything is missing, unexpected or of
-        another shape than in `like`.
+        what is not there, or `names` is not the map that was given to `kernels`; if two arrays get
+        one name; if anything is missing, unexpected or of another shape than in `like`.
 
     Example:
       >>> import numpy as np
@@ -159,6 +160,7 @@ def read_torch(
     _check_parts(arrays)
     _check_count(count)
     inverted("from_torch", names or {})
+    check_names_of_kernels("from_torch", convert, names)
     check_names("from_torch", names or {}, arrays, "the state dict")
     entries = []
     uncounted: list[str] = []

@@ -153,6 +153,19 @@ def kernels(
 # ---- Checks ----
 
 
+def check_names_of_kernels(
+    function: str, convert: Convert | None, names: Mapping[str, str] | None
+) -> None:
+    """Kernels with kinds have the map that is given, or they would not find the kinds."""
+    convert = getattr(convert, "__self__", convert)  # of an inverse
+    if isinstance(convert, Kernels) and convert.kinds and dict(convert.names) != dict(names or {}):
+        raise ValueError(
+            f"{function}: names should be the map that kernels was given, because the kinds are "
+            f"found by it, but is {dict(names or {})!r} beside {dict(convert.names)!r}; write "
+            f"kernels(..., names=names) and {function}(..., names=names)"
+        )
+
+
 def _check_key(module: Any, names: Mapping[str, str], theirs: Mapping[str, str]) -> None:
     if not isinstance(module, str) or split(module)[1] in ("weight", "bias"):
         raise ValueError(

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxnorm.interop._files import Contents, write
+from jaxnorm.interop._kernels import check_names_of_kernels
 from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check
 from jaxnorm.interop._trees import (
     array,
@@ -56,8 +57,9 @@ def to_torch(
 
     Raises:
       ValueError: naming the keys, if a state lacks a part, a count is not a whole number or two
-        arrays get one name; if `names` or `norms` names what is not there; if anything is missing,
-        unexpected or of another shape than in `like`.
+        arrays get one name; if `names` or `norms` names what is not there, or `names` is not the
+        map that was given to `kernels`; if anything is missing, unexpected or of another shape than
+        in `like`.
 
     Example:
       >>> import jaxnorm
@@ -106,6 +108,7 @@ def write_torch(
     like: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
     """Every array of the variables, with what it is in PyTorch: no copies, where none is needed."""
+    check_names_of_kernels("to_torch", convert, names)
     theirs = inverted("to_torch", names or {})
     params, stats = (
         {k: array("to_torch", k, v) for k, v in _flat(variables.get(name, {})).items()}
