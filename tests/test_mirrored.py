@@ -1,0 +1,99 @@
+"""Do the examples' models compute in evaluation what the same models compute in PyTorch?
+
+The names here are written by hand: they are the reference for maps that are found.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxnorm import interop
+
+torch = pytest.importorskip("torch")
+torch_models = pytest.importorskip("torch_models")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MOST = 1e-5  # of the largest output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _examples():
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def channels_first(x):
+    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+
+
+def photographs(number, size):
+    """Noise about a mean that is not 0, as photographs have it."""
+    x = np.random.default_rng(0).normal(0.5, 1, (number, size, size, 3))
+    return x.astype(np.float32)
+
+
+def difference(found, expected):
+    """The largest difference, relative to the largest output."""
+    found, expected = np.asarray(found), expected.detach().numpy()
+    assert found.dtype == expected.dtype == np.float32
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+# ---- ResNets ----
+
+
+def a_resnet(block, blocks, **options):
+    """The largest difference of a ResNet, whose names are PyTorch's."""
+    import resnet
+
+    x = photographs(4, 64)
+    theirs = torch_models.moved(
+        torch_models.ResNet(getattr(torch_models, block), blocks, **options), channels_first(x)
+    )
+    model = resnet.ResNet(getattr(resnet, block), blocks, **options)
+    variables = resnet.from_pytorch(theirs.state_dict(), model)
+    assert resnet.model_of(variables) == model
+    by_class = interop.from_torch(theirs.state_dict(), convert=interop.kernels_of(theirs))
+    jax.tree.map(np.testing.assert_array_equal, by_class, variables)
+    y = jax.jit(lambda x: model.apply(variables, x, train=False))(x)
+    return difference(y, theirs(channels_first(x)))
+
+
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
+def test_a_small_resnet(block):
+    assert a_resnet(block, (1, 2, 1, 1), classes=10, features=8) < MOST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("block", "blocks"), [("BasicBlock", (2, 2, 2, 2)), ("Bottleneck", (3, 4, 6, 3))]
+)
+def test_a_resnet(block, blocks):
+    assert a_resnet(block, blocks) < MOST
+
+
+def test_the_resnet_of_a_file_is_found(tmp_path, capsys):
+    import resnet
+
+    theirs = torch_models.ResNet(torch_models.Bottleneck, (1, 1, 2, 1), classes=7, features=4)
+    path = tmp_path / "resnet.pth"
+    torch.save(theirs.state_dict(), path)
+    resnet.main([str(path)])
+    assert "the five likeliest of 7 classes" in capsys.readouterr().out
+    theirs.layer2[0].conv2 = torch.nn.Conv2d(8, 8, 5)
+    torch.save(theirs.state_dict(), path)
+    with pytest.raises(SystemExit, match=r"(?s)resnet\.py: .*layer2\.0\.conv2"):
+        resnet.main([str(path)])
+    torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    with pytest.raises(SystemExit, match=r"resnet\.py: .*names of a ResNet.*'layer1'"):
+        resnet.main([str(path)])
