@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxnorm import interop
 
@@ -97,3 +99,48 @@ def test_the_resnet_of_a_file_is_found(tmp_path, capsys):
     torch.save(torch.nn.Linear(2, 3).state_dict(), path)
     with pytest.raises(SystemExit, match=r"resnet\.py: .*names of a ResNet.*'layer1'"):
         resnet.main([str(path)])
+
+
+# ---- StarGAN's generator, in NNX ----
+
+
+def a_generator(features, labels, blocks):
+    import stargan_nnx
+
+    x = photographs(2, 64)
+    label = np.eye(labels, dtype=np.float32)[:2]
+    given = channels_first(x), torch.from_numpy(label)
+    theirs = torch_models.moved(torch_models.Generator(features, labels, blocks), *given)
+    model = stargan_nnx.Generator(features, labels, blocks, rngs=nnx.Rngs(0))
+    stargan_nnx.load(model, theirs.state_dict())
+    names = stargan_nnx.module_names(blocks)
+    by_class = interop.from_torch(
+        theirs.state_dict(), names=names, convert=interop.kernels_of(theirs, names=names)
+    )
+    held = interop.from_nnx(nnx.to_pure_dict(nnx.state(model)))
+    jax.tree.map(np.testing.assert_array_equal, by_class, jax.tree.map(np.asarray, held))
+    model.eval()
+    y = nnx.jit(stargan_nnx.Generator.__call__)(model, x, label)
+    return difference(jnp.moveaxis(y, -1, 1), theirs(*given))
+
+
+def test_a_small_generator():
+    assert a_generator(features=8, labels=3, blocks=2) < MOST
+
+
+@pytest.mark.slow
+def test_the_generator():
+    assert a_generator(features=64, labels=5, blocks=6) < MOST
+
+
+def test_the_generator_draws_each_label(tmp_path, capsys):
+    import stargan_nnx
+
+    weights, picture = tmp_path / "G.ckpt", tmp_path / "picture.png"
+    torch.save(torch_models.Generator(2, 3, 1).state_dict(), weights)
+    options = ["--features", "2", "--labels", "3", "--out", str(picture)]
+    stargan_nnx.main([str(weights), *options, "--blocks", "1"])
+    assert picture.stat().st_size > 10_000
+    assert str(picture) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"stargan_nnx\.py: .*names.*main\.10"):
+        stargan_nnx.main([str(weights), *options, "--blocks", "2"])
