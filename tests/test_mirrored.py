@@ -144,3 +144,78 @@ def test_the_generator_draws_each_label(tmp_path, capsys):
     assert str(picture) in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"stargan_nnx\.py: .*names.*main\.10"):
         stargan_nnx.main([str(weights), *options, "--blocks", "2"])
+
+
+# ---- GPT-2 ----
+
+
+GPT2_NAMES = {"transformer.wte": "token_embedding", "transformer.wpe": "position_embedding"}
+GPT2_NAMES |= {"transformer.ln_f": "norm"}
+GPT2_INSIDE = {
+    "ln_1": "norm_0",
+    "attn.c_attn": "attention_in",
+    "attn.c_proj": "attention_out",
+    "ln_2": "norm_1",
+    "mlp.c_fc": "mlp_in",
+    "mlp.c_proj": "mlp_out",
+}
+SMALL = {"layers": 2, "heads": 4, "width": 32, "vocabulary": 50, "positions": 20}
+
+
+def a_gpt2(**sizes):
+    import gpt2
+
+    model = gpt2.GPT2(**sizes)
+    ids = np.random.default_rng(0).integers(model.vocabulary, size=(2, 16), dtype=np.int32)
+    theirs = torch_models.moved(torch_models.GPT2(**sizes), torch.from_numpy(ids))
+    variables = gpt2.from_pytorch(theirs.state_dict())
+    assert gpt2.model_of(variables, model.heads) == model
+    names = GPT2_NAMES | {
+        f"transformer.h.{k}.{theirs}": f"block_{k}.{ours}"
+        for k in range(model.layers)
+        for theirs, ours in GPT2_INSIDE.items()
+    }
+    by_class = interop.from_torch(
+        theirs.state_dict(),
+        names=names,
+        convert=interop.kernels_of(theirs, names=names, kinds={"lm_head": None}),
+        like=jax.eval_shape(lambda: model.init(jax.random.key(0), ids)),
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_class, variables)
+    return difference(jax.jit(model.apply)(variables, ids), theirs(torch.from_numpy(ids)))
+
+
+def test_a_small_gpt2():
+    assert a_gpt2(**SMALL) < MOST
+
+
+@pytest.mark.slow
+def test_gpt2():
+    assert a_gpt2() < MOST
+
+
+def test_gpt2_says_what_follows(tmp_path, capsys):
+    """Files of a GPT2LMHeadModel, and of a GPT2Model with its masks, as they are published."""
+    import gpt2
+
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    theirs = torch_models.moved(torch_models.GPT2(**SMALL), ids)
+    expected = theirs(ids)[0, -1].softmax(0)
+    best = int(expected.argmax())
+    masks = {f"h.{k}.attn.bias": torch.ones(1, 1, 20, 20) for k in range(2)}
+    path, given = tmp_path / "model.bin", ["3", "1", "4", "1", "5", "--heads", "4"]
+    for state_dict in (theirs.state_dict(), theirs.transformer.state_dict() | masks):
+        torch.save(state_dict, path)
+        read, held = gpt2.from_pytorch(path), gpt2.from_pytorch(theirs.state_dict())
+        jax.tree.map(np.testing.assert_array_equal, read, held)
+        gpt2.main([str(path), *given])
+        out = capsys.readouterr().out
+        assert out.splitlines()[1].split() == [str(best), f"{expected[best]:.1%}"]
+    for wrong, match in (
+        (["50", "--heads", "4"], r"ids should be those of 50 tokens"),
+        (["1", "--heads", "5"], r"heads should divide the width, 32"),
+        (["1"], r"heads should divide the width, 32"),  # no head of 64 channels
+        (["1"] * 21 + ["--heads", "4"], r"at most 20 tokens"),
+    ):
+        with pytest.raises(SystemExit, match=rf"gpt2\.py: .*{match}"):
+            gpt2.main([str(path), *wrong])
