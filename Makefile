@@ -31,7 +31,7 @@ help:
 	@echo "make test   run the tests, but for the slow ones, and the notebooks"
 	@echo "make test-slow   run the slow tests, and some of the others as TPU and GPU formulate the norms"
 	@echo "make test-onnx   run the tests of the export to ONNX"
-	@echo "make test-zoo   move the state dicts of other libraries' models; writes docs/interop_zoo.md"
+	@echo "make test-zoo   move the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
 	@echo "make lint   check format, style and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"

@@ -1,13 +1,16 @@
-"""Moves a ResNet-18 from PyTorch to Flax: torchvision's names and layout, its weights bit for bit.
+"""Moves a ResNet from PyTorch to Flax: torchvision's names and layout, its weights bit for bit.
 
-    python examples/resnet.py resnet18.safetensors
+    python examples/resnet.py resnet50.safetensors
 
-The file is the state dict of torchvision.models.resnet18, saved with safetensors. The names of the
-modules are torchvision's, so that no map is needed; only the axes of the kernels differ.
+The file is the state dict of torchvision's resnet18, 34, 50, 101 or 152: .safetensors, or .pth if
+PyTorch is installed. Its names say which of them it is. The names of the modules are torchvision's,
+so that no map is needed; only the axes of the kernels differ.
 """
 
 import argparse
+import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +66,54 @@ class BasicBlock(nn.Module):
         return nn.relu(x + y)
 
 
-class Stage(nn.Module):
-    """Two blocks, the first of which may halve the size."""
+class Bottleneck(nn.Module):
+    """Three convolutions, the second of which has a quarter of the features, and a shortcut."""
 
     features: int
     strides: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """(N, H, W, C) to (N, H / strides, W / strides, features)."""
-        x = BasicBlock(self.features, self.strides, name="0")(x, train)
-        return BasicBlock(self.features, 1, name="1")(x, train)
+        """(N, H, W, C) to (N, H / strides, W / strides, 4 * features)."""
+        y = conv(self.features, 1, 1, "conv1")(x)
+        y = nn.relu(BatchNorm(use_running_average=not train, name="bn1")(y))
+        y = conv(self.features, 3, self.strides, "conv2")(y)  # in the paper, conv1 has the strides
+        y = nn.relu(BatchNorm(use_running_average=not train, name="bn2")(y))
+        y = conv(4 * self.features, 1, 1, "conv3")(y)
+        y = BatchNorm(use_running_average=not train, name="bn3")(y)
+        if y.shape != x.shape:
+            x = Norms(4 * self.features, self.strides, name="downsample")(x, train)
+        return nn.relu(x + y)
 
 
-class ResNet18(nn.Module):
-    """He et al., Deep Residual Learning, 2015, table 1. https://arxiv.org/abs/1512.03385."""
+class Stage(nn.Module):
+    """Blocks in a row, the first of which may halve the size."""
 
+    block: type[BasicBlock] | type[Bottleneck]
+    blocks: int
+    features: int
+    strides: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """(N, H, W, C) to (N, H / strides, W / strides, the block's features)."""
+        for k in range(self.blocks):
+            x = self.block(self.features, 1 if k else self.strides, name=str(k))(x, train)
+        return x
+
+
+class ResNet(nn.Module):
+    """He et al., Deep Residual Learning, 2015, table 1. https://arxiv.org/abs/1512.03385.
+
+    Attributes:
+      block: what the stages consist of.
+      blocks: how many of them each of the four stages has.
+      classes: the number of logits.
+      features: the channels of the first stage; each stage doubles them.
+    """
+
+    block: type[BasicBlock] | type[Bottleneck]
+    blocks: Sequence[int]
     classes: int = 1000
     features: int = 64
 
@@ -89,14 +124,40 @@ class ResNet18(nn.Module):
         x = nn.relu(BatchNorm(use_running_average=not train, name="bn1")(x))
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # as good as -inf: x is not negative
         x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
-        for k in range(4):
-            x = Stage(self.features * 2**k, min(k, 1) + 1, name=f"layer{k + 1}")(x, train)
+        for k, blocks in enumerate(self.blocks):
+            stage = (self.block, blocks, self.features * 2**k, min(k, 1) + 1)
+            x = Stage(*stage, name=f"layer{k + 1}")(x, train)
         return nn.Dense(self.classes, name="fc")(x.mean((1, 2)))
 
 
-def from_pytorch(state_dict: Any) -> dict[str, Any]:
-    """The network's variables, from its state dict or a .safetensors file of it."""
-    return interop.from_torch(state_dict, convert=interop.kernels())
+ResNet18 = functools.partial(ResNet, BasicBlock, (2, 2, 2, 2))
+ResNet50 = functools.partial(ResNet, Bottleneck, (3, 4, 6, 3))
+
+
+# ---- From PyTorch ----
+
+
+def from_pytorch(state_dict: Any, model: ResNet | None = None) -> dict[str, Any]:
+    """A ResNet's variables, from its state dict or a file of it; checked against the model's."""
+    like = None
+    if model is not None:
+        x = jnp.zeros((1, 64, 64, 3))
+        like = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+    return interop.from_torch(state_dict, convert=interop.kernels(), like=like)
+
+
+def model_of(variables: dict[str, Any]) -> ResNet:
+    """The ResNet that these are variables of: their names count the blocks and say which."""
+    params = variables["params"]
+    try:
+        stages = [params[f"layer{k + 1}"] for k in range(4)]
+        block = Bottleneck if "conv3" in stages[0]["0"] else BasicBlock
+        classes, features = len(params["fc"]["bias"]), len(params["bn1"]["scale"])
+    except KeyError as error:
+        raise ValueError(
+            f"the weights should have the names of a ResNet of torchvision, but have no {error}"
+        ) from None
+    return ResNet(block, tuple(map(len, stages)), classes, features)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,20 +165,18 @@ def main(arguments: list[str] | None = None) -> None:
     from sklearn.datasets import load_sample_image
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path, metavar="resnet18.safetensors")
+    parser.add_argument("weights", type=Path, metavar="resnet50.safetensors")
     options = parser.parse_args(arguments)
     try:
-        variables = from_pytorch(options.weights)
-    except (OSError, ValueError) as error:
+        model = model_of(from_pytorch(options.weights))
+        variables = from_pytorch(options.weights, model)
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"resnet.py: {error}")
     image = load_sample_image("flower.jpg")[100:324, 200:424] / np.float32(255)
     image = (image - jnp.array([0.485, 0.456, 0.406])) / jnp.array([0.229, 0.224, 0.225])
-    classes, features = (
-        len(variables["params"][n][k]) for n, k in (("fc", "bias"), ("bn1", "scale"))
-    )
-    logits = ResNet18(classes, features).apply(variables, image[None], train=False)
+    logits = model.apply(variables, image[None], train=False)
     best = np.argsort(-logits[0])[:5]
-    print("the five likeliest of", classes, "classes for the flower:", *best)
+    print("the five likeliest of", model.classes, "classes for the flower:", *best)
 
 
 if __name__ == "__main__":

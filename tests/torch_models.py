@@ -1,4 +1,6 @@
-"""The models that people arrive with, in PyTorch: what StarGAN v1 and torchvision have."""
+"""The models that people arrive with, in PyTorch: StarGAN's generator, ResNets and GPT-2."""
+
+import functools
 
 import torch
 from torch import nn
@@ -47,18 +49,25 @@ class Generator(nn.Module):
         return self.main(torch.cat([x, everywhere], dim=1))
 
 
+def shortcut(before, features, stride):
+    """A projection where the shape changes, and None where it does not."""
+    if stride == 1 and before == features:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(before, features, 1, stride, bias=False), nn.BatchNorm2d(features)
+    )
+
+
 class BasicBlock(nn.Module):
+    expansion = 1
+
     def __init__(self, before, features, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(before, features, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(features)
         self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(features)
-        self.downsample = None
-        if stride != 1 or before != features:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(before, features, 1, stride, bias=False), nn.BatchNorm2d(features)
-            )
+        self.downsample = shortcut(before, features, stride)
 
     def forward(self, x):
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -66,19 +75,41 @@ class BasicBlock(nn.Module):
         return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet18(nn.Module):
-    """torchvision.models.resnet18, by its names."""
+class Bottleneck(nn.Module):
+    expansion = 4
 
-    def __init__(self, classes=1000, features=64):
+    def __init__(self, before, features, stride):
+        super().__init__()
+        after = self.expansion * features
+        self.conv1 = nn.Conv2d(before, features, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(features)
+        self.conv2 = nn.Conv2d(features, features, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(features)
+        self.conv3 = nn.Conv2d(features, after, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(after)
+        self.downsample = shortcut(before, after, stride)
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """torchvision.models.resnet18 to resnet152, by their names."""
+
+    def __init__(self, block, blocks, classes=1000, features=64):
         super().__init__()
         self.conv1 = nn.Conv2d(3, features, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(features)
         before = features
-        for k in range(4):
-            now = features * 2**k
-            blocks = [BasicBlock(before, now, 2 if k else 1), BasicBlock(now, now, 1)]
-            setattr(self, f"layer{k + 1}", nn.Sequential(*blocks))
-            before = now
+        for k, number in enumerate(blocks):
+            stage = []
+            for i in range(number):
+                stage.append(block(before, features * 2**k, 2 if k and not i else 1))
+                before = features * 2**k * block.expansion
+            setattr(self, f"layer{k + 1}", nn.Sequential(*stage))
         self.fc = nn.Linear(before, classes)
 
     def forward(self, x):
@@ -87,3 +118,109 @@ class ResNet18(nn.Module):
         for k in range(4):
             x = getattr(self, f"layer{k + 1}")(x)
         return self.fc(x.mean((2, 3)))
+
+
+ResNet18 = functools.partial(ResNet, BasicBlock, (2, 2, 2, 2))
+ResNet50 = functools.partial(ResNet, Bottleneck, (3, 4, 6, 3))
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's Linear with a weight of shape (inputs, outputs)."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.c_attn = Conv1D(3 * width, width)
+        self.c_proj = Conv1D(width, width)
+
+    def forward(self, x):
+        parts = self.c_attn(x).split(x.shape[-1], dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = Conv1D(4 * width, width)
+        self.c_proj = Conv1D(width, 4 * width)
+
+    def forward(self, x):
+        return self.c_proj(nn.functional.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2Model(nn.Module):
+    def __init__(self, layers, heads, width, vocabulary, positions):
+        super().__init__()
+        self.wte = nn.Embedding(vocabulary, width)
+        self.wpe = nn.Embedding(positions, width)
+        self.h = nn.ModuleList(GPT2Block(width, heads) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(width)
+        for embedding in (self.wte, self.wpe):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, ids):
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
+class GPT2(nn.Module):
+    """transformers.GPT2LMHeadModel, by its names."""
+
+    def __init__(self, layers=12, heads=12, width=768, vocabulary=50257, positions=1024):
+        super().__init__()
+        self.transformer = GPT2Model(layers, heads, width, vocabulary, positions)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, ids):
+        return self.lm_head(self.transformer(ids))
+
+
+# ---- Models that are not new ----
+
+
+@torch.no_grad()
+def moved(model, *inputs):
+    """The model in evaluation, with scales, biases and running statistics unlike the first ones.
+
+    Some channels have so small a variance that a wrong epsilon is seen.
+    """
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.momentum = 0.9  # little is left of the first statistics
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.uniform_(-0.5, 0.5)
+        elif getattr(module, "bias", None) is not None:
+            module.bias.uniform_(-0.1, 0.1)
+        if "Conv2d" in type(module).__name__:
+            module.weight.mul_(10 ** torch.empty(len(module.weight), 1, 1, 1).uniform_(-1.5, 0))
+    for _ in range(3):
+        model(*inputs)
+    return model.eval()

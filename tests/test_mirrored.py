@@ -1,0 +1,221 @@
+"""Do the examples' models compute in evaluation what the same models compute in PyTorch?
+
+The names here are written by hand: they are the reference for maps that are found.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxnorm import interop
+
+torch = pytest.importorskip("torch")
+torch_models = pytest.importorskip("torch_models")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MOST = 1e-5  # of the largest output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _examples():
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def channels_first(x):
+    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+
+
+def photographs(number, size):
+    """Noise about a mean that is not 0, as photographs have it."""
+    x = np.random.default_rng(0).normal(0.5, 1, (number, size, size, 3))
+    return x.astype(np.float32)
+
+
+def difference(found, expected):
+    """The largest difference, relative to the largest output."""
+    found, expected = np.asarray(found), expected.detach().numpy()
+    assert found.dtype == expected.dtype == np.float32
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+# ---- ResNets ----
+
+
+def a_resnet(block, blocks, **options):
+    """The largest difference of a ResNet, whose names are PyTorch's."""
+    import resnet
+
+    x = photographs(4, 64)
+    theirs = torch_models.moved(
+        torch_models.ResNet(getattr(torch_models, block), blocks, **options), channels_first(x)
+    )
+    model = resnet.ResNet(getattr(resnet, block), blocks, **options)
+    variables = resnet.from_pytorch(theirs.state_dict(), model)
+    assert resnet.model_of(variables) == model
+    by_class = interop.from_torch(theirs.state_dict(), convert=interop.kernels_of(theirs))
+    jax.tree.map(np.testing.assert_array_equal, by_class, variables)
+    y = jax.jit(lambda x: model.apply(variables, x, train=False))(x)
+    return difference(y, theirs(channels_first(x)))
+
+
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
+def test_a_small_resnet(block):
+    assert a_resnet(block, (1, 2, 1, 1), classes=10, features=8) < MOST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("block", "blocks"), [("BasicBlock", (2, 2, 2, 2)), ("Bottleneck", (3, 4, 6, 3))]
+)
+def test_a_resnet(block, blocks):
+    assert a_resnet(block, blocks) < MOST
+
+
+def test_the_resnet_of_a_file_is_found(tmp_path, capsys):
+    import resnet
+
+    theirs = torch_models.ResNet(torch_models.Bottleneck, (1, 1, 2, 1), classes=7, features=4)
+    path = tmp_path / "resnet.pth"
+    torch.save(theirs.state_dict(), path)
+    resnet.main([str(path)])
+    assert "the five likeliest of 7 classes" in capsys.readouterr().out
+    theirs.layer2[0].conv2 = torch.nn.Conv2d(8, 8, 5)
+    torch.save(theirs.state_dict(), path)
+    with pytest.raises(SystemExit, match=r"(?s)resnet\.py: .*layer2\.0\.conv2"):
+        resnet.main([str(path)])
+    torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    with pytest.raises(SystemExit, match=r"resnet\.py: .*names of a ResNet.*'layer1'"):
+        resnet.main([str(path)])
+
+
+# ---- StarGAN's generator, in NNX ----
+
+
+def a_generator(features, labels, blocks):
+    import stargan_nnx
+
+    x = photographs(2, 64)
+    label = np.eye(labels, dtype=np.float32)[:2]
+    given = channels_first(x), torch.from_numpy(label)
+    theirs = torch_models.moved(torch_models.Generator(features, labels, blocks), *given)
+    model = stargan_nnx.Generator(features, labels, blocks, rngs=nnx.Rngs(0))
+    stargan_nnx.load(model, theirs.state_dict())
+    names = stargan_nnx.module_names(blocks)
+    by_class = interop.from_torch(
+        theirs.state_dict(), names=names, convert=interop.kernels_of(theirs, names=names)
+    )
+    held = interop.from_nnx(nnx.to_pure_dict(nnx.state(model)))
+    jax.tree.map(np.testing.assert_array_equal, by_class, jax.tree.map(np.asarray, held))
+    model.eval()
+    y = nnx.jit(stargan_nnx.Generator.__call__)(model, x, label)
+    return difference(jnp.moveaxis(y, -1, 1), theirs(*given))
+
+
+def test_a_small_generator():
+    assert a_generator(features=8, labels=3, blocks=2) < MOST
+
+
+@pytest.mark.slow
+def test_the_generator():
+    assert a_generator(features=64, labels=5, blocks=6) < MOST
+
+
+def test_the_generator_draws_each_label(tmp_path, capsys):
+    import stargan_nnx
+
+    weights, picture = tmp_path / "G.ckpt", tmp_path / "picture.png"
+    torch.save(torch_models.Generator(2, 3, 1).state_dict(), weights)
+    options = ["--features", "2", "--labels", "3", "--out", str(picture)]
+    stargan_nnx.main([str(weights), *options, "--blocks", "1"])
+    assert picture.stat().st_size > 10_000
+    assert str(picture) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"stargan_nnx\.py: .*names.*main\.10"):
+        stargan_nnx.main([str(weights), *options, "--blocks", "2"])
+
+
+# ---- GPT-2 ----
+
+
+GPT2_NAMES = {"transformer.wte": "token_embedding", "transformer.wpe": "position_embedding"}
+GPT2_NAMES |= {"transformer.ln_f": "norm"}
+GPT2_INSIDE = {
+    "ln_1": "norm_0",
+    "attn.c_attn": "attention_in",
+    "attn.c_proj": "attention_out",
+    "ln_2": "norm_1",
+    "mlp.c_fc": "mlp_in",
+    "mlp.c_proj": "mlp_out",
+}
+SMALL = {"layers": 2, "heads": 4, "width": 32, "vocabulary": 50, "positions": 20}
+
+
+def a_gpt2(**sizes):
+    import gpt2
+
+    model = gpt2.GPT2(**sizes)
+    ids = np.random.default_rng(0).integers(model.vocabulary, size=(2, 16), dtype=np.int32)
+    theirs = torch_models.moved(torch_models.GPT2(**sizes), torch.from_numpy(ids))
+    variables = gpt2.from_pytorch(theirs.state_dict())
+    assert gpt2.model_of(variables, model.heads) == model
+    names = GPT2_NAMES | {
+        f"transformer.h.{k}.{theirs}": f"block_{k}.{ours}"
+        for k in range(model.layers)
+        for theirs, ours in GPT2_INSIDE.items()
+    }
+    by_class = interop.from_torch(
+        theirs.state_dict(),
+        names=names,
+        convert=interop.kernels_of(theirs, names=names, kinds={"lm_head": None}),
+        like=jax.eval_shape(lambda: model.init(jax.random.key(0), ids)),
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_class, variables)
+    return difference(jax.jit(model.apply)(variables, ids), theirs(torch.from_numpy(ids)))
+
+
+def test_a_small_gpt2():
+    assert a_gpt2(**SMALL) < MOST
+
+
+@pytest.mark.slow
+def test_gpt2():
+    assert a_gpt2() < MOST
+
+
+def test_gpt2_says_what_follows(tmp_path, capsys):
+    """Files of a GPT2LMHeadModel, and of a GPT2Model with its masks, as they are published."""
+    import gpt2
+
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    theirs = torch_models.moved(torch_models.GPT2(**SMALL), ids)
+    expected = theirs(ids)[0, -1].softmax(0)
+    best = int(expected.argmax())
+    masks = {f"h.{k}.attn.bias": torch.ones(1, 1, 20, 20) for k in range(2)}
+    path, given = tmp_path / "model.bin", ["3", "1", "4", "1", "5", "--heads", "4"]
+    for state_dict in (theirs.state_dict(), theirs.transformer.state_dict() | masks):
+        torch.save(state_dict, path)
+        read, held = gpt2.from_pytorch(path), gpt2.from_pytorch(theirs.state_dict())
+        jax.tree.map(np.testing.assert_array_equal, read, held)
+        gpt2.main([str(path), *given])
+        out = capsys.readouterr().out
+        assert out.splitlines()[1].split() == [str(best), f"{expected[best]:.1%}"]
+    for wrong, match in (
+        (["50", "--heads", "4"], r"ids should be those of 50 tokens"),
+        (["1", "--heads", "5"], r"heads should divide the width, 32"),
+        (["1"], r"heads should divide the width, 32"),  # no head of 64 channels
+        (["1"] * 21 + ["--heads", "4"], r"at most 20 tokens"),
+    ):
+        with pytest.raises(SystemExit, match=rf"gpt2\.py: .*{match}"):
+            gpt2.main([str(path), *wrong])

@@ -1,0 +1,81 @@
+"""Do the examples' models compute what those of torchvision and transformers compute?"""
+
+import sys
+from pathlib import Path
+
+import jax
+import models
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+MOST = 1e-5  # of the largest output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _folders():
+    folders = [str(ROOT / "examples"), str(ROOT / "tests")]
+    sys.path[:0] = folders
+    yield
+    for folder in folders:
+        sys.path.remove(folder)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def difference(found, expected):
+    """The largest difference, relative to the largest output."""
+    found, expected = np.asarray(found), expected.detach().numpy()
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+def a_resnet(name, dtype):
+    """The largest difference of a ResNet whose arrays and images are of the dtype."""
+    import resnet
+    import torch_models
+
+    x = np.random.default_rng(0).normal(0.5, 1, (4, 64, 64, 3)).astype(dtype)
+    x_torch = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+    theirs = dict(models.zoo())[f"torchvision {name}"]().to(x_torch.dtype)
+    theirs = torch_models.moved(theirs, x_torch)
+    variables = resnet.from_pytorch(theirs.state_dict())
+    model = resnet.model_of(variables)
+    resnet.from_pytorch(theirs.state_dict(), model)  # the shapes are the model's
+    y = jax.jit(lambda x: model.apply(variables, x, train=False))(x)
+    return difference(y, theirs(x_torch))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_a_resnet_of_torchvision_in_float64(name):
+    """In float32, a ResNet-152 of PyTorch is itself 2e-5 from float64: too much to compare with."""
+    with jax.enable_x64(True):
+        assert a_resnet(name, np.float64) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_resnet_of_torchvision(name):
+    assert a_resnet(name, np.float32) < MOST
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_gpt2_of_transformers(head, tmp_path):
+    import gpt2
+    import torch_models
+    import transformers
+
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 100, "n_positions": 32}
+    sizes["initializer_range"] = 0.2  # large enough that the activation is not almost linear
+    ids = np.random.default_rng(0).integers(100, size=(2, 16), dtype=np.int32)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    ids_torch = torch.from_numpy(ids).long()
+    theirs = torch_models.moved(theirs, ids_torch)
+    (theirs if head else theirs.transformer).save_pretrained(tmp_path)
+    variables = gpt2.from_pytorch(tmp_path / "model.safetensors")
+    y = jax.jit(gpt2.model_of(variables, heads=4).apply)(variables, ids)
+    assert difference(y, theirs(ids_torch).logits) < MOST
