@@ -1,6 +1,6 @@
-"""Do the examples' models compute in evaluation what the same models compute in PyTorch?
+"""Compares the models of the examples with the same models in PyTorch, in evaluation.
 
-The names here are written by hand: they are the reference for maps that are found.
+The maps of names here are written by hand: those that `interop.match` finds have to be the same.
 """
 
 import sys
@@ -51,6 +51,16 @@ def difference(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
+def assert_matched(names, *models, **options):
+    """The map is found by the order of the calls, and the outputs agree with it."""
+    proposal = interop.match(*models, **options, allow_order=True)
+    assert not proposal.only_torch
+    assert not proposal.only_here
+    assert proposal.names == names
+    assert not any(pair.note for pair in proposal.pairs)
+    assert proposal.verify(tolerance=MOST) < MOST
+
+
 # ---- ResNets ----
 
 
@@ -67,6 +77,7 @@ def a_resnet(block, blocks, **options):
     assert resnet.model_of(variables) == model
     by_class = interop.from_torch(theirs.state_dict(), convert=interop.kernels_of(theirs))
     jax.tree.map(np.testing.assert_array_equal, by_class, variables)
+    assert_matched({}, model, x, theirs, channels_first(x), kwargs={"train": False})
     y = jax.jit(lambda x: model.apply(variables, x, train=False))(x)
     return difference(y, theirs(channels_first(x)))
 
@@ -119,6 +130,7 @@ def a_generator(features, labels, blocks):
     )
     held = interop.from_nnx(nnx.to_pure_dict(nnx.state(model)))
     jax.tree.map(np.testing.assert_array_equal, by_class, jax.tree.map(np.asarray, held))
+    assert_matched(names, model, (x, label), theirs, given)
     model.eval()
     y = nnx.jit(stargan_nnx.Generator.__call__)(model, x, label)
     return difference(jnp.moveaxis(y, -1, 1), theirs(*given))
@@ -182,7 +194,9 @@ def a_gpt2(**sizes):
         like=jax.eval_shape(lambda: model.init(jax.random.key(0), ids)),
     )
     jax.tree.map(np.testing.assert_array_equal, by_class, variables)
-    return difference(jax.jit(model.apply)(variables, ids), theirs(torch.from_numpy(ids)))
+    ids_torch = torch.from_numpy(ids)
+    assert_matched(names, model, ids, theirs, ids_torch, kinds={"lm_head": None})
+    return difference(jax.jit(model.apply)(variables, ids), theirs(ids_torch))
 
 
 def test_a_small_gpt2():
