@@ -35,7 +35,7 @@ help:
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
 	@echo "make lint   check format, style and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
-	@echo "make package   build the sdist and the wheel, and try both in an empty environment"
+	@echo "make package   build the sdist and the wheel, check their metadata, and try both in an empty environment"
 	@echo "make docs   build the documentation in build/site; EXECUTE=false leaves the notebooks unrun"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
@@ -85,6 +85,7 @@ lint: $(VENV)/with-test $(VENV)/with-dev
 package: $(VENV)/with-dev
 	rm -rf dist build/package
 	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/package
 	build/package/bin/pip install --quiet --disable-pip-version-check dist/*.whl
 	cp tests/smoke.py build/package
