@@ -33,7 +33,7 @@ help:
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make test-zoo   move the state dicts of other libraries' models; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
-	@echo "make lint   check format, style and types"
+	@echo "make lint   check format, style, spelling and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
 	@echo "make package   build the sdist and the wheel, check their metadata, and try both in an empty environment"
 	@echo "make docs   build the documentation in build/site; EXECUTE=false leaves the notebooks unrun"
@@ -79,6 +79,7 @@ test-onnx: $(VENV_ONNX)/with-test-onnx
 lint: $(VENV)/with-test $(VENV)/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 # The wheel brings what it needs into an empty environment; the sdist takes its place there.
