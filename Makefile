@@ -25,7 +25,7 @@ FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py func
 EXECUTE ?= true
 
 .PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
-  test-accelerators bench-accelerators test-versions test-zoo
+  test-accelerators bench-accelerators test-versions test-zoo coverage
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests, but for the slow ones, and the notebooks"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make test-zoo   move the state dicts of other libraries' models; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
+	@echo "make coverage   measure which code of jaxnorm the fast tests run, without ONNX and with it"
 	@echo "make lint   check format, style, spelling and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
 	@echo "make package   build the sdist and the wheel, check their metadata, and try both in an empty environment"
@@ -68,6 +69,17 @@ endif
 
 test-zoo: $(VENV_ZOO)/with-zoo
 	$(VENV_ZOO)/bin/pytest tests_zoo -rsf $(ARGS)
+
+# The lowest share of the statements, in percent. The tests of ONNX add theirs to what is measured.
+COVERED ?= 95
+coverage: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow" --numprocesses auto
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --omit 'jaxnorm/onnx.py,jaxnorm/onnx/*' --fail-under $(COVERED)
+	$(VENV_ONNX)/bin/coverage run -m pytest tests_onnx --numprocesses auto
+	$(BIN)/coverage combine --quiet --append
+	$(BIN)/coverage report --fail-under $(COVERED)
 
 notebooks: $(VENV)/with-test
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
