@@ -25,7 +25,7 @@ FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py func
 EXECUTE ?= true
 
 .PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
-  test-accelerators bench-accelerators test-versions test-zoo coverage
+  test-accelerators bench-accelerators test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests, but for the slow ones, and the notebooks"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-zoo   move the state dicts of other libraries' models; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
 	@echo "make coverage   measure which code of jaxnorm the fast tests run, without ONNX and with it"
+	@echo "make mutants   change the moments, the step and the update in 200 ways; what do the tests miss?"
 	@echo "make lint   check format, style, spelling and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
 	@echo "make package   build the sdist and the wheel, check their metadata, and try both in an empty environment"
@@ -80,6 +81,10 @@ coverage: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
 	$(VENV_ONNX)/bin/coverage run -m pytest tests_onnx --numprocesses auto
 	$(BIN)/coverage combine --quiet --append
 	$(BIN)/coverage report --fail-under $(COVERED)
+
+# Continues where it was stopped; `rm -r build/mutants` begins again.
+mutants: $(VENV)/with-test
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 notebooks: $(VENV)/with-test
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
