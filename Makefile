@@ -25,7 +25,7 @@ FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py func
 EXECUTE ?= true
 
 .PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
-  test-accelerators bench-accelerators test-versions test-zoo
+  test-accelerators bench-accelerators test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests, but for the slow ones, and the notebooks"
@@ -33,9 +33,11 @@ help:
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make test-zoo   move the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
-	@echo "make lint   check format, style and types"
+	@echo "make coverage   measure which code of jaxnorm the fast tests run, without ONNX and with it"
+	@echo "make mutants   change the moments, the step and the update in 200 ways; what do the tests miss?"
+	@echo "make lint   check format, style, spelling and types"
 	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
-	@echo "make package   build the sdist and the wheel, and try both in an empty environment"
+	@echo "make package   build the sdist and the wheel, check their metadata, and try both in an empty environment"
 	@echo "make docs   build the documentation in build/site; EXECUTE=false leaves the notebooks unrun"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
@@ -69,6 +71,21 @@ endif
 test-zoo: $(VENV_ZOO)/with-zoo
 	$(VENV_ZOO)/bin/pytest tests_zoo -rsf $(ARGS)
 
+# The lowest share of the statements, in percent. The tests of ONNX add theirs to what is measured.
+COVERED ?= 95
+coverage: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow" --numprocesses auto
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --omit 'jaxnorm/onnx.py,jaxnorm/onnx/*' --fail-under $(COVERED)
+	$(VENV_ONNX)/bin/coverage run -m pytest tests_onnx --numprocesses auto
+	$(BIN)/coverage combine --quiet --append
+	$(BIN)/coverage report --fail-under $(COVERED)
+
+# Continues where it was stopped; `rm -r build/mutants` begins again.
+mutants: $(VENV)/with-test
+	$(BIN)/python tests/mutants.py $(ARGS)
+
 notebooks: $(VENV)/with-test
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
 
@@ -79,12 +96,14 @@ test-onnx: $(VENV_ONNX)/with-test-onnx
 lint: $(VENV)/with-test $(VENV)/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 # The wheel brings what it needs into an empty environment; the sdist takes its place there.
 package: $(VENV)/with-dev
 	rm -rf dist build/package
 	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/package
 	build/package/bin/pip install --quiet --disable-pip-version-check dist/*.whl
 	cp tests/smoke.py build/package

@@ -1,0 +1,254 @@
+"""Counts the small changes of the core, the mutants, that its own tests do not notice.
+
+python tests/mutants.py              # 200 of them; continues where it was stopped
+python tests/mutants.py --count 10   # the first ten of the same sample
+
+A mutant is one module with one change, in a copy of the package. It is killed if a test fails, or
+runs for too long, and survives otherwise. A survivor is a missing test, or code that is not needed,
+or a change without an effect on results, such as one that only costs time.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import os
+import queue
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "build" / "mutants"
+# Each module, and the tests that should notice every change of it.
+TESTS = {
+    "jaxnorm/_moments.py": ["tests/test_moments.py"],
+    "jaxnorm/_normalize.py": ["tests/test_normalize.py", "tests/test_renorm.py"],
+    "jaxnorm/_running.py": ["tests/test_running.py", "tests/test_accumulation.py"],
+}
+PAIRS = [
+    *[(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot)],
+    *[(ast.In, ast.NotIn), (ast.And, ast.Or), (ast.BitAnd, ast.BitOr)],
+    *[(ast.Add, ast.Sub), (ast.Mult, ast.Div)],
+]
+OPERATORS = {ast.Pow: ast.Mult, **dict(PAIRS), **{b: a for a, b in PAIRS}}
+FUNCTIONS = {"maximum": "minimum", "max": "min", "any": "all", "zeros_like": "ones_like"}
+FUNCTIONS |= {other: name for name, other in FUNCTIONS.items()}
+
+
+class Mutant(NamedTuple):
+    """One change of one module.
+
+    Attributes:
+      path: the module's.
+      line: where the change begins.
+      source: the whole module after it.
+      key: the same as long as the module and its tests are the same.
+    """
+
+    path: str
+    line: int
+    source: str
+    key: str
+
+    @property
+    def diff(self) -> list[str]:
+        """The lines that differ, without the context."""
+        files = (ROOT / self.path).read_text().splitlines(), self.source.splitlines()
+        lines = difflib.unified_diff(*files, n=0)
+        return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+    """A part of the node, or the node itself, and what to write in its place."""
+    match node:
+        case ast.BinOp(op=op) | ast.AugAssign(op=op) if type(op) in OPERATORS:
+            yield node, _with(node, op=OPERATORS[type(op)]())
+        case ast.Compare(ops=[op]) if type(op) in OPERATORS:
+            yield node, _with(node, ops=[OPERATORS[type(op)]()])
+        case ast.BoolOp(op=op):
+            yield node, _with(node, op=OPERATORS[type(op)]())
+        case ast.UnaryOp(op=ast.USub() | ast.Not(), operand=operand):
+            yield node, f"({ast.unparse(operand)})"
+        case ast.Constant(value=bool(value)):
+            yield node, str(not value)
+        case ast.Constant(value=int(value) | float(value)):
+            yield node, str(value + 1)
+        case ast.IfExp(body=body, orelse=orelse):
+            yield node, _with(node, body=orelse, orelse=body)
+        case ast.If(test=test):
+            yield test, f"not ({ast.unparse(test)})"
+        case ast.Call(args=[condition, yes, no], func=ast.Attribute(attr="where")):
+            yield node, _with(node, args=[condition, no, yes])
+        case ast.Attribute(attr=name) if name in FUNCTIONS:
+            yield node, _with(node, attr=FUNCTIONS[name])
+    if isinstance(node, ast.Call):
+        for i in range(len(node.keywords)):
+            yield node, _with(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
+    if isinstance(node, ast.AugAssign | ast.Raise) or _assigns_again(node):
+        yield node, "pass"
+
+
+def _with(node: Any, **fields: Any) -> str:
+    """The node's source with other fields; an expression is put in parentheses."""
+    kept = {name: getattr(node, name) for name in node._fields}
+    text = ast.unparse(type(node)(**{**kept, **fields}))
+    return text if isinstance(node, ast.Call | ast.Attribute | ast.stmt) else f"({text})"
+
+
+def _assigns_again(node: ast.AST) -> bool:
+    """Whether names get values made of their own: without any other line every test would fail."""
+    if not isinstance(node, ast.Assign):
+        return False
+    bound, used = (
+        {n.id for root in roots for n in ast.walk(root) if isinstance(n, ast.Name)}
+        for roots in (node.targets, [node.value])
+    )
+    return bound <= used
+
+
+def parts(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all in it but annotations and f-strings, which have no effect on numbers."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name not in ("annotation", "returns"):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
+                    yield from parts(child)
+
+
+def mutants(path: str) -> Iterator[Mutant]:
+    """All the mutants of a module, in the order of the source."""
+    source = (ROOT / path).read_bytes()  # columns are counted in bytes
+    version = b"".join((ROOT / file).read_bytes() for file in [path, *TESTS[path]])
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    for node in parts(ast.parse(source)):
+        for part, text in changes(node):
+            begin = starts[part.lineno - 1] + part.col_offset
+            end = starts[part.end_lineno - 1] + part.end_col_offset
+            changed = source[:begin] + text.encode() + source[end:]
+            key = hashlib.sha256(version + changed).hexdigest()[:16]
+            yield Mutant(path, part.lineno, changed.decode(), key)
+
+
+def copy_of_the_tree(name: str) -> Path:
+    """A folder with what the tests need."""
+    tree = OUT / name
+    shutil.rmtree(tree, ignore_errors=True)
+    for part in ("jaxnorm", "tests"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    return tree
+
+
+def run(tree: Path, mutant: Mutant, limit: float | None) -> dict[str, Any]:
+    """The record of one mutant's tests, in a tree that is put back afterwards."""
+    settings = {
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",  # two mutants may have one size and one second
+        "JAX_COMPILATION_CACHE_DIR": str(OUT / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow"]
+    command += ["-p", "no:cacheprovider", *TESTS[mutant.path]]
+    (tree / mutant.path).write_text(mutant.source)
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=tree,
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+        result = "killed" if process.returncode else "survived"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, result = process.communicate()[0], "timeout"
+    (tree / mutant.path).write_text((ROOT / mutant.path).read_text())
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return {
+        "key": mutant.key,
+        "path": mutant.path,
+        "line": mutant.line,
+        "result": result,
+        "seconds": round(time.monotonic() - start, 1),
+        "diff": mutant.diff,
+        "by": failed[0].split(" - ")[0] if failed else output[-500:] * (result == "killed"),
+    }
+
+
+def main() -> None:
+    """Runs what has no record yet, and prints the summary."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=200, help="how many mutants (200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time")
+    options = parser.parse_args()
+    sample = [mutant for path in TESTS for mutant in mutants(path)]
+    random.Random(options.seed).shuffle(sample)
+    print(f"{options.count} of {len(sample)} mutants")
+    sample = sample[: options.count]
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    file = OUT / "results.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    records = {record["key"]: record for record in map(json.loads, lines)}
+    trees: queue.Queue[Path] = queue.Queue()
+    for i in range(options.jobs):
+        trees.put(copy_of_the_tree(f"tree{i}"))
+
+    def run_in_a_tree(mutant: Mutant, limit: float | None = None) -> dict[str, Any]:
+        tree = trees.get()
+        try:
+            record = run(tree, mutant, limit)
+        finally:
+            trees.put(tree)
+        where = f"{mutant.path}:{mutant.line}" if mutant.line else f"{mutant.path}, unchanged"
+        print(f"{record['result']:8} {record['seconds']:6.1f} s {where}", flush=True)
+        return record
+
+    def record_of(mutant: Mutant) -> dict[str, Any]:
+        if mutant.key not in records:
+            record = run_in_a_tree(mutant, limits[mutant.path])
+            with file.open("a") as out:
+                out.write(json.dumps(record) + "\n")
+            records[mutant.key] = record
+        return records[mutant.key]
+
+    limits = {}
+    pending = {mutant.path for mutant in sample if mutant.key not in records}
+    for path in sorted(pending):
+        record = run_in_a_tree(Mutant(path, 0, (ROOT / path).read_text(), ""))
+        if record["result"] != "survived":
+            sys.exit(f"The tests of {path} fail without a change: {record['by']}")
+        # What a mutant has to compile is kept for the module as it is.
+        limits[path] = 60 + 5 * record["seconds"]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = list(pool.map(record_of, sample))
+
+    for record in found:
+        if record["result"] == "survived":
+            print(f"\n{record['path']}:{record['line']}", *record["diff"], sep="\n")
+    print()
+    for path in TESTS:
+        results = [record["result"] for record in found if record["path"] == path]
+        counts = {name: results.count(name) for name in ("killed", "timeout", "survived")}
+        print(f"{path}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
+
+
+if __name__ == "__main__":
+    main()
