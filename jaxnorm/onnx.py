@@ -41,7 +41,18 @@ OPSETS = {
     "GroupNormalization": 21,  # that of opset 18 has one scale for a whole group
     "RMSNormalization": 23,
 }
-NATIVE = contextvars.ContextVar("native", default=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of `to_onnx` that the norms ask for while they are traced."""
+
+    native: bool = True
+    update_stats: bool | None = None
+
+
+# The default holds for `jax2onnx.to_onnx` itself; it is frozen.
+OPTIONS = contextvars.ContextVar("options", default=Options())  # noqa: B039
 # jax2onnx replaces functions of jax.numpy while it traces: jnp.shape then gives a traced array.
 JNP = types.SimpleNamespace(**vars(jnp))
 # A graph is for no platform, and jax2onnx knows no choice among them.
@@ -55,6 +66,7 @@ def to_onnx(
     *,
     opset: int = 23,
     native: bool = True,
+    update_stats: bool | None = None,
     output_path: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> onnx.ModelProto:
@@ -80,6 +92,10 @@ def to_onnx(
       opset: the version of ONNX's operators; GroupNormalization needs 21, RMSNormalization 23.
       native: whether norms become ONNX's operators; False: ordinary operators, which compute as
         the norms of this package do, and need no newer opset.
+      update_stats: False: every norm of this package is called with update_stats=False, whatever
+        the model says, so that a norm in training mode normalizes by the batch, or by each sample,
+        and leaves its running statistics. None: as the model says, and running statistics that
+        would move are an error, because the model may have been left in training mode by mistake.
       output_path: a file to write the model to, too.
       **options: the other options of `jax2onnx.to_onnx`, such as input_names or inputs_as_nchw.
 
@@ -87,8 +103,9 @@ def to_onnx(
       The model.
 
     Raises:
-      ValueError: if a norm would move its running statistics; if it asks other devices
-        (axis_name) for statistics of x; if the opset is older than a norm's operator.
+      ValueError: if a norm would move its running statistics; if update_stats is True; if a norm
+        asks other devices (axis_name) for statistics of x; if the opset is older than a norm's
+        operator.
 
     Example:
       >>> import jaxnorm
@@ -104,19 +121,30 @@ def to_onnx(
       ONNX operators, opset 23. https://onnx.ai/onnx/operators
       jax2onnx 0.17.1. https://github.com/enpasos/jax2onnx
     """
-    token = NATIVE.set(native)
+    token = OPTIONS.set(Options(native, _never_true(update_stats)))
     try:
         # A GPU's formulation has neither a loop nor a choice of platforms. It clears the caches.
         with _platforms.formulated_for("cuda"):
             model = jax2onnx.to_onnx(fn, inputs, opset=opset, return_mode="proto", **options)
     finally:
-        NATIVE.reset(token)
+        OPTIONS.reset(token)
     # Where it moves transposes, jax2onnx leaves some sizes between the nodes as they were before.
     del model.graph.value_info[:]
     model = onnx.shape_inference.infer_shapes(model)
     if output_path is not None:
         onnx.save_model(model, output_path)
     return model
+
+
+def _never_true(update_stats: Any) -> bool | None:
+    """The argument of `to_onnx`, checked."""
+    if update_stats is None or not _arguments.boolean("to_onnx", "update_stats", update_stats):
+        return update_stats
+    raise ValueError(
+        "to_onnx: update_stats should be False or None, because a graph keeps no state, but is "
+        "True; write update_stats=False to normalize by the batch, or by each sample, and to leave "
+        "the running statistics"
+    )
 
 
 # ---- Which operator? ----
@@ -162,6 +190,8 @@ def _tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
         layout = _checks.layout(function, x.ndim, *axes)
         first = () if layout.batch is None else (layout.batch,)
         statistics, mask = {}, None
+        if OPTIONS.get().update_stats is not None:
+            options["update_stats"] = OPTIONS.get().update_stats
         if _by_state(function, batch_stats, options):
             state = _checks.batch_stats(function, batch_stats, layout.shape(x))
             statistics = {key: state[key] for key in ("mean", "var")}
@@ -225,7 +255,8 @@ def _by_state(function: str, batch_stats: Any, options: dict[str, Any]) -> bool:
             f"{function}: the running statistics should not move in an export, because a graph "
             f"keeps no state, but they do with use_running_average={switches[0]} and "
             f"update_stats={switches[1]}; to evaluate, write use_running_average=True, in NNX "
-            f"model.eval(); to normalize by the batch, update_stats=False"
+            f"model.eval(); to normalize by the batch, or by each sample, write "
+            f"update_stats=False, or to_onnx(..., update_stats=False) for all norms"
         )
     return by_state
 
@@ -255,7 +286,7 @@ def _by_operator(function, operator, plain, layout, x, params, statistics, *, ma
     """y by the operator, or plainly: where there is none, or where a graph could not name it."""
     scale, bias = _checks.params(function, params, x.shape, layout.shape(x))
     params = {key: a for key, a in (("scale", scale), ("bias", bias)) if a is not None}
-    if operator is None or not NATIVE.get() or not _constant(epsilon, *operator.shape):
+    if operator is None or not OPTIONS.get().native or not _constant(epsilon, *operator.shape):
         return plain(x, params, statistics)
 
     @jax.custom_jvp

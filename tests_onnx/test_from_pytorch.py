@@ -84,20 +84,33 @@ def test_the_generator_takes_its_running_statistics_along(models):
         assert_agree(found, expected[some])
 
 
-def test_the_generator_by_each_image_s_own_statistics(models):
-    _, stargan, _ = models
-    images, labels = stargan.photographs()[:2], np.eye(5, dtype=np.float32)[:2]
-    model = stargan.Generator(features=4)
-    import jax
-
-    variables = model.init(jax.random.key(0), images, labels, use_running_average=True)
+@pytest.mark.parametrize("mutable", [False, ["batch_stats"]])
+def test_the_generator_by_each_image_s_own_statistics(models, mutable):
+    _, stargan, torch_models = models
+    torch.manual_seed(0)
+    theirs = torch_models.Generator(features=8)
+    images, labels = stargan.photographs()[:3], np.eye(5, dtype=np.float32)[:3]
+    given = channels_first(images), torch.from_numpy(labels)
+    with torch.no_grad():
+        for _ in range(3):
+            theirs(*given)
+        variables = stargan.from_pytorch(theirs.state_dict())
+        expected = np.moveaxis(theirs.train()(*given).numpy(), 1, -1)
+    model = stargan.Generator(features=8)
 
     def evaluate(x, labels):
-        call = {"use_running_average": False}
-        return model.apply(variables, x, labels, mutable=["batch_stats"], **call)[0]
+        call = {"use_running_average": False, "mutable": mutable}
+        y = model.apply(variables, x, labels, **call)
+        return y[0] if mutable else y
 
-    with pytest.raises(ValueError, match="running statistics"):  # they would move
-        jaxnorm.onnx.to_onnx(evaluate, [("B", 128, 128, 3), ("B", 5)])
+    inputs = [("B", 128, 128, 3), ("B", 5)]
+    with pytest.raises(ValueError, match=r"to_onnx\(\.\.\., update_stats=False\)"):
+        jaxnorm.onnx.to_onnx(evaluate, inputs)
+    exported = jaxnorm.onnx.to_onnx(evaluate, inputs, update_stats=False)
+    assert operators(exported).count("InstanceNormalization") == 17
+    assert "BatchNormalization" not in operators(exported)
+    for some in (slice(0, 3), slice(1, 2)):  # an image's result does not depend on the others
+        assert_agree(run(exported, images[some], labels[some]), expected[some])
 
 
 def test_a_resnet_keeps_a_norm_for_a_norm(models):

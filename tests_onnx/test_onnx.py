@@ -361,7 +361,6 @@ def linen_model():
     return model, variables
 
 
-@functools.cache
 def nnx_model():
     model = Net(nnx.Rngs(0))
     for seed in range(3):
@@ -618,7 +617,8 @@ def test_training_is_refused():
     message = (
         r"batch_norm: the running statistics should not move in an export, because a graph keeps "
         r"no state, but they do with use_running_average=False and update_stats=None; to evaluate, "
-        r"write use_running_average=True, in NNX model.eval\(\); .* update_stats=False"
+        r"write use_running_average=True, in NNX model.eval\(\); to normalize by the batch, or by "
+        r"each sample, write update_stats=False, or to_onnx\(\.\.\., update_stats=False\) for all"
     )
     with pytest.raises(ValueError, match=message):
         export(lambda x: jaxnorm.batch_norm(x, PARAMS, STATE)[0], X)
@@ -673,6 +673,111 @@ def test_the_checks_of_a_norm_are_the_same_in_an_export():
         export(instance_norm, ("B", 1, C))
     with pytest.raises(ValueError, match="mask should be bool"):
         export(lambda x: by_state(x, mask=x), ("B", C))
+
+
+# ---- By the statistics of x, though the running statistics would move ----
+
+OWN = {BATCH: 0, INSTANCE: 4, GROUP: 1, LAYER: 1, RMS: 1}
+
+
+def immutable(model, variables):
+    return lambda x: model.apply(variables, x, train=True)
+
+
+def mutable(model, variables):
+    return lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+
+@pytest.mark.parametrize("write", [immutable, mutable])
+def test_a_linen_model_by_the_statistics_of_x_needs_no_edit(write):
+    model, variables = linen_model()
+    before = jax.tree.map(np.asarray, variables)
+    exported = export(write(model, variables), IMAGES, update_stats=False)
+    found = collections.Counter(operators(exported))
+    assert {name: found[name] for name in NATIVE} == OWN
+    x = normal((5, 12, 10, 3), seed=5)
+    expected = mutable(model, variables)(x)
+    # Seven norms on one another, as in evaluation above.
+    np.testing.assert_allclose(run(exported, x), expected, atol=1e-4, rtol=1e-4)
+    assert np.abs(expected - model.apply(variables, x)).max() > 0.1
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+def by_attributes(model):
+    model.set_attributes(use_running_average=False)
+
+
+def by_view(model):
+    return nnx.view(model, use_running_average=False)
+
+
+def by_training(model):
+    model.train()
+    model.dropout.deterministic = True
+
+
+@pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning:jax2onnx")
+@pytest.mark.parametrize("switch", [by_attributes, by_view, by_training])
+def test_an_nnx_model_by_the_statistics_of_x_keeps_its_state(switch):
+    model = nnx_model()
+    evaluated = model(x := normal((5, 12, 10, 3), seed=5))
+    model = switch(model) or model
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+    with pytest.raises(ValueError, match=r"to_onnx\(\.\.\., update_stats=False\)"):
+        export(model, IMAGES)
+    exported = export(model, IMAGES, update_stats=False)
+    found = collections.Counter(operators(exported))
+    assert {name: found[name] for name in NATIVE} == OWN
+    after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    jax.tree.map(np.testing.assert_array_equal, after, before)  # and no traced array among them
+    y, expected = run(exported, x), model(x)
+    np.testing.assert_allclose(y, expected, atol=1e-4, rtol=1e-4)
+    assert np.abs(y - evaluated).max() > 0.1
+
+
+def test_an_nnx_model_whose_layers_freeze_their_statistics_needs_no_argument():
+    model = nnx_model()
+    model.set_attributes(use_running_average=False, update_stats=False, raise_if_not_found=False)
+    assert operators(export(model.batch, ("B", 4, 5, 8))) == [INSTANCE]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("norm", [jaxnorm.batch_norm, jaxnorm.instance_norm, jaxnorm.batch_renorm])
+def test_update_stats_false_is_that_of_every_norm(norm, native):
+    def training(x):
+        return norm(x, PARAMS, STATE)[0]
+
+    def frozen(x):
+        return norm(x, PARAMS, STATE, update_stats=False)[0]
+
+    model = export(training, X, update_stats=False, native=native)
+    assert operators(model) == operators(export(frozen, X, native=native))
+    x = normal((3, 4, 5, C))
+    np.testing.assert_allclose(run(model, x), training(x), **CLOSE)
+
+
+def test_update_stats_false_leaves_evaluation_and_adaptation_by_the_state():
+    for fn in (by_state, functools.partial(by_state, update_stats=True)):
+        assert operators(export(fn, X, update_stats=False)) == [BATCH]
+
+
+def test_with_update_stats_false_the_state_that_a_function_returns_is_the_given_one():
+    model = export(lambda x: jaxnorm.batch_norm(x, PARAMS, STATE), X, update_stats=False)
+    x = normal((3, 4, 5, C))
+    opened = session(model)
+    y, *state = opened.run(None, {opened.get_inputs()[0].name: x})
+    np.testing.assert_allclose(y, batch_norm(x), **CLOSE)
+    for found, key in zip(state, sorted(STATE), strict=True):  # in the order of a dict's leaves
+        np.testing.assert_array_equal(found, STATE[key])
+
+
+def test_update_stats_is_false_or_none():
+    with pytest.raises(ValueError, match="to_onnx: update_stats should be False or None, because"):
+        export(by_state, X, update_stats=True)
+    with pytest.raises(ValueError, match="to_onnx: update_stats should be a Python bool"):
+        export(by_state, X, update_stats="no")
+    with pytest.raises(ValueError, match="the running statistics should not move"):
+        export(lambda x: jaxnorm.batch_norm(x, PARAMS, STATE)[0], X)  # nothing is left of it
 
 
 # ---- What is left behind ----
