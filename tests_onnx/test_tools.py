@@ -208,6 +208,30 @@ def test_a_batch_norm_behind_a_dense_layer_stays(tool, files):
     np.testing.assert_allclose(run(made, x), expected, **CLOSE)
 
 
+class BetweenCasts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), dtype=jnp.float16)(x)
+        return jaxnorm.linen.BatchNorm(use_running_average=True)(x).astype(jnp.float32)
+
+
+class BeforeConvolution(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(8, (3, 3))(jaxnorm.linen.BatchNorm(use_running_average=True)(x))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("network", [BetweenCasts, BeforeConvolution])
+def test_a_batch_norm_between_casts_or_before_a_convolution_stays(network, tool, files):
+    x = normal((4, *IMAGES))
+    model, expected = exported(network(), ("B", *IMAGES), x)
+    made = tool(model, files)
+    assert count(made, BATCH) == 1
+    # In float16 the convolution is rounded by 2^-11 of its result, after sums in another order.
+    assert error(run(made, x), expected) < 2.0**-10
+
+
 # ---- 8 bits ----
 
 
