@@ -122,6 +122,12 @@ def network(norm):
     return model, x, expected
 
 
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    """The tools leave temporary files in the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def files(tmp_path):
     """Runs a tool that reads a file and writes one."""
