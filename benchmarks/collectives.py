@@ -32,7 +32,7 @@ from libraries import LIBRARIES
 from models import Net, resnet50, training_step
 
 import jaxnorm
-from jaxnorm import _platforms
+from jaxnorm._core import platforms
 
 # (layers, channels, devices): each of the three grows alone.
 MEASURED = [(1, 64, 2), (1, 64, 4), (1, 64, 8), (1, 256, 8), (3, 64, 8)]
@@ -80,7 +80,7 @@ def programs(kind, layers, channels, devices):
     )
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("d"))
     args = jax.device_put(args, (whole, whole, split))
-    with _platforms.formulated_for("cuda" if kind.endswith(GPU) else "cpu"):
+    with platforms.formulated_for("cuda" if kind.endswith(GPU) else "cpu"):
         return [jax.jit(f).lower(*args).compile(QUICK).as_text() for f in both]
 
 

@@ -1,4 +1,4 @@
-"""What does a whole training step take? Four models, in which only the norms differ."""
+"""Measures whole training steps of four models in which only the norms differ."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How does each JAX library write a norm? One pair of functions each, over plain trees.
+"""The norms of every JAX library, each as a pair of functions over plain trees.
 
 `make(library, norm, shape, layout)` gives `params, state, apply`, where
 `apply(params, state, x, training)` returns y and the new state. x is (N, *space, C), or

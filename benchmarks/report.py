@@ -1,4 +1,4 @@
-"""What came of it? A table for each kind of cell, and a plot: the ratio to the memory's limit."""
+"""Writes a table for each kind of measurement, and a plot."""
 
 import json
 from pathlib import Path

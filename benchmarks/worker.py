@@ -1,4 +1,4 @@
-"""How long does one library take? A process that measures what it is told to, one job a line.
+"""Measures one library in a process of its own: one job a line.
 
 Each line of standard input is a job, in JSON; each line of standard output is what came of it. The
 runner asks the workers of all libraries in turn, so that the machine's moods meet all alike.

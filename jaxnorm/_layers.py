@@ -1,7 +1,7 @@
-"""What do the Flax layers share? From a layer's attributes to one call of a function.
+"""What the Linen and NNX layers share: from the attributes of a layer to one call.
 
-A layer is a module of either face: it has the attributes of Flax's own classes. Where its variables
-live is the face's business; here are their shapes, and what the attributes mean.
+A layer is a module of Linen or NNX with the attributes of Flax's own classes. This file has the
+shapes of its variables and the meaning of the attributes; the two modules declare the variables.
 """
 
 from typing import Any
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm import _arguments, _checks, functional
-from jaxnorm._layout import Layout
-from jaxnorm.variables import Affine, BatchStats
+from jaxnorm import functional
+from jaxnorm._core import arguments, checks
+from jaxnorm._core.layout import Layout
+from jaxnorm._core.variables import Affine, BatchStats
 
 
 class Default(float):
@@ -47,12 +48,12 @@ def check(layer: Any, *, infers_channels: bool) -> None:
             f"{name}: epsilon should be a small number, because it is added to the variance, but "
             f"is {layer.epsilon!r}{hint}, and epsilon=1e-5 for PyTorch's epsilon"
         )
-    _arguments.number(name, "epsilon", layer.epsilon, least=0)
+    arguments.number(name, "epsilon", layer.epsilon, least=0)
     for argument in ("dtype", "param_dtype"):
-        _arguments.float_dtype(name, argument, held.get(argument))
+        arguments.float_dtype(name, argument, held.get(argument))
     for switch in ("use_bias", "use_scale", "track_running_stats", "skip_nonfinite"):
         if switch in held:
-            _arguments.boolean(name, switch, held[switch])
+            arguments.boolean(name, switch, held[switch])
     if "momentum" in held:
         check_momentum(layer)
 
@@ -67,8 +68,8 @@ def check_momentum(layer: Any) -> None:
         )
     for argument, value in (("momentum", momentum), ("decay", decay)):
         if value is not None:
-            _arguments.number(name, argument, value, least=0, most=1)
-    if momentum is not None and not _arguments.is_traced(momentum) and 0.5 < momentum < 1.0:
+            arguments.number(name, argument, value, least=0, most=1)
+    if momentum is not None and not arguments.is_traced(momentum) and 0.5 < momentum < 1.0:
         raise ValueError(
             f"{name}: momentum should not lie between 0.5 and 1.0, because it weighs the new value "
             f"as in PyTorch, but is {momentum}; if it is Flax's, which weighs the old value, write "
@@ -78,7 +79,7 @@ def check_momentum(layer: Any) -> None:
 
 def check_limits(layer: Any) -> None:
     """A batch renorm corrects within limits, towards running statistics."""
-    _arguments.limits(type(layer).__name__, layer.r_max, layer.d_max)
+    arguments.limits(type(layer).__name__, layer.r_max, layer.d_max)
     if not layer.track_running_stats:
         raise ValueError(
             f"{type(layer).__name__}: track_running_stats should be True, because it corrects "
@@ -100,7 +101,7 @@ def number_of_groups(layer: Any, channels: int) -> int:
     """Into how many groups the channels are divided, none left over."""
     check_groups(layer)
     said = "num_groups" if layer.group_size is None else "group_size"
-    divisor = _arguments.whole(
+    divisor = arguments.whole(
         type(layer).__name__, said, getattr(layer, said), "it divides the channels"
     )
     if channels % divisor:
@@ -117,7 +118,7 @@ def number_of_groups(layer: Any, channels: int) -> int:
 def channel_axes(layer: Any, ndim: int) -> tuple[int, ...]:
     """The channel axes of a batch norm, whose input has a rank that it takes."""
     _check_rank(layer, ndim)
-    return _rising(layer, "axis", ndim)
+    return _sorted_axes(layer, "axis", ndim)
 
 
 def instance_axes(layer: Any, ndim: int) -> tuple[int | None, tuple[int, ...]]:
@@ -127,7 +128,7 @@ def instance_axes(layer: Any, ndim: int) -> tuple[int | None, tuple[int, ...]]:
     """
     _check_rank(layer, ndim)
     batched = ndim if layer.ranks is None else layer.ranks[-1]
-    axes = _rising(layer, "feature_axes", batched)
+    axes = _sorted_axes(layer, "feature_axes", batched)
     if 0 in axes:
         raise ValueError(
             f"{type(layer).__name__}: feature_axes should not hold axis 0, because it is that of "
@@ -140,12 +141,12 @@ def instance_axes(layer: Any, ndim: int) -> tuple[int | None, tuple[int, ...]]:
 
 def feature_axes(layer: Any, ndim: int) -> tuple[int, ...]:
     """The axes that the parameters of a layer or RMS norm lie along."""
-    return _rising(layer, "feature_axes", ndim)
+    return _sorted_axes(layer, "feature_axes", ndim)
 
 
-def _rising(layer: Any, attribute: str, ndim: int) -> tuple[int, ...]:
+def _sorted_axes(layer: Any, attribute: str, ndim: int) -> tuple[int, ...]:
     axes = getattr(layer, attribute)
-    return tuple(sorted(_arguments.axes(type(layer).__name__, attribute, axes, ndim)))
+    return tuple(sorted(arguments.axes(type(layer).__name__, attribute, axes, ndim)))
 
 
 def _check_rank(layer: Any, ndim: int) -> None:
@@ -195,7 +196,7 @@ def group_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Arr
     if layer.reduction_axes is None:
         kept: tuple[int, ...] = (0,)
     else:
-        reduced = _arguments.axes(name, "reduction_axes", layer.reduction_axes, ndim)
+        reduced = arguments.axes(name, "reduction_axes", layer.reduction_axes, ndim)
         if ndim - 1 not in reduced:
             raise ValueError(
                 f"{name}: reduction_axes should hold the last axis, because it is that of the "
@@ -278,11 +279,11 @@ def _feature_options(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> d
     """The arguments of layer and RMS norm, whose parameters may lie along other axes."""
     name, shape = type(layer).__name__, jnp.shape(x)
     layout = Layout(len(shape), feature_axes(layer, len(shape)))
-    reduced = _arguments.axes(name, "reduction_axes", layer.reduction_axes, len(shape))
-    scale, bias = _checks.params(name, params, shape, layout.shape(x))
+    reduced = arguments.axes(name, "reduction_axes", layer.reduction_axes, len(shape))
+    scale, bias = checks.params(name, params, shape, layout.shape(x))
     spread = {"scale": scale, "bias": bias}
     return {
-        "params": {k: layout.spread(a) for k, a in spread.items() if a is not None},
+        "params": {k: layout.expand(a) for k, a in spread.items() if a is not None},
         "axis": reduced,
         **_options(layer, **call),
     }

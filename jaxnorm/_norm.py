@@ -1,4 +1,4 @@
-"""How does a norm run? Check, lay out, normalize, and update where there is a state."""
+"""The steps of every norm: check the arguments, normalize, update the running statistics."""
 
 import dataclasses
 import functools
@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm import _arguments, _checks
-from jaxnorm._devices import HERE, explicit_devices
-from jaxnorm._moments import Moments, about_zero, measure
-from jaxnorm._normalize import infinite_for_zero, normalize, renormalize
-from jaxnorm._running import Update, advance
-from jaxnorm._sample import Sample, widen
+from jaxnorm._core import arguments, checks
+from jaxnorm._core.collectives import LOCAL, number_of_shards
+from jaxnorm._core.moments import Moments, shifted_moments, unshift
+from jaxnorm._core.normalize import infinite_for_zero, normalize, renormalize
+from jaxnorm._core.sample import Sample, widen
+from jaxnorm._stats.update import Update, update_running_stats
 
 # Traced and differentiated once for all layers of one shape. Inlined, since the compiler for TPU
 # moves no layout through the call of a function that is called more than once: with four images, a
 # step of three convolutions took 1.98 times flax.linen's cycles, and takes 1.24.
-_measure = jax.jit(measure, static_argnums=0, inline=True)
+_measure = jax.jit(shifted_moments, static_argnums=0, inline=True)
 _normalize = jax.jit(normalize, static_argnums=(0, 1), inline=True)
 
 
@@ -42,8 +42,8 @@ class _Operands(NamedTuple):
 def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
     """y of a norm without a state, whose parameters lie along the layout's channels."""
     operands = _operands(function, x, params, mask, layout)
-    epsilon = _arguments.number(function, "epsilon", epsilon, least=0)
-    dtype = _arguments.float_dtype(function, "dtype", dtype) or x.dtype
+    epsilon = arguments.number(function, "epsilon", epsilon, least=0)
+    dtype = arguments.float_dtype(function, "dtype", dtype) or x.dtype
     measured = _measure(sample, x, operands.mask)
     laid_out, sample = operands.map(sample.laid_out), sample.as_laid_out
     return _normalized(dtype, sample, laid_out, epsilon, measured).reshape(x.shape)
@@ -66,33 +66,33 @@ def tracked_norm(
     batch_axis=None,
     virtual_batch_size=None,
     limits=None,
-    entries_on=HERE,
-    samples_on=HERE,
+    stats_axes=LOCAL,
+    update_axes=LOCAL,
 ):
     """Batch norm of each sample along batch_axis (None: x is one sample), and one update by all.
 
     Other devices hold more entries of the same sample, or more samples. Virtual batches are
     samples, too, to normalize by; the update pools them again.
     """
-    x = _checks.float_array(function, x)
-    layout = _checks.layout(function, x.ndim, channel_axis, batch_axis)
-    epsilon = _arguments.number(function, "epsilon", epsilon, least=0)
+    x = checks.float_array(function, x)
+    layout = checks.layout(function, x.ndim, channel_axis, batch_axis)
+    epsilon = arguments.number(function, "epsilon", epsilon, least=0)
     update = Update.checked(function, momentum, skip_nonfinite)
-    dtype = _arguments.float_dtype(function, "dtype", dtype) or x.dtype
-    by_state, moves = _arguments.switches(
+    dtype = arguments.float_dtype(function, "dtype", dtype) or x.dtype
+    by_state, moves = arguments.resolve_mode(
         function, batch_stats is not None, use_running_average, update_stats
     )
     state: Any = None
     if batch_stats is not None:
-        state = _checks.batch_stats(function, batch_stats, layout.shape(x), shape=x.shape)
+        state = checks.batch_stats(function, batch_stats, layout.shape(x), shape=x.shape)
     operands = _operands(function, x, params, mask, layout, state)
     run, one_sample = layout, x.shape
     if virtual_batch_size is not None and not by_state:
         operands, one_sample = _in_virtual_batches(function, virtual_batch_size, operands, layout)
-        run, samples_on, entries_on = layout.folded, entries_on, HERE
+        run, update_axes, stats_axes = layout.with_batch_axis, stats_axes, LOCAL
     if not by_state and mask is None:
-        _checks.several_values(function, one_sample, layout, entries_on.number())
-    sample = Sample(run.reduced, devices=entries_on)
+        checks.more_than_one_value(function, one_sample, layout, stats_axes.size())
+    sample = Sample(run.reduced, mapped_axes=stats_axes)
     measured: Any = None
     if moves or not by_state:
         measured = _measure(sample, operands.x, operands.mask, operands.mean)
@@ -103,8 +103,13 @@ def tracked_norm(
             operands = _corrected(function, operands, measured, epsilon, limits, state["count"])
         y = _normalized(dtype, sample, operands, epsilon, measured)
     if moves:
-        rows, between = jax.tree.map(run.rows, about_zero(*measured)), layout.batch is None
-        batch_stats = advance(state, rows, update, between=between, devices=samples_on)
+        rows, between = (
+            jax.tree.map(run.squeeze_to_channels, unshift(*measured)),
+            layout.batch is None,
+        )
+        batch_stats = update_running_stats(
+            state, rows, update, between=between, mapped_axes=update_axes
+        )
     return y.reshape(x.shape), batch_stats
 
 
@@ -113,14 +118,15 @@ def tracked_norm(
 
 def _operands(function, x, params, mask, layout, state=None):
     """x and what is laid against it, all checked. The state is a constant for the derivative."""
-    mask = _checks.mask(function, mask, x.shape)
-    given = _checks.params(function, params, x.shape, layout.shape(x))
+    mask = checks.mask(function, mask, x.shape)
+    given = checks.params(function, params, x.shape, layout.shape(x))
     scale, bias = (
-        None if a is None else _seen(mask, layout.spread(a), a.ndim == x.ndim) for a in given
+        None if a is None else _zero_where_masked(mask, layout.expand(a), a.ndim == x.ndim)
+        for a in given
     )
     if state is None:
         return _Operands(x, mask, scale, bias)
-    mean, var = (widen(layout.spread(state[key]), x) for key in ("mean", "var"))
+    mean, var = (widen(layout.expand(state[key]), x) for key in ("mean", "var"))
     return _Operands(x, mask, scale, bias, *lax.stop_gradient((mean, var)))
 
 
@@ -142,7 +148,7 @@ def _constants(operands):
 def _corrected(function, operands, measured, epsilon, limits, count):
     """The operands with the scale and the bias of batch renorm."""
     r_max, d_max = (
-        _arguments.number(function, name, limit(count) if callable(limit) else limit)
+        arguments.number(function, name, limit(count) if callable(limit) else limit)
         for name, limit in zip(("r_max", "d_max"), limits, strict=True)
     )
     _, _, scale, bias, mean, var = operands
@@ -151,7 +157,7 @@ def _corrected(function, operands, measured, epsilon, limits, count):
     return operands._replace(scale=scale, bias=bias)
 
 
-def _seen(mask, a, of_x_rank):
+def _zero_where_masked(mask, a, of_x_rank):
     """Entries of a call-time parameter that only masked entries of x see are 0, be they NaN."""
     if mask is None or not of_x_rank:
         return a
@@ -165,11 +171,11 @@ def _seen(mask, a, of_x_rank):
 def _in_virtual_batches(function, size, operands, layout):
     """The operands with the virtual batches as a first axis, and the shape of one of them."""
     x = operands.x
-    size = _checks.virtual_batches(function, size, x.shape, layout, explicit_devices(x, 0))
-    return operands.map(functools.partial(_fold, size=size)), (size, *x.shape[1:])
+    size = checks.virtual_batches(function, size, x.shape, layout, number_of_shards(x, 0))
+    return operands.map(functools.partial(_split_virtual_batches, size=size)), (size, *x.shape[1:])
 
 
-def _fold(a, *, size):
+def _split_virtual_batches(a, *, size):
     """What has one entry for all samples has one for all virtual batches."""
     if a.shape[0] == 1 and size != 1:
         return a[None]

@@ -1,16 +1,16 @@
-"""Which sample? The norms, each a choice of the entries that share one mean."""
+"""The norms as pure functions. They differ in which entries of x share one mean."""
 
 from collections.abc import Callable, Sequence
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm import _arguments, _checks
-from jaxnorm._devices import AxisName, devices
-from jaxnorm._layout import Layout
+from jaxnorm._core import arguments, checks
+from jaxnorm._core.collectives import AxisName, mapped_axes
+from jaxnorm._core.layout import Layout
+from jaxnorm._core.sample import Sample
+from jaxnorm._core.variables import Affine, BatchStats
 from jaxnorm._norm import tracked_norm, untracked_norm
-from jaxnorm._sample import Sample
-from jaxnorm.variables import Affine, BatchStats
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -112,7 +112,7 @@ def batch_norm(
         epsilon=epsilon,
         channel_axis=channel_axis,
         mask=mask,
-        entries_on=devices("batch_norm", axis_name, axis_index_groups),
+        stats_axes=mapped_axes("batch_norm", axis_name, axis_index_groups),
         virtual_batch_size=virtual_batch_size,
         skip_nonfinite=skip_nonfinite,
         dtype=dtype,
@@ -194,8 +194,8 @@ def batch_renorm(
     References:
       Ioffe, Batch Renormalization, 2017. https://arxiv.org/abs/1702.03275
     """
-    _arguments.limits("batch_renorm", r_max, d_max)
-    _checks.batch_stats("batch_renorm", batch_stats)
+    arguments.limits("batch_renorm", r_max, d_max)
+    checks.batch_stats("batch_renorm", batch_stats)
     return tracked_norm(
         "batch_renorm",
         x,
@@ -207,7 +207,7 @@ def batch_renorm(
         epsilon=epsilon,
         channel_axis=channel_axis,
         mask=mask,
-        entries_on=devices("batch_renorm", axis_name, axis_index_groups),
+        stats_axes=mapped_axes("batch_renorm", axis_name, axis_index_groups),
         virtual_batch_size=virtual_batch_size,
         limits=(r_max, d_max),
         skip_nonfinite=skip_nonfinite,
@@ -296,7 +296,7 @@ def instance_norm(
         channel_axis=channel_axis,
         batch_axis=batch_axis,
         mask=mask,
-        samples_on=devices("instance_norm", axis_name, axis_index_groups),
+        update_axes=mapped_axes("instance_norm", axis_name, axis_index_groups),
         skip_nonfinite=skip_nonfinite,
         dtype=dtype,
     )
@@ -353,15 +353,15 @@ def group_norm(
       Wu & He, Group Normalization, 2018. https://arxiv.org/abs/1803.08494
       torch.nn.GroupNorm, PyTorch 2.13.
     """
-    x = _checks.float_array("group_norm", x)
-    layout, batch, num_groups = _checks.group_layout(x.shape, channel_axis, batch_axis, num_groups)
+    x = checks.float_array("group_norm", x)
+    layout, batch, num_groups = checks.group_layout(x.shape, channel_axis, batch_axis, num_groups)
     (channel,) = layout.channels
     axes = tuple(a for a in layout.reduced if a not in batch)
-    groups, where = (channel, num_groups), devices("group_norm", axis_name, axis_index_groups)
+    groups, where = (channel, num_groups), mapped_axes("group_norm", axis_name, axis_index_groups)
     if axes:
-        sample = Sample(axes, groups=groups, devices=where)
+        sample = Sample(axes, groups=groups, mapped_axes=where)
     else:  # sums for each channel would be of the size of x
-        sample = Sample((channel + 1,), split=groups, devices=where)
+        sample = Sample((channel + 1,), split=groups, mapped_axes=where)
     return untracked_norm(
         "group_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
     )
@@ -412,9 +412,11 @@ def layer_norm(
       Ba, Kiros & Hinton, Layer Normalization, 2016. https://arxiv.org/abs/1607.06450
       torch.nn.LayerNorm, PyTorch 2.13.
     """
-    x = _checks.float_array("layer_norm", x)
-    layout = Layout(x.ndim, _arguments.features("layer_norm", "axis", axis, x.ndim))
-    sample = Sample(layout.channels, devices=devices("layer_norm", axis_name, axis_index_groups))
+    x = checks.float_array("layer_norm", x)
+    layout = Layout(x.ndim, arguments.features("layer_norm", "axis", axis, x.ndim))
+    sample = Sample(
+        layout.channels, mapped_axes=mapped_axes("layer_norm", axis_name, axis_index_groups)
+    )
     return untracked_norm(
         "layer_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
     )
@@ -467,12 +469,12 @@ def rms_norm(
       https://arxiv.org/abs/1910.07467
       torch.nn.RMSNorm, PyTorch 2.13.
     """
-    x = _checks.float_array("rms_norm", x)
-    layout = Layout(x.ndim, _arguments.features("rms_norm", "axis", axis, x.ndim))
+    x = checks.float_array("rms_norm", x)
+    layout = Layout(x.ndim, arguments.features("rms_norm", "axis", axis, x.ndim))
     sample = Sample(
         layout.channels,
-        centred=False,
-        devices=devices("rms_norm", axis_name, axis_index_groups),
+        centered=False,
+        mapped_axes=mapped_axes("rms_norm", axis_name, axis_index_groups),
     )
     return untracked_norm(
         "rms_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype

@@ -1,4 +1,4 @@
-"""How are the running statistics doing? Numbers for any logger, and pictures."""
+"""Tools to inspect running statistics: numbers for loggers, and plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm import _walk
+from jaxnorm._stats import trees
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -253,10 +253,10 @@ def plot_drift(history: Mapping[int, Any], reference: Any = None) -> Figure:
 def _norms(function: str, tree: Any) -> dict[str, Any]:
     """Every norm's state, under the names of the keys that lead to it in batch_stats."""
     found = {}
-    for path, state in _walk.find(tree):
-        parts = _walk.names(path)
+    for path, state in trees.find(tree):
+        parts = trees.names(path)
         parts = parts[1:] if parts[:1] == ("batch_stats",) else parts
-        found["/".join(parts)] = _walk.arrays(state, ("mean", "var", "count"))
+        found["/".join(parts)] = trees.arrays(state, ("mean", "var", "count"))
     if not found:
         raise ValueError(
             f"{function}: batch_stats should hold running statistics, a dict with the keys 'mean' "

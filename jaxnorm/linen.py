@@ -1,4 +1,4 @@
-"""Where do variables live? In Linen's collections: declare, call the function, write back."""
+"""The layers of flax.linen: declare variables, call a function, write the state back."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
@@ -11,10 +11,11 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 import jaxnorm
-from jaxnorm import _checks, _layers
-from jaxnorm._devices import AxisName
+from jaxnorm import _layers
+from jaxnorm._core import checks
+from jaxnorm._core.collectives import AxisName
+from jaxnorm._core.variables import Affine, BatchStats, init_batch_stats
 from jaxnorm.functional import Limit
-from jaxnorm.variables import Affine, BatchStats, init_batch_stats
 
 Norm = Callable[..., tuple[jax.Array, BatchStats | None]]
 
@@ -691,7 +692,7 @@ def _params(module: nn.Module, shape: tuple[int, ...], of: tuple[int, ...]) -> A
         made: Any = module.get_variable("params", names[0])
         raise ValueError(
             f"{type(module).__name__}: the parameters should have the channels' shape {shape}, but "
-            f"were made for {made.shape}{_checks.other_axis('', made.shape, of)}; {error}"
+            f"were made for {made.shape}{checks.other_axis('', made.shape, of)}; {error}"
         ) from error
     return cast(Affine, params)
 

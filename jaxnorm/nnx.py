@@ -1,4 +1,4 @@
-"""Where do variables live? In NNX modules: declare, call the function, write back.
+"""The layers of flax.nnx: declare variables, call a function, write the state back.
 
 An argument that is not described here means what it means in the layer of that name in
 `jaxnorm.linen`, and `promote_dtype` is accepted without effect: nothing needs to be promoted.
@@ -16,10 +16,11 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 import jaxnorm
-from jaxnorm import _arguments, _layers
-from jaxnorm._devices import AxisName
+from jaxnorm import _layers
+from jaxnorm._core import arguments
+from jaxnorm._core.collectives import AxisName
+from jaxnorm._core.variables import BatchStats, init_batch_stats
 from jaxnorm.functional import Limit
-from jaxnorm.variables import BatchStats, init_batch_stats
 
 Axes = int | Sequence[int]
 Groups = Sequence[Sequence[int]]
@@ -683,20 +684,20 @@ def _tracking(model: nnx.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def _declare(module: Any, arguments: dict[str, Any]) -> None:
+def _declare(module: Any, given: dict[str, Any]) -> None:
     """Keeps the constructor's arguments as attributes, as Flax does, and makes the parameters."""
     making = ("self", "rngs", "scale_init", "bias_init", "scale_metadata", "bias_metadata")
-    for name, value in arguments.items():
+    for name, value in given.items():
         if name not in making:
             setattr(module, name, value)
     _layers.check(module, infers_channels=False)
-    _arguments.channels(type(module).__name__, module.num_features)
+    arguments.channels(type(module).__name__, module.num_features)
     for name in ("scale", "bias"):
-        if arguments.get(f"use_{name}"):
-            key, init = arguments["rngs"].params(), arguments[f"{name}_init"]
+        if given.get(f"use_{name}"):
+            key, init = given["rngs"].params(), given[f"{name}_init"]
             shape = _shape(module)
             value = init(key, shape, module.param_dtype)
-            setattr(module, name, nnx.Param(value, **arguments[f"{name}_metadata"]))
+            setattr(module, name, nnx.Param(value, **given[f"{name}_metadata"]))
         else:
             setattr(module, name, nnx.data(None))
 
@@ -715,7 +716,7 @@ def _batch_stats(module: Any) -> Any:
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    return _arguments.channels(type(module).__name__, module.num_features)
+    return arguments.channels(type(module).__name__, module.num_features)
 
 
 def _params(module: Any) -> Any:

@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-from jaxnorm import _platforms
+from jaxnorm._core import platforms
 
 
 def pytest_addoption(parser):
@@ -32,7 +32,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def _formulation(request):
     platform = request.config.getoption("--formulation")
-    with _platforms.formulated_for(platform) if platform else contextlib.nullcontext():
+    with platforms.formulated_for(platform) if platform else contextlib.nullcontext():
         yield
 
 

@@ -1,4 +1,4 @@
-"""A ResNet-18 and a small transformer, written once for each face, over a namespace of norms.
+"""A ResNet-18 and a small transformer, written once for Linen and NNX over a namespace of norms.
 
 `norms` is flax.linen or jaxnorm.linen, or flax.nnx or jaxnorm.nnx: nothing else changes, but that
 Flax's momentum of 0.9 is called decay in jaxnorm.

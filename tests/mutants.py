@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "mutants"
 # Each module, and the tests that should notice every change of it.
 TESTS = {
-    "jaxnorm/_moments.py": ["tests/test_moments.py"],
-    "jaxnorm/_normalize.py": ["tests/test_normalize.py", "tests/test_renorm.py"],
-    "jaxnorm/_running.py": ["tests/test_running.py", "tests/test_accumulation.py"],
+    "jaxnorm/_core/moments.py": ["tests/test_moments.py"],
+    "jaxnorm/_core/normalize.py": ["tests/test_normalize.py", "tests/test_renorm.py"],
+    "jaxnorm/_stats/update.py": ["tests/test_running.py", "tests/test_accumulation.py"],
 }
 PAIRS = [
     *[(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot)],

@@ -1,4 +1,4 @@
-"""Does the installed package work, where there is nothing else? Run it outside the checkout.
+"""Tests the installed package in an environment with nothing else, outside the checkout.
 
 python smoke.py FOLDER: none of what is imported may come from that folder.
 """

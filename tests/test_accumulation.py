@@ -1,4 +1,4 @@
-"""Do micro-batches move the state as one large batch would?"""
+"""Tests that micro-batches move the state as one large batch would."""
 
 import functools
 

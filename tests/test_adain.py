@@ -1,4 +1,4 @@
-"""Does the example carry the colours over, and write a picture of it?"""
+"""Tests that the AdaIN example transfers the colors and writes its picture."""
 
 import importlib.util
 import struct

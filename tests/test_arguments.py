@@ -1,4 +1,4 @@
-"""Each argument of each public function and layer is checked while JAX traces."""
+"""Tests that each argument of each public function and layer is checked while JAX traces."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Does the example of averaged weights show what it says?"""
+"""Tests that the example of averaged weights shows what it says."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Do the benchmarks measure the same norm in every library, and show what they measured?"""
+"""Tests that the benchmarks measure the same norm in every library, and report it."""
 
 import importlib.util
 import json

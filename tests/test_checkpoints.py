@@ -1,4 +1,4 @@
-"""Round trips through the formats that people save in, what these leave unchecked, and a kill."""
+"""Tests round trips through the formats of checkpoints, and a training run that is killed."""
 
 import glob
 import os

@@ -1,4 +1,4 @@
-"""Every error of the functions: raised while tracing, and saying what to write."""
+"""Tests every error of the functions: raised while tracing, with what to write."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Does docs/distributed.md say what the compiled programs cost?"""
+"""Tests that docs/distributed.md states what the compiled programs cost."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""What does the compiler make of a norm? What does not depend on the machine, kept from growing."""
+"""Tests bounds on compiled programs: kept bytes, reductions, temporaries."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The counter of cycles, bytes and kernels, on programs whose cost is known."""
+"""Tests the counter of cycles, bytes and kernels on programs whose cost is known."""
 
 import sys
 from pathlib import Path

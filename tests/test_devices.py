@@ -1,4 +1,4 @@
-"""Is a batch that is spread over devices the whole batch, at one collective each way?
+"""Tests that a batch that is distributed over devices is normalized as the whole batch.
 
 The first tests draw the split: each sample lies on one device, in a slot of its own; the device's
 other slots hold NaN and are masked out, so that shapes stay fixed and sizes do not.
@@ -25,7 +25,7 @@ from models import kernel_init, quick_jit
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
-from jaxnorm import _platforms
+from jaxnorm._core import platforms
 
 pytestmark = pytest.mark.usefixtures("strict")
 RNG = np.random.default_rng(11)
@@ -643,7 +643,7 @@ def test_one_collective_each_way_for_a_norm_whose_sample_is_spread(kind):
 def test_a_sharded_batch_under_jit_takes_few_collectives_forward(kind, axis_type, platform):
     """Batch norm: its sums, and on a GPU the shift before them. Instance norm: those of the state,
     and where it may measure again, whether any sample on any device asks for it."""
-    with jax.set_mesh(mesh(axis_type)), _platforms.formulated_for(platform):
+    with jax.set_mesh(mesh(axis_type)), platforms.formulated_for(platform):
         x = jax.device_put(np.zeros(WIDE.shape, np.float32), P("d"))
         found = collectives(quick_jit(NORM[kind]), x, *FIRST)
     assert found <= {("batch", "cpu"): 1, ("instance", "cuda"): 1}.get((kind, platform), 2)

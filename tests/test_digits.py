@@ -1,4 +1,4 @@
-"""Does the example read its data, keep its state, and come to its end?"""
+"""Tests that the digits example reads its data, trains and writes its pictures."""
 
 import gzip
 import importlib.util

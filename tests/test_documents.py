@@ -1,4 +1,4 @@
-"""Does the code of the documents run, and is what they quote what comes out?"""
+"""Runs the code blocks of the documents, and compares what they quote with what is printed."""
 
 import pathlib
 import re

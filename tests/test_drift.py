@@ -1,4 +1,4 @@
-"""The rounding error of running statistics does not grow with the number of steps."""
+"""Tests that the rounding error of running statistics does not grow with the number of steps."""
 
 import functools
 

@@ -1,3 +1,5 @@
+"""Tests that models with Flax norms run unchanged with the layers of jaxnorm."""
+
 import functools
 import inspect
 

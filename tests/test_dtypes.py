@@ -1,4 +1,4 @@
-"""Is every cell of docs/dtypes.md so?"""
+"""Tests every cell of the table in docs/dtypes.md."""
 
 import itertools
 import pathlib

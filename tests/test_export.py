@@ -1,4 +1,4 @@
-"""Does an evaluated model leave as StableHLO, and come back in another process, equal?"""
+"""Tests that an evaluated model is exported as StableHLO and gives the same in another process."""
 
 import subprocess
 import sys

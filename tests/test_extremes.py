@@ -1,4 +1,4 @@
-"""Gradients in half precision, epsilon of 0, and the largest and smallest numbers."""
+"""Tests gradients in half precision, an epsilon of 0, and the largest and smallest numbers."""
 
 import functools
 

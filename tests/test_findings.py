@@ -1,4 +1,4 @@
-"""Does check_batch_stats find what is wrong, and nothing else?"""
+"""Tests that check_batch_stats finds what is wrong, and nothing else."""
 
 import flax.linen as nn
 import jax

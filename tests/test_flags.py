@@ -1,4 +1,4 @@
-"""Norms on meshes with explicit axes, and under JAX's strict flags."""
+"""Tests norms on meshes with explicit axes, and under JAX's strict flags."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Does the folded layer do the work of both?"""
+"""Tests that a layer that a norm was fused into computes what both compute."""
 
 import flax.linen as nn
 import jax

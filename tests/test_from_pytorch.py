@@ -1,4 +1,4 @@
-"""Do StarGAN's generator and a ResNet-18 mean in Flax what they meant in PyTorch?"""
+"""Tests the examples that convert PyTorch models against PyTorch's outputs."""
 
 import sys
 from pathlib import Path

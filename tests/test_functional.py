@@ -1,3 +1,5 @@
+"""Tests batch and instance norm, the functions with a state."""
+
 import functools
 import warnings
 
@@ -409,7 +411,7 @@ def test_what_is_kept_for_the_backward_pass_is_x_and_arrays_of_the_statistics_si
     assert kept == [(x.shape, x.dtype)]
 
 
-# ---- Devices ----
+# ---- MappedAxes ----
 
 
 @both

@@ -1,4 +1,4 @@
-"""Group, layer and RMS norm: the functions without a state."""
+"""Tests group, layer and RMS norm, the functions without a state."""
 
 import functools
 
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxnorm
-from jaxnorm import _platforms
+from jaxnorm._core import platforms
 
 try:
     import torch
@@ -312,7 +312,7 @@ def test_group_norm_reduces_per_channel_and_small_arrays_per_group(affine):
             for inner in jaxprs_in_params(eqn.params):
                 yield from reductions(inner)
 
-    with _platforms.formulated_for("cuda"):  # which has no loop that measures again
+    with platforms.formulated_for("cuda"):  # which has no loop that measures again
         found = list(reductions(jax.make_jaxpr(step)(x, params, x).jaxpr))
     assert len(found) == 2 + 2  # forward and backward
     assert all(set(axes) <= {1, 2} for axes in found)  # over space: no short sum over a group

@@ -1,4 +1,4 @@
-"""Every norm over drawn shapes, axes, dtypes, masks, parameters and offsets, against float64."""
+"""Tests every norm on drawn shapes, axes, dtypes, masks and parameters against float64 NumPy."""
 
 import copy
 import functools

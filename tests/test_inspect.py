@@ -1,4 +1,4 @@
-"""Do the numbers and pictures of running statistics say what is in them?"""
+"""Tests the numbers and plots of running statistics."""
 
 import flax.linen as nn
 import jax

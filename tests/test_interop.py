@@ -1,4 +1,4 @@
-"""Do whole models come and go, bit for bit, and go on as they would have?"""
+"""Tests that whole models are converted bit for bit and train on as before."""
 
 import json
 import re

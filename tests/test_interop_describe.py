@@ -1,4 +1,4 @@
-"""Are the norms of PyTorch models recognized, and do the arguments for them mean the same?"""
+"""Tests that the norms of PyTorch models are recognized with the arguments of the same layers."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Files of arrays: nothing is lost, changed or half written, and mistakes are said in a line."""
+"""Tests files of arrays: nothing is lost, changed or half written."""
 
 import collections
 import json

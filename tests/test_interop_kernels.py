@@ -1,4 +1,4 @@
-"""Do converted kernels compute what PyTorch's weights compute, and come back bit for bit?"""
+"""Tests that converted kernels compute what PyTorch's weights do, and come back bit for bit."""
 
 import flax.linen as nn
 import jax.numpy as jnp

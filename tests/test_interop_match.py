@@ -1,4 +1,4 @@
-"""Are the modules of two models paired, what is doubtful reported, and what is wrong found?"""
+"""Tests that modules of two models are paired, and that wrong pairs are found."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Tests that no array of a model is lost on its way, and that each comes back under its name."""
+"""Tests that no array of a model is lost, and that each comes back under its name."""
 
 import warnings
 from types import MappingProxyType

@@ -1,8 +1,10 @@
+"""Tests that parameters are expanded to the rank of x, and back."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnorm._layout import Layout
+from jaxnorm._core.layout import Layout
 
 LAYOUTS = [
     Layout(4, (3,)),
@@ -24,13 +26,13 @@ def test_every_axis_has_one_part(layout):
 def test_what_is_spread_lies_along_its_axes_and_is_collected_again(layout):
     sizes = range(2, 2 + len(layout.channels))
     a = jnp.arange(np.prod(sizes)).reshape(tuple(sizes))
-    spread = layout.spread(a)
+    spread = layout.expand(a)
     expected = [1] * layout.ndim
     for axis, size in zip(layout.channels, sizes, strict=True):
         expected[axis] = size
     assert spread.shape == tuple(expected)
-    assert layout.spread(spread) is spread or layout.ndim == len(layout.channels)
-    np.testing.assert_array_equal(layout.rows(spread), a[None])
+    assert layout.expand(spread) is spread or layout.ndim == len(layout.channels)
+    np.testing.assert_array_equal(layout.squeeze_to_channels(spread), a[None])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -39,8 +41,8 @@ def test_there_is_a_row_for_each_sample(layout):
     samples = 1 if layout.batch is None else 9
     shape = [samples if a == layout.batch else sizes.get(a, 1) for a in range(layout.ndim)]
     a = np.arange(np.prod(shape)).reshape(shape)
-    rows = layout.rows(a)
+    rows = layout.squeeze_to_channels(a)
     assert rows.shape == (samples, *sizes.values())
     for k, row in enumerate(rows):
         one = a if layout.batch is None else a.take([k], layout.batch)
-        np.testing.assert_array_equal(layout.rows(one)[0], row)
+        np.testing.assert_array_equal(layout.squeeze_to_channels(one)[0], row)

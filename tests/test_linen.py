@@ -1,3 +1,5 @@
+"""Tests the layers of flax.linen."""
+
 import re
 
 import chex

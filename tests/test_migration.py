@@ -1,4 +1,4 @@
-"""Has docs/migration.md a row for every argument, and is what it says of both sides so?"""
+"""Tests that docs/migration.md has every argument, and that what it says of each is true."""
 
 import inspect
 import pathlib

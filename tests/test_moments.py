@@ -1,3 +1,5 @@
+"""Tests the moments of x and their merging against float64 NumPy."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxnorm
-from jaxnorm._moments import Moments, Sample, measure, pool
+from jaxnorm._core.moments import Moments, Sample, pool, shifted_moments
 
 pytestmark = pytest.mark.usefixtures("strict")
 RNG = np.random.default_rng(0)
@@ -39,7 +41,9 @@ def test_variance_keeps_its_digits_at_any_offset(offset):
 def test_the_shift_is_one_number_in_whatever_the_compiler_fuses_it_into(masked):
     x = (RNG.standard_normal((16, 12, 12, 8)) + 1e6).astype(np.float32)
     mask = RNG.random((16, 12, 12, 1)) < 0.6 if masked else np.ones((16, 12, 12, 1), bool)
-    measured = jax.jit(measure, static_argnums=0)(Sample((0, 1, 2)), x, mask if masked else None)
+    measured = jax.jit(shifted_moments, static_argnums=0)(
+        Sample((0, 1, 2)), x, mask if masked else None
+    )
     shift, mean = (np.asarray(a, np.float64) for a in (measured[0], measured[1].mean))
     expected = x.mean((0, 1, 2), np.float64, where=mask)
     # The pair has the mean to float32's rounding of d, a few units at most, not of 1e6.
@@ -129,7 +133,7 @@ def test_x_itself_is_kept_for_the_backward_pass():
 def test_pooling_is_exact_for_any_split(offset):
     x = (RNG.standard_normal((100, 3)) + offset).astype(np.float32)
     parts = np.split(x, [0, 7, 7, 60])  # two of the five are empty
-    rows = [measure(Sample((0,)), jnp.asarray(part)) for part in parts]
+    rows = [shifted_moments(Sample((0,)), jnp.asarray(part)) for part in parts]
     shifts, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
     shift, pooled = pool(shifts, moments)
     assert_moments(

@@ -1,4 +1,4 @@
-"""Do two processes train as one? With jax.distributed, each on its own part of the batch."""
+"""Tests that two processes of jax.distributed train as one."""
 
 import os
 import pathlib

@@ -1,3 +1,5 @@
+"""Tests the layers of flax.nnx."""
+
 import re
 
 import chex

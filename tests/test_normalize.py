@@ -1,3 +1,5 @@
+"""Tests the normalize step and its derivatives."""
+
 import functools
 import re
 
@@ -8,8 +10,8 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from jaxnorm._moments import Moments, Sample, measure
-from jaxnorm._normalize import normalize
+from jaxnorm._core.moments import Moments, Sample, shifted_moments
+from jaxnorm._core.normalize import normalize
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(1)
@@ -35,7 +37,7 @@ def plain(axes, x, scale, bias, epsilon, mask):
 
 def ours(axes, x, scale, bias, epsilon, mask):
     sample = Sample(axes)
-    shift, m = measure(sample, x, mask)
+    shift, m = shifted_moments(sample, x, mask)
     y = normalize(x.dtype, sample, x, scale, bias, epsilon, mask, shift, m)
     return y, shift + m.mean, m.var
 
@@ -111,12 +113,12 @@ def test_the_derivative_to_order_three_in_any_mix_of_modes(missing, given):
     x = jnp.asarray(X)
     one_per_channel = {"scale": jnp.array([[[1.3, -0.7]]]), "bias": jnp.array([[[0.2, 0.5]]])}
     params = {k: v for k, v in one_per_channel.items() if k not in missing}
-    statistics = measure(Sample((0, 1)), 2 * x)
+    statistics = shifted_moments(Sample((0, 1)), 2 * x)
 
     def f(x, params, epsilon):
         scale, bias = params.get("scale"), params.get("bias")
         sample = None if given else Sample((0, 1))
-        used = statistics if given else measure(sample, x, MASK)
+        used = statistics if given else shifted_moments(sample, x, MASK)
         return normalize(x.dtype, sample, x, scale, bias, epsilon, MASK, *used)
 
     check_grads(f, (x, params, jnp.asarray(0.3)), order=3)
@@ -148,7 +150,7 @@ def norm(x, scale, bias, *, given):
     shape = (*(1 for _ in x.shape[:-1]), x.shape[-1])
     zero, one = jnp.zeros(shape), jnp.ones(shape)
     sample = None if given else Sample((0, 1, 2))
-    used = (zero, Moments(zero, zero, one)) if given else measure(sample, x)
+    used = (zero, Moments(zero, zero, one)) if given else shifted_moments(sample, x)
     return normalize(x.dtype, sample, x, scale, bias, jnp.asarray(1e-5), None, *used)
 
 

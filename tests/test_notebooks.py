@@ -1,4 +1,4 @@
-"""Are the notebooks what they are made of, and ready to be opened? (nbmake runs them.)"""
+"""Tests that the notebooks are generated from their sources."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""PyTorch beside jaxnorm's pure functions and float64 NumPy, which is the reference of record."""
+"""Compares the pure functions with PyTorch's modules and with float64 NumPy."""
 
 import functools
 

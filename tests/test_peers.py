@@ -1,4 +1,4 @@
-"""Is what the README says of other libraries so? Each cell of its table, measured."""
+"""Measures each cell of the README's comparison with other libraries."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the formulation for each platform has to give, run on a CPU for every one of them.
+"""Tests the formulation of every platform on a CPU.
 
 `pytest --formulation tpu` and `--formulation cuda` run whole files of tests under one of them.
 """
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxnorm
-from jaxnorm import _platforms
+from jaxnorm._core import platforms
 
 RNG = np.random.default_rng(5)
 NORMS = {
@@ -32,7 +32,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 @pytest.fixture(params=["cpu", "tpu", "cuda"], autouse=True)
 def formulation(request):
-    with _platforms.formulated_for(request.param):
+    with platforms.formulated_for(request.param):
         yield request.param
 
 
@@ -256,7 +256,7 @@ def test_a_running_mean_that_is_far_off_does_no_harm(guess):
 
 def test_programs_for_all_platforms_are_exported_together():
     """Here the choice is made when the program is loaded."""
-    _platforms._forced = None
+    platforms._forced = None
     x = jnp.asarray(RNG.standard_normal((4, 6, 6, 8)), jnp.float32)
     for norm in NORMS.values():
         f = jax.jit(lambda x, norm=norm: (norm(x), jax.grad(lambda x: jnp.sum(norm(x) ** 2))(x)))

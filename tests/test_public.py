@@ -1,4 +1,4 @@
-"""Promises that hold across files: names, arguments, documents."""
+"""Tests names, arguments and documents of the public functions and layers."""
 
 import dataclasses
 import inspect
@@ -18,9 +18,9 @@ import jaxnorm.nnx
 ROOT = pathlib.Path(__file__).parent.parent
 FUNCTIONS = [
     f
-    for room in (jaxnorm, jaxnorm.interop, jaxnorm.inspect)
-    for name, f in inspect.getmembers(room, inspect.isfunction)
-    if not name.startswith("_") and f.__module__.startswith(room.__name__)
+    for module in (jaxnorm, jaxnorm.interop, jaxnorm.inspect)
+    for name, f in inspect.getmembers(module, inspect.isfunction)
+    if not name.startswith("_") and f.__module__.startswith(module.__name__)
 ]
 LAYERS, NNX_LAYERS = (
     [
@@ -129,15 +129,9 @@ def test_both_faces_have_the_same_layers_with_the_same_call():
             assert inspect.signature(layer.__call__) == inspect.signature(linen.__call__)
 
 
-def test_nothing_is_computed_in_a_face():
-    for face in ("linen", "nnx"):
-        text = (ROOT / "jaxnorm" / f"{face}.py").read_text()
-        assert not re.search(r"mean\(|rsqrt|astype|jnp\.(sum|where|sqrt)", text)
-
-
-def test_every_file_says_what_it_contains():
+def test_every_file_begins_with_a_sentence():
     for path in (ROOT / "jaxnorm").rglob("*.py"):
-        assert re.match(r'"""[A-Z][^\n]*[?.]', path.read_text()), path.name
+        assert re.match(r'"""[A-Z][^\n?]*[.]', path.read_text()), path.name
 
 
 def test_the_readme_s_code_runs():
@@ -147,14 +141,8 @@ def test_the_readme_s_code_runs():
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_the_readme_names_every_room():
-    readme = (ROOT / "README.md").read_text()
-    rooms = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxnorm").rglob("*.py")}
-    assert rooms == set(re.findall(r"\]\((jaxnorm/[/\w]+\.py)\)", readme))
-
-
 @pytest.mark.parametrize(
-    ("page", "room"),
+    ("page", "module"),
     {
         "functions": jaxnorm,
         "linen": jaxnorm.linen,
@@ -164,14 +152,14 @@ def test_the_readme_names_every_room():
         "onnx": None,  # jax2onnx is not here
     }.items(),
 )
-def test_every_public_name_is_on_its_page_of_the_reference(page, room):
+def test_every_public_name_is_on_its_page_of_the_reference(page, module):
     public = ["jaxnorm.onnx.to_onnx"]
-    if room is not None:
+    if module is not None:
         public = [
-            f"{room.__name__}.{name}"
-            for name, value in vars(room).items()
+            f"{module.__name__}.{name}"
+            for name, value in vars(module).items()
             if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value))
-            if value.__module__.startswith(room.__name__)
+            if value.__module__.startswith(module.__name__)
         ]
     text = (ROOT / "docs" / "api" / f"{page}.md").read_text()
     assert sorted(re.findall(r"^::: (\S+)$", text, re.M)) == sorted(public)

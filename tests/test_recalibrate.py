@@ -1,4 +1,4 @@
-"""Are recalibrated statistics those of all the data at once?"""
+"""Tests that recalibrated statistics are those of all the data at once."""
 
 import flax.linen as nn
 import jax

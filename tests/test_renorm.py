@@ -1,4 +1,4 @@
-"""Is batch renorm the paper's, in float64 NumPy's numbers and beside Keras?"""
+"""Compares batch renorm with the paper's formula in float64 NumPy, and with Keras."""
 
 import importlib.util
 import json

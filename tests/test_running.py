@@ -1,3 +1,5 @@
+"""Tests the update of running statistics."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,3 +1,5 @@
+"""Tests the norms under JAX's transformations."""
+
 import functools
 
 import chex

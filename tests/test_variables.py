@@ -1,3 +1,5 @@
+"""Tests the initial parameters and running statistics."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

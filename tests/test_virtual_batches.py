@@ -1,4 +1,4 @@
-"""Is each virtual batch a batch of its own, and the update that of the whole?"""
+"""Tests that each virtual batch is normalized alone, and the update is that of the whole batch."""
 
 import functools
 
@@ -109,7 +109,7 @@ def test_a_poisoned_virtual_batch_leaves_the_others():
     assert new["mean"][0] > 0
 
 
-# ---- Devices: a virtual batch lies on one ----
+# ---- MappedAxes: a virtual batch lies on one ----
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])

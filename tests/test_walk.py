@@ -1,4 +1,4 @@
-"""No function that takes a tree of states skips a state that another one sees."""
+"""Tests that all functions that take a tree of states see the same states."""
 
 import types
 from typing import Any
@@ -65,24 +65,24 @@ def tree(request):
 
 def test_check_batch_stats_looks_at_every_state(tree):
     assert jaxnorm.check_batch_stats(tree) == []
-    bad = jaxnorm._walk.map_states("", lambda _, s: {**s, "var": -s["var"]}, tree)
+    bad = jaxnorm._stats.trees.map_states("", lambda _, s: {**s, "var": -s["var"]}, tree)
     problems = [finding.problem for finding in jaxnorm.check_batch_stats(bad)]
     assert problems == ["is negative in 2 of 2 channels"] * 2
 
 
 def test_like_compares_every_state(tree):
     assert jaxnorm.check_batch_stats(tree, like=tree) == []
-    other = jaxnorm._walk.map_states("", lambda _, s: {**s, "mean": jnp.ones(3)}, tree)
+    other = jaxnorm._stats.trees.map_states("", lambda _, s: {**s, "mean": jnp.ones(3)}, tree)
     assert len(jaxnorm.check_batch_stats(tree, like=other)) == 2
 
 
 def test_every_state_accumulates_in_its_own_kind_of_tree(tree):
     begun = jaxnorm.begin_accumulation(tree)
     assert type(begun) is type(tree)
-    assert all("accumulation" in s for _, s in jaxnorm._walk.states(begun))
+    assert all("accumulation" in s for _, s in jaxnorm._stats.trees.states(begun))
     ended = jaxnorm.end_accumulation(begun)
     for (_, old), (_, new) in zip(
-        jaxnorm._walk.states(tree), jaxnorm._walk.states(ended), strict=True
+        jaxnorm._stats.trees.states(tree), jaxnorm._stats.trees.states(ended), strict=True
     ):
         jax.tree.map(np.testing.assert_array_equal, old, new)
     if not isinstance(tree, types.MappingProxyType):
@@ -104,10 +104,10 @@ def test_every_state_is_recalibrated(name):
         def move(_, s):
             return jaxnorm.batch_norm(x, None, s)[1]
 
-        return jaxnorm._walk.map_states("step", move, tree)
+        return jaxnorm._stats.trees.map_states("step", move, tree)
 
     new = jaxnorm.recalibrate(step, tree, [x[:2], x[2:]])
-    found = jaxnorm._walk.states(new)
+    found = jaxnorm._stats.trees.states(new)
     assert len(found) == 2
     for _, s in found:
         np.testing.assert_allclose(s["mean"], x.mean(0), rtol=1e-6)  # float32's rounding
@@ -183,7 +183,7 @@ def test_norms_in_lists_are_folded_and_the_others_keep_their_names():
     assert sorted(first["conv"]) == ["bias", "kernel"]
     assert second == 1.0
     assert folded["batch_stats"]["layers"][0] == {}
-    assert jaxnorm._walk.states(folded["batch_stats"])[0][0] == "['layers'][1]['bn']"
+    assert jaxnorm._stats.trees.states(folded["batch_stats"])[0][0] == "['layers'][1]['bn']"
     assert sorted(params["layers"][0]) == ["bn", "conv"]  # what was given is not changed
 
 

@@ -1,4 +1,4 @@
-"""The models that people arrive with, in PyTorch: StarGAN's generator, ResNets and GPT-2."""
+"""PyTorch models that the tests convert, with the names of well-known implementations."""
 
 import functools
 

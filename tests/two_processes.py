@@ -1,4 +1,4 @@
-"""Trains on several processes that speak over the loopback, each with its own part of the batch.
+"""Trains in several processes over the loopback, each with a part of the batch.
 
 `python two_processes.py INDEX NUMBER PORT FOLDER` is one process of NUMBER; it writes what it has
 trained, by each way, into FOLDER. test_multihost.py starts them, and calls `train` for itself.

@@ -1,4 +1,4 @@
-"""Do StarGAN's generator and a ResNet-18 go from PyTorch to Flax to onnxruntime, and agree?"""
+"""Tests that models go from PyTorch to Flax to onnxruntime with the same outputs."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests that the state dict of every model of the zoo comes and goes, bit for bit.
+"""Tests that the state dict of every model of the zoo comes back bit for bit.
 
 A run writes what it found to docs/interop_zoo.md. One model is in memory at a time.
 """

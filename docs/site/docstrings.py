@@ -1,4 +1,4 @@
-"""How do docstrings become pages? Formulas as MathML, reST tables as Markdown's, Linen's fields."""
+"""Prepares docstrings for the site: formulas as MathML, tables as Markdown, Linen fields."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""How does the site take in what lies outside docs/? Notebooks as pages, the rest as links."""
+"""Adds files outside docs/ to the site: notebooks as pages, others as links."""
 
 import html as entities
 import os

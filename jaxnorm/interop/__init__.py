@@ -1,4 +1,4 @@
-"""How do whole models come and go? Their norms, from and to PyTorch, Flax and Haiku.
+"""Converts the variables of whole models from and to PyTorch, Flax, Haiku and NNX.
 
 A model's variables are {"params": ..., "batch_stats": ...}, as Linen has them. PyTorch, Flax and
 Haiku are not imported: what is read are mappings of arrays.

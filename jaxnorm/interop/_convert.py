@@ -1,4 +1,4 @@
-"""A file of weights is converted to another one, and nothing in it is lost."""
+"""Converts a file of weights to another file, without losing an array."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

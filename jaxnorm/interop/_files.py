@@ -1,4 +1,4 @@
-"""Files of arrays are read and written: .safetensors, also in shards; those of torch.save, read.
+"""Reads and writes files of arrays: .safetensors, also in shards, and reads those of torch.save.
 
 What is read are views of the mapped file, so that arrays take memory only where they are changed.
 """

@@ -1,4 +1,4 @@
-"""How does a Flax checkpoint come and go? Its batch_stats are ours without the count."""
+"""Converts the variables of Flax's norms, whose batch_stats have no count."""
 
 import warnings
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm._walk import map_states
+from jaxnorm._stats.trees import map_states
 from jaxnorm.interop._trees import Tree
 
 

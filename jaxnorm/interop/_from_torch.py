@@ -1,4 +1,4 @@
-"""From PyTorch: a state dict becomes variables, norm by norm and bit for bit."""
+"""Converts a PyTorch state dict to variables, bit for bit."""
 
 import os
 import warnings
@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm._core.variables import statistics_dtype
 from jaxnorm.interop._files import read
 from jaxnorm.interop._kernels import check_names_of_kernels
 from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check
@@ -23,7 +24,6 @@ from jaxnorm.interop._trees import (
     renamed,
     split,
 )
-from jaxnorm.variables import statistics_dtype
 
 MOST = np.iinfo(np.int32).max
 

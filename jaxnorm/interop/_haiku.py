@@ -1,4 +1,4 @@
-"""How does a Haiku model come? Its averages become running statistics."""
+"""Converts the state of Haiku's norms: its averages become running statistics."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What do PyTorch's state dict and our variables have in common? A table of leaves, and checks."""
+"""The names of a norm's arrays in PyTorch and here, and checks of what was converted."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The variables of NNX models: one tree where Linen has two collections."""
+"""Converts between the two collections of Linen and the one tree of NNX."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.interop._trees import Tree, flatten, join, nest, settled, split
+from jaxnorm.interop._trees import Tree, flatten, join, nest, split, without_accumulation
 
 STATE = ("mean", "var", "count")
 
@@ -67,7 +67,7 @@ def from_nnx(tree: Mapping[Any, Any]) -> Tree:
     References:
       flax.nnx.to_pure_dict, flax 0.12.
     """
-    flat = settled(flatten("from_nnx", tree))
+    flat = without_accumulation(flatten("from_nnx", tree))
     random = {split(name)[0] for name, leaf in flat.items() if _is_key(leaf)}
     flat = {k: v for k, v in flat.items() if split(k)[0] not in random}
     modules = {split(name)[0] for name in flat}

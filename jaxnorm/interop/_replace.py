@@ -1,4 +1,4 @@
-"""Files are put into place: complete, or not at all.
+"""Replaces files atomically: a new file is either complete or not there.
 
 They are written to temporary files beside their places, flushed, and moved when all are complete.
 """

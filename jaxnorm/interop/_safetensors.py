@@ -1,4 +1,4 @@
-"""One .safetensors file is read as views of the mapped file, and written array by array."""
+"""Reads one .safetensors file as views of the mapped file, and writes one array by array."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The state dict in what PyTorch saved: below a key, behind a prefix, beside what is no array."""
+"""Extracts a state dict from what PyTorch saved: below a key, behind a prefix."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""To PyTorch: variables become a state dict, norm by norm and bit for bit."""
+"""Converts variables to a PyTorch state dict, bit for bit."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -17,8 +17,8 @@ from jaxnorm.interop._trees import (
     inverted,
     join,
     renamed,
-    settled,
     split,
+    without_accumulation,
 )
 
 
@@ -140,7 +140,7 @@ def write_torch(
 
 
 def _flat(tree):
-    return settled(flatten("to_torch", tree))
+    return without_accumulation(flatten("to_torch", tree))
 
 
 def _norms(params, stats, theirs, norms, like):

@@ -1,4 +1,4 @@
-"""Names of arrays: nested dicts and dotted names, and the user's map between two of them."""
+"""Nested dicts and dotted names of arrays, and the user's map of names."""
 
 import difflib
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxnorm._walk import leaves
+from jaxnorm._stats.trees import leaves
 
 Tree = dict[str, Any]
 
@@ -32,7 +32,7 @@ def flatten(function: str, tree: Any) -> dict[str, Any]:
     return flat
 
 
-def settled(flat: Mapping[str, Any]) -> dict[str, Any]:
+def without_accumulation(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves without those that a state accumulates, which are nobody else's business."""
     return {name: value for name, value in flat.items() if ".accumulation." not in f".{name}"}
 

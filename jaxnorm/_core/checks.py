@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm import _arguments
-from jaxnorm._arguments import Shape
-from jaxnorm._layout import Layout
-from jaxnorm.variables import BatchStats
+from jaxnorm._core import arguments
+from jaxnorm._core.arguments import Shape
+from jaxnorm._core.layout import Layout
+from jaxnorm._core.variables import BatchStats
 
 
 def float_array(function: str, x: Any) -> jax.Array:
@@ -45,10 +45,10 @@ def layout(
         raise ValueError(
             f"{function}: x should have at least 2 axes, such as {example}, but has {ndim}"
         )
-    channels = _arguments.axes(function, "channel_axis", channel_axis, ndim)
+    channels = arguments.axes(function, "channel_axis", channel_axis, ndim)
     if batch_axis is None:
         return Layout(ndim, channels)
-    (batch,) = _arguments.axes(function, "batch_axis", batch_axis, ndim)
+    (batch,) = arguments.axes(function, "batch_axis", batch_axis, ndim)
     if batch in channels:
         raise ValueError(
             f"{function}: batch_axis and channel_axis should differ, because every sample has all "
@@ -62,7 +62,7 @@ def group_layout(
     shape: Shape, channel_axis: int, batch_axis: int | Sequence[int] | None, num_groups: int
 ) -> tuple[Layout, Shape, int]:
     """One channel axis, divided by the groups, and the batch axes, which are others."""
-    num_groups = _arguments.whole(
+    num_groups = arguments.whole(
         "group_norm", "num_groups", num_groups, "it is the number of groups of channels"
     )
     least = 1 if batch_axis is None else 2
@@ -75,7 +75,7 @@ def group_layout(
     batch = (
         ()
         if batch_axis is None
-        else _arguments.axes("group_norm", "batch_axis", batch_axis, len(shape))
+        else arguments.axes("group_norm", "batch_axis", batch_axis, len(shape))
     )
     (channel,) = found.channels
     if channel in batch:
@@ -260,7 +260,7 @@ def _count(function: str, count: jax.Array) -> jax.Array:
             f"{function}: batch_stats['count'] should be an integer, because it counts updates, "
             f"but is {count.dtype}"
         )
-    if not _arguments.is_traced(count) and np.any(np.asarray(count, np.float64) % 1):
+    if not arguments.is_traced(count) and np.any(np.asarray(count, np.float64) % 1):
         raise ValueError(
             f"{function}: batch_stats['count'] should be a whole number, because it counts "
             f"updates, but is {count}; were states averaged that have seen different numbers of "
@@ -275,7 +275,7 @@ def weights(function: str, counts: Any, shape: Shape) -> jax.Array:
     counts = jnp.asarray(counts)
     if not any(jnp.issubdtype(counts.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise ValueError(f"{function}: counts should be numbers, but are {counts.dtype}")
-    if not _arguments.is_traced(counts) and not np.all(np.asarray(counts) >= 0):
+    if not arguments.is_traced(counts) and not np.all(np.asarray(counts) >= 0):
         raise ValueError(
             f"{function}: counts should be at least 0, because they are weights, but are {counts}"
         )
@@ -287,7 +287,7 @@ def weights(function: str, counts: Any, shape: Shape) -> jax.Array:
     return counts
 
 
-def several_values(function: str, shape: Shape, layout: Layout, devices: int) -> None:
+def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: int) -> None:
     """A channel's sample has more than one entry, or none, or a number not known yet."""
     number = math.prod(shape[a] for a in layout.reduced) * devices
     if isinstance(number, int) and number == 1:
@@ -324,7 +324,7 @@ def virtual_batches(function: str, size: Any, shape: Shape, layout: Layout, devi
             f"{function}: virtual_batch_size should come with samples on axis 0, but channel_axis "
             f"is {layout.channels}"
         )
-    size = _arguments.whole(function, "virtual_batch_size", size, "it is a number of samples")
+    size = arguments.whole(function, "virtual_batch_size", size, "it is a number of samples")
     samples = shape[0]
     if isinstance(samples, int) and samples % (size * devices):
         where = f" on {devices} devices" if devices > 1 else ""

@@ -1,4 +1,4 @@
-"""What is left of a norm in evaluation? A product and a sum, which the layer before takes in."""
+"""Fuses a norm in evaluation, a product and a sum, into the layer before it."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm import _arguments, _checks, _walk
-from jaxnorm._normalize import affine, rstd
-from jaxnorm._sample import widen
-from jaxnorm.variables import Affine, BatchStats
+from jaxnorm._core import arguments, checks
+from jaxnorm._core.normalize import affine, rstd
+from jaxnorm._core.sample import widen
+from jaxnorm._core.variables import Affine, BatchStats
+from jaxnorm._stats import trees
 
 
 def fold_scale_shift(
@@ -49,10 +50,10 @@ def fold_scale_shift(
       Jacob et al., Quantization and Training of Neural Networks, 2018, section 3.2.
       https://arxiv.org/abs/1712.05877
     """
-    state = _checks.batch_stats("fold_scale_shift", batch_stats)
+    state = checks.batch_stats("fold_scale_shift", batch_stats)
     mean, var = widen(state["mean"]), widen(state["var"])
-    scale, bias = _checks.params("fold_scale_shift", params, mean.shape, mean.shape)
-    number = _arguments.number("fold_scale_shift", "epsilon", epsilon, least=0)
+    scale, bias = checks.params("fold_scale_shift", params, mean.shape, mean.shape)
+    number = arguments.number("fold_scale_shift", "epsilon", epsilon, least=0)
     multiplier = affine(rstd(var, jnp.asarray(number, float)), scale, None)
     return multiplier, affine(-mean * multiplier, None, bias)
 
@@ -101,7 +102,7 @@ def fold_into(
         )
     multiplier, offset = fold_scale_shift(params, batch_stats, epsilon=epsilon)
     kernel = jnp.asarray(layer["kernel"])
-    (last,) = _arguments.axes("fold_into", "feature_axis", feature_axis, kernel.ndim)
+    (last,) = arguments.axes("fold_into", "feature_axis", feature_axis, kernel.ndim)
     outputs = kernel.shape[last]
     if multiplier.shape != (outputs,):
         raise ValueError(
@@ -157,13 +158,13 @@ def fold_variables(
     if len(set(pairs.values())) != len(pairs):
         raise ValueError(f"fold_variables: pairs should name each norm once, but are {dict(pairs)}")
     for layer, norm in pairs.items():
-        state, affine_params = (_walk.at(tree, norm.split(".")) for tree in (stats, params))
+        state, affine_params = (trees.at(tree, norm.split(".")) for tree in (stats, params))
         if not isinstance(state, Mapping):
             raise ValueError(
                 f"fold_variables: pairs should name norms with running statistics, but "
                 f"batch_stats have no {norm!r}"
             )
-        kernel_and_bias = _walk.at(params, layer.split("."))
+        kernel_and_bias = trees.at(params, layer.split("."))
         if not isinstance(kernel_and_bias, Mapping):
             raise ValueError(
                 f"fold_variables: pairs should name layers of the model, but params have no "
@@ -179,7 +180,7 @@ def fold_variables(
             )
         except ValueError as error:
             raise ValueError(f"fold_variables: {norm!r} into {layer!r}: {error}") from error
-        stats = _walk.replaced(stats, norm.split("."), None)
-        params = _walk.replaced(params, layer.split("."), folded)
-        params = _walk.replaced(params, norm.split("."), None)
+        stats = trees.replaced(stats, norm.split("."), None)
+        params = trees.replaced(params, layer.split("."), folded)
+        params = trees.replaced(params, norm.split("."), None)
     return {**variables, "params": params, "batch_stats": stats}

@@ -134,7 +134,7 @@ def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> 
     return found
 
 
-def switches(
+def resolve_mode(
     function: str, tracked: bool, use_running_average: Any, update_stats: Any
 ) -> tuple[bool, bool]:
     """Which statistics normalize, and whether the state moves."""

@@ -1,4 +1,4 @@
-"""What is formulated differently for each platform, and the measurements that say why.
+"""The formulations that differ between platforms, each with the measurement that justifies it.
 
 The figures are estimates of XLA's compilers for one TPU v5e and one NVIDIA H100, as
 `make bench-accelerators` gives them, and times on one core for CPU. The mathematics is the same
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm._devices import explicit_devices
-from jaxnorm._sample import Sample, select, widen
+from jaxnorm._core.collectives import number_of_shards
+from jaxnorm._core.sample import Sample, select, widen
 
 Measured = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -72,7 +72,7 @@ def shifted_moments(
     The guess, such as the running mean, is where the first measurement begins, on TPU alone: on a
     CPU sums about any number for each channel but 0 take twice the time.
     """
-    if not sample.centred:
+    if not sample.centered:
         count, zero, square = sample.moments_about(None, x, mask)
         return zero, count, zero, square
     # Norms over the last axis in half precision have the mean in one number; see there.
@@ -83,7 +83,7 @@ def shifted_moments(
         whole_rows=rows and not differentiated,
         one_number=rows and half and differentiated,
     )
-    about_zero = functools.partial(_measure_until_good, sample, order=None)
+    unshift = functools.partial(_measure_until_good, sample, order=None)
     about_guess = functools.partial(
         _measure_until_good,
         sample,
@@ -95,7 +95,7 @@ def shifted_moments(
         tpu=about_guess,
         cuda=about_part,
         rocm=about_part,
-        default=lambda x, mask, guess: about_zero(x, mask, None),
+        default=lambda x, mask, guess: unshift(x, mask, None),
     )
 
 
@@ -122,7 +122,7 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     n, c = x.shape[0], x.shape[channels]
     if channels == 0 or not (isinstance(n, int) and isinstance(c, int)):
         return None
-    n //= explicit_devices(x, 0)
+    n //= number_of_shards(x, 0)
     if n < 8:
         return (0, *reversed(space), channels) if len(space) == 2 else None
     # Of the two, that of which fewer entries are padding has the 128 lanes.
@@ -206,7 +206,7 @@ def _measure_again(
     def left(rounds: jax.Array | int, mean: jax.Array, var: jax.Array) -> jax.Array:
         """The rounds that are left: none where all is good."""
         some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
-        return sample.devices.most(some)
+        return sample.mapped_axes.max(some)
 
     # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
     packed, unpacked = (
@@ -265,12 +265,12 @@ def _measure_about_part(
         part = sample.part(x, share=4096 if half else 16, least=1 if half else 16)
     count = sample.count(part, mask, widen(part).dtype)
     if mask is None:
-        n = count * sample.devices.number()
+        n = count * sample.mapped_axes.size()
         # Divided before the sum, so that the sum itself is the shift: one kernel less, and one
         # number wherever it is used. (x - total / n may be contracted to a fused multiply-add.)
-        (shift,) = sample.devices.sum(sample.sum(widen(part) * (1 / jnp.maximum(n, 1))))
+        (shift,) = sample.mapped_axes.sum(sample.sum(widen(part) * (1 / jnp.maximum(n, 1))))
     else:
-        total, n = sample.devices.sum(sample.sum(select(mask, widen(part))), count)
+        total, n = sample.mapped_axes.sum(sample.sum(select(mask, widen(part))), count)
         shift = jnp.maximum(total / jnp.maximum(n, 1), jnp.finfo(n.dtype).min)
     moments = sample.moments_about(shift, x, mask, first=_summed_first_on_gpu(sample, x))
     if one_number:
@@ -294,7 +294,7 @@ def _summed_first_on_gpu(sample: Sample, x: jax.Array) -> tuple[int, ...]:
     samples = x.shape[0]
     if len(sample.axes) < 2 or not isinstance(samples, int):
         return ()
-    many = samples // explicit_devices(x, 0) >= 64
+    many = samples // number_of_shards(x, 0) >= 64
     if sample.axes[0] == 0:
         return sample.axes[1:] if many else ()
     return () if many or sample.axes[-1] == x.ndim - 1 else sample.axes[-1:]
@@ -335,7 +335,7 @@ def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
         return w * t
     (axis,) = summed
     behind = range(axis + 1, x.ndim)
-    if (axis == 0 and behind) or any(explicit_devices(t, a) > 1 for a in behind):
+    if (axis == 0 and behind) or any(number_of_shards(t, a) > 1 for a in behind):
         return w * t
     along = jnp.broadcast_to(w.reshape(-1, 1), (x.shape[axis], 1))
 

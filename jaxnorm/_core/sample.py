@@ -1,4 +1,4 @@
-"""The entries of x that share one mean, and their sums."""
+"""The set of entries of x that share one mean, and sums over it."""
 
 import dataclasses
 import math
@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxnorm._devices import HERE, Devices, explicit_devices
-from jaxnorm.variables import statistics_dtype
+from jaxnorm._core.collectives import LOCAL, MappedAxes, number_of_shards
+from jaxnorm._core.variables import statistics_dtype
 
 Array = TypeVar("Array", jax.Array, jax.Array | None)
 
@@ -33,16 +33,16 @@ class Sample:
       groups: the axis along which neighbours belong together, and the number of groups; the axis
         is not reduced: each of its entries gets the sum of its group.
       split: an axis of x, and the number of groups that it is split into before anything is
-        summed: it becomes two axes, and `axes` counts both. `measure` takes x as it came.
-      centred: whether the mean is subtracted; otherwise it counts as 0, and var is E[x^2].
-      devices: the devices over which the sample is spread.
+        summed: it becomes two axes, and `axes` counts both. `shifted_moments` takes x as it came.
+      centered: whether the mean is subtracted; otherwise it counts as 0, and var is E[x^2].
+      mapped_axes: the axes over which the sample is distributed.
     """
 
     axes: tuple[int, ...]
     groups: tuple[int, int] | None = None
     split: tuple[int, int] | None = None
-    centred: bool = True
-    devices: Devices = HERE
+    centered: bool = True
+    mapped_axes: MappedAxes = LOCAL
 
     @property
     def as_laid_out(self) -> "Sample":
@@ -116,15 +116,15 @@ class Sample:
         d = select(mask, wide if shift is None else wide - shift)
         count = self.count(x, mask, d.dtype)
         scaled = d if unit is None else d * unit
-        total = self.sum(scaled, first=first) if self.centred else jnp.zeros_like(count)
+        total = self.sum(scaled, first=first) if self.centered else jnp.zeros_like(count)
         squares = self.sum(d * d, first=first)
         if mask is None:
-            count = count * self.devices.number()
-            total, squares = self.devices.sum(total, squares)
+            count = count * self.mapped_axes.size()
+            total, squares = self.mapped_axes.sum(total, squares)
         else:
-            count, total, squares = self.devices.sum(count, total, squares)
+            count, total, squares = self.mapped_axes.sum(count, total, squares)
         n = jnp.maximum(count, 1)
-        if not self.centred:
+        if not self.centered:
             return count, total, squares / n
         mean = total / (n if unit is None else n * unit)
         # Where squares of finite numbers overflow, so may the mean's: Inf - Inf would be NaN.
@@ -139,7 +139,7 @@ class Sample:
         taken, at least a sixteenth. All of x along an axis that is known to be spread, or whose
         size is not known (jax.export).
         """
-        axes = [a for a in self.axes if isinstance(x.shape[a], int) and explicit_devices(x, a) == 1]
+        axes = [a for a in self.axes if isinstance(x.shape[a], int) and number_of_shards(x, a) == 1]
         last = x.ndim - 1
         share = min(share, max(math.prod(x.shape[a] for a in axes) // least, 1))
         if axes == [last]:

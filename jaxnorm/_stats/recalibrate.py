@@ -1,4 +1,4 @@
-"""What do these weights make of the data? The running statistics, measured anew in one pass."""
+"""Measures running statistics anew, in one pass over the data."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxnorm._accumulation import end_accumulation, recollecting
-from jaxnorm._walk import map_states, states
+from jaxnorm._stats.accumulate import end_accumulation, fresh_accumulation
+from jaxnorm._stats.trees import map_states, states
 
 Tree = TypeVar("Tree")
 
@@ -62,7 +62,7 @@ def recalibrate(
       section 3.2. https://arxiv.org/abs/1803.05407
       torch.optim.swa_utils.update_bn, PyTorch 2.13, which averages the batches' variances.
     """
-    state = map_states("recalibrate", recollecting, batch_stats)
+    state = map_states("recalibrate", fresh_accumulation, batch_stats)
 
     @jax.jit
     def run(state, batch, args):

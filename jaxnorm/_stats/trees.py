@@ -1,4 +1,4 @@
-"""The one walk over trees: it finds the states of norms in every kind of container.
+"""Finds and replaces the states of norms in pytrees of every kind.
 
 A tree is any pytree, such as dicts, lists, tuples, `FrozenDict`, dataclasses of flax.struct and
 `nnx.State`, and also a mapping that JAX does not know as a pytree.

@@ -1,4 +1,4 @@
-"""What is computed? y = scale * x_hat + bias, and its derivative."""
+"""The normalize step, y = scale * x_hat + bias, and its derivative."""
 
 import functools
 from typing import Any
@@ -9,9 +9,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxnorm import _platforms
-from jaxnorm._moments import Moments, centre, moments_dot
-from jaxnorm._sample import Sample, select
+from jaxnorm._core import platforms
+from jaxnorm._core.moments import Moments, center, moments_dot
+from jaxnorm._core.sample import Sample, select
 
 
 def rstd(var: jax.Array, epsilon: jax.Array) -> jax.Array:
@@ -57,12 +57,12 @@ def normalize(
     shift: jax.Array,
     moments: Moments,
 ) -> jax.Array:
-    """y in the given dtype, by the moments of x - shift that `measure` gives, or by constants.
+    """y in the given dtype, by the moments of x - shift (`shifted_moments`), or by constants.
 
     Scale and bias have x's rank. The sample is the one that was measured, as x is laid out; None if
     the moments are constants.
     """
-    d, r = centre(x, mask, shift, moments), rstd(moments.var, epsilon)
+    d, r = center(x, mask, shift, moments), rstd(moments.var, epsilon)
     y = affine(scaled(d, r, None if scale is None else scale.astype(r.dtype)), None, bias)
     return select(mask, y).astype(dtype)
 
@@ -93,21 +93,21 @@ def _normalize_jvp(dtype, sample, primals, tangents):
     # itself, in x's dtype, and the two passes do not share it.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def linear(x_dot, scale_dot, bias_dot, epsilon_dot):
-        shift, moments = _platforms.apart_on_cpu(tuple(measured))
-        again, r = _platforms.apart_on_cpu(x), rstd(moments.var, epsilon)
+        shift, moments = platforms.apart_on_cpu(tuple(measured))
+        again, r = platforms.apart_on_cpu(x), rstd(moments.var, epsilon)
         mean_dot = var_dot = None
         if x_dot is not None:
             x_dot = x_dot.astype(r.dtype)
         if x_dot is not None and sample is not None:
             moments_of = moments_dot(sample, again, mask, shift, moments, x_dot)
-            mean_dot, var_dot = moments_of.mean if sample.centred else None, moments_of.var
+            mean_dot, var_dot = moments_of.mean if sample.centered else None, moments_of.var
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
         wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
         a = _combine((one, scale_dot), (one, _along(w, wide_dot, x)))
         b = _combine((one, bias_dot), (one, _along(w, _combine((-r, mean_dot)), x)))
         if a is not None:  # otherwise x need not be kept
-            a = scaled(centre(again, mask, shift, moments), r, a)
+            a = scaled(center(again, mask, shift, moments), r, a)
         y_dot = _combine((w * r, x_dot), (one, a), (one, b))
         y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the moments move
         return jnp.broadcast_to(y_dot.astype(dtype), y.shape)
@@ -116,7 +116,7 @@ def _normalize_jvp(dtype, sample, primals, tangents):
 
 
 def _along(w, t, x):
-    return None if t is None else _platforms.multiply_along(w, t, x)
+    return None if t is None else platforms.multiply_along(w, t, x)
 
 
 def _combine(*terms):

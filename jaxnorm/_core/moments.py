@@ -1,4 +1,4 @@
-"""What is measured? The moments of a sample: the entries of x that share one mean."""
+"""The moments of x: count, mean and biased variance of the entries that share one mean."""
 
 import dataclasses
 import functools
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm import _arguments, _checks, _platforms
-from jaxnorm._devices import AxisName, Devices, devices, sharded_like
-from jaxnorm._sample import Sample, select, widen
+from jaxnorm._core import arguments, checks, platforms
+from jaxnorm._core.collectives import AxisName, MappedAxes, mapped_axes, sharded_like
+from jaxnorm._core.sample import Sample, select, widen
 
 
 @jax.tree_util.register_dataclass
@@ -93,20 +93,20 @@ def moments(
     References:
       Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983: section 3.
     """
-    x = _checks.float_array("moments", x)
-    axes = _arguments.axes("moments", "axis", axis, x.ndim)
-    mask = _checks.mask("moments", mask, x.shape)
-    sample = Sample(axes, devices=devices("moments", axis_name, axis_index_groups))
-    shift, about_shift = measure(sample, x, mask)
-    return jax.tree.map(lambda a: jnp.squeeze(a, axes), about_zero(shift, about_shift))
+    x = checks.float_array("moments", x)
+    axes = arguments.axes("moments", "axis", axis, x.ndim)
+    mask = checks.mask("moments", mask, x.shape)
+    sample = Sample(axes, mapped_axes=mapped_axes("moments", axis_name, axis_index_groups))
+    shift, about_shift = shifted_moments(sample, x, mask)
+    return jax.tree.map(lambda a: jnp.squeeze(a, axes), unshift(shift, about_shift))
 
 
-def about_zero(shift: jax.Array, about_shift: Moments) -> Moments:
+def unshift(shift: jax.Array, about_shift: Moments) -> Moments:
     """The moments of x, from those of x - shift."""
     return dataclasses.replace(about_shift, mean=shift + about_shift.mean)
 
 
-def measure(
+def shifted_moments(
     sample: Sample,
     x: jax.Array,
     mask: jax.Array | None = None,
@@ -123,7 +123,7 @@ def measure(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _measure(sample, differentiated, x, mask, guess):
-    shift, *moments = _platforms.shifted_moments(
+    shift, *moments = platforms.shifted_moments(
         sample, x, mask, guess, differentiated=differentiated
     )
     return shift, Moments(*moments)
@@ -138,7 +138,7 @@ def _measure_jvp(sample, _, primals, tangents):
     # Checkpointed: what is kept for the backward pass is x as it came, not x - mean in float32.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def linear(x, shift, moments, x_dot):
-        x, shift, moments = _platforms.apart_on_cpu((x, shift, moments))
+        x, shift, moments = platforms.apart_on_cpu((x, shift, moments))
         x, x_dot, laid_out = map(sample.laid_out, (x, x_dot, mask))
         return moments_dot(sample, x, laid_out, shift, moments, x_dot)
 
@@ -160,14 +160,14 @@ def moments_dot(
     """
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
-    total_dot = sample.sum(x_dot) if sample.centred else jnp.zeros_like(n)
-    mean_dot, half_var_dot = sample.devices.sum(
-        total_dot / n, sample.sum(centre(x, mask, shift, moments) * x_dot) / n
+    total_dot = sample.sum(x_dot) if sample.centered else jnp.zeros_like(n)
+    mean_dot, half_var_dot = sample.mapped_axes.sum(
+        total_dot / n, sample.sum(center(x, mask, shift, moments) * x_dot) / n
     )
     return Moments(jnp.zeros_like(n), mean_dot, 2 * half_var_dot)
 
 
-def centre(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments) -> jax.Array:
+def center(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments) -> jax.Array:
     """x - mean, by way of the shift: the first difference is exact, the second is small."""
     return (select(mask, widen(x, shift)) - shift) - moments.mean
 
@@ -214,7 +214,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
                 f"merge_moments: {name} should be Moments, as `moments` returns them, but is "
                 f"{type(given).__name__}"
             )
-    _checks.same_moments("merge_moments", jnp.shape(a.mean), jnp.shape(b.mean))
+    checks.same_moments("merge_moments", jnp.shape(a.mean), jnp.shape(b.mean))
     return merge(a, b)
 
 
@@ -263,14 +263,18 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
     return shift, Moments(count, mean, var)
 
 
-def pool_devices(devices: Devices, shift: jax.Array, moments: Moments) -> tuple[jax.Array, Moments]:
+def pool_devices(
+    mapped_axes: MappedAxes, shift: jax.Array, moments: Moments
+) -> tuple[jax.Array, Moments]:
     """Pools what the devices have measured, in two collectives."""
-    if devices.axis_name is None:
+    if mapped_axes.axis_name is None:
         return shift, moments
-    count, total = devices.sum(moments.count, moments.count * (shift + moments.mean))
+    count, total = mapped_axes.sum(moments.count, moments.count * (shift + moments.mean))
     n = jnp.maximum(count, 1)
     common = total / n
     mean = (shift - common) + moments.mean
-    total, squares = devices.sum(moments.count * mean, moments.count * (moments.var + mean * mean))
+    total, squares = mapped_axes.sum(
+        moments.count * mean, moments.count * (moments.var + mean * mean)
+    )
     mean = total / n
     return common, Moments(count, mean, jnp.maximum(squares / n - mean * mean, 0))

@@ -1,4 +1,4 @@
-"""How do several batches make one update? The states of a model, which then accumulate."""
+"""Accumulation of running statistics: several batches make one update."""
 
 from typing import Any, TypeVar
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm import _checks
-from jaxnorm._walk import map_states
-from jaxnorm.variables import statistics_dtype
+from jaxnorm._core import checks
+from jaxnorm._core.variables import statistics_dtype
+from jaxnorm._stats.trees import map_states
 
 Tree = TypeVar("Tree")
 
@@ -59,7 +59,7 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
 
     def begin(path: str, state: Any) -> Any:
         where = f"begin_accumulation: {path}" if path else "begin_accumulation"
-        state = _checks.batch_stats(where, state, stacked=True)
+        state = checks.batch_stats(where, state, stacked=True)
         fresh = _accumulating(state["mean"], state["var"], state["count"])
         if "accumulation" not in state:
             return fresh
@@ -104,9 +104,9 @@ def _accumulating(mean: Any, var: Any, count: Any, **override: jax.Array) -> Any
     return {**start, "accumulation": {"start": start, "moments": moments, **override}}
 
 
-def recollecting(path: str, state: Any) -> Any:
+def fresh_accumulation(path: str, state: Any) -> Any:
     """A first state that moves all the way: after every batch it is that of all batches so far."""
-    state = _checks.batch_stats(f"recalibrate: {path}", state, stacked=True)
+    state = checks.batch_stats(f"recalibrate: {path}", state, stacked=True)
     mean, var, count = state["mean"], state["var"], state["count"]
     first = jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(count)
     return _accumulating(*first, momentum=jnp.ones_like(mean, statistics_dtype(mean.dtype)))

@@ -1,4 +1,4 @@
-"""What is wrong with a state, before it is used?"""
+"""Checks the running statistics of a model before they are used."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from jaxnorm._walk import arrays, find, names
+from jaxnorm._stats.trees import arrays, find, names
 
 KEYS = ("mean", "var", "count")
 

@@ -1,4 +1,4 @@
-"""Which axis is which? Arrays of one number a channel, laid against x and taken off it again."""
+"""The axes of x: expands parameters of the shape of the channels to the rank of x, and back."""
 
 import dataclasses
 
@@ -32,11 +32,11 @@ class Layout:
         return tuple(a for a in range(self.ndim) if a != self.batch and a not in self.channels)
 
     @property
-    def folded(self) -> "Layout":
+    def with_batch_axis(self) -> "Layout":
         """The layout of x with a new first axis, that of samples to be kept apart."""
         return Layout(self.ndim + 1, tuple(a + 1 for a in self.channels), batch=0)
 
-    def spread(self, a: jax.Array) -> jax.Array:
+    def expand(self, a: jax.Array) -> jax.Array:
         """An array of the channels' shape in x's rank; one of x's rank already as it is."""
         if a.ndim != len(self.channels):
             return a
@@ -44,7 +44,7 @@ class Layout:
         others = tuple(i for i in range(self.ndim) if i not in self.channels)
         return lax.expand_dims(jnp.transpose(a, order), others)
 
-    def rows(self, a: jax.Array) -> jax.Array:
+    def squeeze_to_channels(self, a: jax.Array) -> jax.Array:
         """An array of x's rank, of size 1 on the reduced axes, as a row for each sample.
 
         The rows have the channels' shape; without a batch axis there is one.

@@ -1,4 +1,4 @@
-"""What is remembered? The running statistics, moved once by the moments of a batch."""
+"""The update of running statistics by the moments of a batch."""
 
 import dataclasses
 from typing import Any
@@ -8,19 +8,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm import _arguments, _checks
-from jaxnorm._devices import HERE, Devices, sharded_like
-from jaxnorm._moments import (
+from jaxnorm._core import arguments, checks
+from jaxnorm._core.collectives import LOCAL, MappedAxes, sharded_like
+from jaxnorm._core.moments import (
     Moments,
     about_mean,
-    about_zero,
     interpolate,
     merge,
     pool,
     pool_devices,
+    unshift,
 )
-from jaxnorm._sample import widen
-from jaxnorm.variables import BatchStats, statistics_dtype
+from jaxnorm._core.sample import widen
+from jaxnorm._core.variables import BatchStats, statistics_dtype
 
 
 def update_batch_stats(
@@ -69,17 +69,17 @@ def update_batch_stats(
       torch.nn.BatchNorm2d, PyTorch 2.13.
     """
     function = "update_batch_stats"
-    batch_stats = _checks.batch_stats(function, batch_stats)
+    batch_stats = checks.batch_stats(function, batch_stats)
     update = Update.checked(function, momentum, skip_nonfinite)
     if not isinstance(moments, Moments):
         raise ValueError(
             f"{function}: moments should be Moments, as `moments` returns them, but is "
             f"{type(moments).__name__}"
         )
-    _checks.moments_shape(function, jnp.shape(moments.mean), batch_stats["mean"].shape)
+    checks.moments_shape(function, jnp.shape(moments.mean), batch_stats["mean"].shape)
     has_rows = jnp.ndim(moments.mean) > batch_stats["mean"].ndim
     rows = moments if has_rows else jax.tree.map(lambda a: a[None], moments)
-    return advance(batch_stats, rows, update, between=not has_rows)
+    return update_running_stats(batch_stats, rows, update, between=not has_rows)
 
 
 def merge_batch_stats(
@@ -121,10 +121,10 @@ def merge_batch_stats(
       Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
       Variances, 1979.
     """
-    stacked = _checks.stacked_batch_stats("merge_batch_stats", stacked)
-    between = _arguments.boolean("merge_batch_stats", "between", between)
+    stacked = checks.stacked_batch_stats("merge_batch_stats", stacked)
+    between = arguments.boolean("merge_batch_stats", "between", between)
     mean, var, count = lax.stop_gradient([stacked[k] for k in ("mean", "var", "count")])
-    weights = count if counts is None else _checks.weights("merge_batch_stats", counts, count.shape)
+    weights = count if counts is None else checks.weights("merge_batch_stats", counts, count.shape)
     weights = weights.astype(widen(mean).dtype)
     weights = jnp.where(jnp.any(weights > 0), weights, jnp.ones_like(weights))
     weights = weights / jnp.sum(weights)
@@ -132,7 +132,7 @@ def merge_batch_stats(
     # What weighs nothing is left out before arithmetic, be it NaN.
     mean, var = (jnp.where(n > 0, widen(a), 0) for a in (mean, var))
     rows = Moments(n, mean, var)
-    merged = about_zero(*pool(mean, about_mean(rows), between=between))
+    merged = unshift(*pool(mean, about_mean(rows), between=between))
     most = jnp.iinfo(count.dtype).max
     return {
         "mean": merged.mean,
@@ -159,17 +159,17 @@ class Update:
     def checked(cls, function: str, momentum: Any, skip_nonfinite: Any) -> "Update":
         """An update with the arguments of a public function."""
         if momentum is not None:
-            momentum = _arguments.number(function, "momentum", momentum)
-        return cls(momentum, _arguments.boolean(function, "skip_nonfinite", skip_nonfinite))
+            momentum = arguments.number(function, "momentum", momentum)
+        return cls(momentum, arguments.boolean(function, "skip_nonfinite", skip_nonfinite))
 
 
-def advance(
+def update_running_stats(
     batch_stats: BatchStats,
     rows: Moments,
     update: Update,
     *,
     between: bool,
-    devices: Devices = HERE,
+    mapped_axes: MappedAxes = LOCAL,
 ) -> BatchStats:
     """Moves the state once, by rows of moments; other devices may hold more rows.
 
@@ -178,7 +178,7 @@ def advance(
     where it began, by all that it has seen since.
     """
     stats, rows = lax.stop_gradient((batch_stats, rows))
-    batch = _pooled(rows, devices) if between else _averaged(rows, devices)
+    batch = _pooled(rows, mapped_axes) if between else _averaged(rows, mapped_axes)
     accumulation = stats.get("accumulation")
     if accumulation is None:
         return _moved(stats, batch, update, between)
@@ -225,14 +225,14 @@ def _moved(stats, batch, update, between) -> BatchStats:
     }
 
 
-def _pooled(rows, devices):
+def _pooled(rows, mapped_axes):
     """The moments of the sample that the rows are parts of."""
-    if rows.mean.shape[0] == 1 and devices.axis_name is None:
+    if rows.mean.shape[0] == 1 and mapped_axes.axis_name is None:
         return jax.tree.map(lambda a: a[0], rows)
-    return about_zero(*pool_devices(devices, *pool(rows.mean, about_mean(rows))))
+    return unshift(*pool_devices(mapped_axes, *pool(rows.mean, about_mean(rows))))
 
 
-def _averaged(rows, devices):
+def _averaged(rows, mapped_axes):
     """How many samples count, and the mean over them of their means and unbiased variances.
 
     A sample of fewer than two entries has no unbiased variance; it does not count.
@@ -240,6 +240,6 @@ def _averaged(rows, devices):
     unbiased = rows.var * (rows.count / jnp.maximum(rows.count - 1, 1))
     stacked = jnp.stack([jnp.ones_like(unbiased), rows.mean, unbiased])
     sums = jnp.sum(jnp.where(rows.count > 1, stacked, jnp.zeros_like(stacked)), axis=1)
-    samples, mean, var = devices.sum(*sums)
+    samples, mean, var = mapped_axes.sum(*sums)
     n = jnp.maximum(samples, 1)
     return Moments(samples, mean / n, var / n)

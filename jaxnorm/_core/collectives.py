@@ -1,4 +1,4 @@
-"""The devices along mapped axes that hold the rest of a sample, and sums over them."""
+"""Mapped axes over which the entries of x are distributed, and the sums over them."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ AxisName = Hashable | tuple[Hashable, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Devices:
+class MappedAxes:
     """The devices that work on one sample: those of the mapped axes, or of one group of them.
 
     Attributes:
@@ -23,7 +23,7 @@ class Devices:
     axis_name: AxisName | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
 
-    def number(self) -> int:
+    def size(self) -> int:
         """How many devices work on this device's sample."""
         if self.axis_name is None:
             return 1
@@ -35,7 +35,7 @@ class Devices:
             return xs
         return tuple(self._psum(jnp.stack(xs)))
 
-    def most(self, numbers: jax.Array) -> jax.Array:
+    def max(self, numbers: jax.Array) -> jax.Array:
         """The largest of the numbers that the devices of the axis have, whatever their group.
 
         They are alike on the devices of a group, so without groups nothing is asked.
@@ -57,15 +57,15 @@ class Devices:
         return lax.psum(table, self.axis_name)[group]
 
 
-HERE = Devices()
+LOCAL = MappedAxes()
 
 
-def devices(
+def mapped_axes(
     function: str, axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[int]] | None
-) -> Devices:
+) -> MappedAxes:
     """The devices that the public arguments name."""
     if axis_index_groups is None:
-        return Devices(axis_name)
+        return MappedAxes(axis_name)
     groups = tuple(tuple(group) for group in axis_index_groups)
     if axis_name is None:
         raise ValueError(
@@ -75,14 +75,14 @@ def devices(
     try:
         size = lax.axis_size(axis_name)
     except NameError:  # not bound, as in evaluation, where no device asks another; asking would say
-        return Devices(axis_name, groups)
+        return MappedAxes(axis_name, groups)
     members = sorted(i for group in groups for i in group)
     if members != list(range(size)) or len({len(group) for group in groups}) != 1:
         raise ValueError(
             f"{function}: axis_index_groups should hold each index of {axis_name!r}, 0 to "
             f"{size - 1}, once, in groups of one size, but is {axis_index_groups}"
         )
-    return Devices(axis_name, groups)
+    return MappedAxes(axis_name, groups)
 
 
 def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(a, jax.sharding.NamedSharding(mesh, wanted.spec))
 
 
-def explicit_devices(x: jax.Array, axis: int) -> int:
+def number_of_shards(x: jax.Array, axis: int) -> int:
     """Over how many devices an axis of x is spread, as far as x's type says."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] if axis < len(sharding.spec) else None

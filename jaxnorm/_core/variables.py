@@ -1,0 +1,131 @@
+"""The types of parameters and running statistics, and their initial values."""
+
+from collections.abc import Sequence
+from typing import Any, NotRequired, TypedDict
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxnorm._core import arguments
+
+
+class Affine(TypedDict, total=False):
+    """What a norm learns. Either key may be missing: that half is then left out.
+
+    Attributes:
+      scale: what x_hat is multiplied by, of shape (C,), or of x's rank and broadcasting against x.
+      bias: what is added then, likewise.
+
+    Example:
+      >>> import jaxnorm
+      >>> params: jaxnorm.Affine = jaxnorm.init_params(3)
+      >>> sorted(params)
+      ['bias', 'scale']
+
+    References:
+      The names of flax.linen.BatchNorm, flax 0.12; PyTorch's weight and bias.
+    """
+
+    scale: jax.Array
+    bias: jax.Array
+
+
+class BatchStats(TypedDict):
+    """What a norm remembers of the batches that it was trained on.
+
+    Attributes:
+      mean: the running mean, of shape (C,), float32 or wider, in units of x.
+      var: the running unbiased variance, of shape (C,), likewise, in units of x squared.
+      count: how many updates the statistics have seen, of shape (), int32; it stays at the
+        largest int32 instead of wrapping around.
+      accumulation: where several batches make one update, what they have come to; only between
+        `begin_accumulation` and `end_accumulation`.
+
+    Example:
+      >>> import jaxnorm
+      >>> batch_stats: jaxnorm.BatchStats = jaxnorm.init_batch_stats(3)
+      >>> sorted(batch_stats)
+      ['count', 'mean', 'var']
+
+    References:
+      The names of flax.linen.BatchNorm, flax 0.12; PyTorch's running_mean, running_var and
+      num_batches_tracked.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array
+    accumulation: NotRequired[Any]
+
+
+def init_params(
+    num_features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> Affine:
+    """Makes a norm's first parameters: scale 1 and bias 0, which change nothing.
+
+    Args:
+      num_features: the number of channels C, or x's shape over the channel axes.
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias.
+      dtype: the parameters' dtype.
+
+    Returns:
+      A dict with the keys "scale" and "bias", or those of them that are used.
+
+    Example:
+      >>> import jaxnorm
+      >>> print(jaxnorm.init_params(3, use_bias=False)["scale"])
+      [1. 1. 1.]
+
+    References:
+      torch.nn.BatchNorm2d and flax.linen.BatchNorm begin with the same values.
+    """
+    shape = arguments.channels("init_params", num_features)
+    dtype = arguments.float_dtype("init_params", "dtype", dtype)
+    params: Affine = {}
+    if arguments.boolean("init_params", "use_scale", use_scale):
+        params["scale"] = jnp.ones(shape, dtype)
+    if arguments.boolean("init_params", "use_bias", use_bias):
+        params["bias"] = jnp.zeros(shape, dtype)
+    return params
+
+
+def init_batch_stats(
+    num_features: int | Sequence[int], *, dtype: DTypeLike = jnp.float32
+) -> BatchStats:
+    """Makes a norm's first running statistics: mean 0, variance 1, count 0.
+
+    Args:
+      num_features: the number of channels C, or x's shape over the channel axes.
+      dtype: the dtype of mean and var; half precision is widened to float32, in which a running
+        average still moves (in bfloat16 it stalls).
+
+    Returns:
+      A dict with the keys "mean", "var" and "count".
+
+    Example:
+      >>> import jaxnorm
+      >>> stats = jaxnorm.init_batch_stats(2)
+      >>> print(stats["mean"], stats["var"], stats["count"])
+      [0. 0.] [1. 1.] 0
+
+    References:
+      torch.nn.BatchNorm2d begins with the same values.
+    """
+    shape = arguments.channels("init_batch_stats", num_features)
+    dtype = statistics_dtype(arguments.float_dtype("init_batch_stats", "dtype", dtype))
+    return {
+        "mean": jnp.zeros(shape, dtype),
+        "var": jnp.ones(shape, dtype),
+        "count": jnp.zeros((), jnp.int32),
+    }
+
+
+def statistics_dtype(*dtypes: DTypeLike) -> DTypeLike:
+    """The dtype of statistics: the widest of the given ones, and never below float32."""
+    return max((jnp.float32, *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)

@@ -1,0 +1,225 @@
+"""The norms as they are traced for an export: as the primitive of one operator, or as JAX's own.
+
+While jax2onnx traces, `tracked_norm` and `untracked_norm` replace the two functions of these names
+that every norm runs through. What no operator computes is left to the two functions, and becomes as
+many nodes as they take.
+"""
+
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxnorm._core import arguments, checks
+from jaxnorm._core.collectives import LOCAL, MappedAxes
+from jaxnorm._core.layout import Layout
+from jaxnorm._core.normalize import affine
+from jaxnorm._core.sample import select
+from jaxnorm._core.variables import statistics_dtype
+from jaxnorm.onnx._primitive import norm_p
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of `to_onnx` that the norms ask for while they are traced."""
+
+    native: bool = True
+    update_stats: bool | None = None
+
+
+# The default holds for `jax2onnx.to_onnx` itself; it is frozen.
+OPTIONS = contextvars.ContextVar("options", default=Options())  # noqa: B039
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One of ONNX's operators, and how a norm's x and parameters lie in it.
+
+    Attributes:
+      name: the operator's name.
+      parts: for each axis of its input, the axes of x that it is made of: none, one, or several.
+      shape: the shape of its scale and bias.
+      num_groups: that of GroupNormalization.
+    """
+
+    name: str
+    parts: tuple[tuple[int, ...], ...]
+    shape: tuple[int, ...]
+    num_groups: int | None = None
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether it normalizes the last axes, whatever axes are in front; or (N, C, *space)."""
+        return self.name in ("LayerNormalization", "RMSNormalization")
+
+    def attributes(self, dtype: Any) -> dict[str, Any]:
+        """Its attributes, but for epsilon."""
+        if self.name in ("BatchNormalization", "InstanceNormalization"):
+            return {}
+        if self.of_rows:
+            return {"axis": -len(self.shape), "stash_type": int(dtype)}
+        return {"num_groups": self.num_groups, "stash_type": int(dtype)}
+
+
+def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for `tracked_norm`: y by the state, which stays as it is, or by x itself."""
+
+    @functools.wraps(original)
+    def norm(function, x, params, batch_stats, **options):
+        x = checks.float_array(function, x)
+        axes = options["channel_axis"], options.get("batch_axis")
+        layout = checks.layout(function, x.ndim, *axes)
+        first = () if layout.batch is None else (layout.batch,)
+        statistics, mask = {}, None
+        if OPTIONS.get().update_stats is not None:
+            options["update_stats"] = OPTIONS.get().update_stats
+        if _by_state(function, batch_stats, options):
+            state = checks.batch_stats(function, batch_stats, layout.shape(x))
+            statistics = {key: state[key] for key in ("mean", "var")}
+            mask = checks.mask(function, options["mask"], x.shape)
+            # By the state, all axes but the channels' are alike: any can be the first.
+            operator = _of_channels("BatchNormalization", layout, first or layout.reduced[:1], x)
+        else:
+            # Without a batch axis, as in batch norm, x is one sample.
+            operator = _of_channels("InstanceNormalization", layout, first, x)
+            _alone(function, options.get("stats_axes", LOCAL))
+            special = (options.get(key) for key in ("mask", "limits", "virtual_batch_size"))
+            if any(option is not None for option in special):
+                operator = None
+            else:
+                checks.more_than_one_value(function, x.shape, layout, 1)
+
+        def plain(x, params, statistics):
+            state = {**batch_stats, **statistics} if statistics else batch_stats
+            return original(function, x, params, state, **options)[0]
+
+        run = functools.partial(_by_operator, function, operator, plain, layout)
+        how = {key: options[key] for key in ("epsilon", "dtype")}
+        return run(x, params, statistics, mask=mask, **how), batch_stats
+
+    return norm
+
+
+def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for `untracked_norm`."""
+
+    @functools.wraps(original)
+    def norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
+        _alone(function, sample.mapped_axes)
+        groups = sample.groups or sample.split
+        reduced = () if sample.split else sample.axes  # or they count the split axis as two
+        kept = tuple(a for a in range(x.ndim) if a not in (*reduced, *layout.channels))
+        operator = None
+        if mask is None and groups is not None:
+            operator = _of_channels("GroupNormalization", layout, kept, x, groups[1])
+        elif mask is None and layout.channels:
+            name = "LayerNormalization" if sample.centered else "RMSNormalization"
+            parts = tuple((a,) for a in (*kept, *layout.channels))
+            operator = Operator(name, parts, layout.shape(x))
+
+        def plain(x, params, _):
+            options = {"epsilon": epsilon, "mask": mask, "dtype": dtype}
+            return original(function, x, params, layout, sample, **options)
+
+        run = functools.partial(_by_operator, function, operator, plain, layout)
+        return run(x, params, {}, mask=None, epsilon=epsilon, dtype=dtype)
+
+    return norm
+
+
+def _by_state(function: str, batch_stats: Any, options: dict[str, Any]) -> bool:
+    """Whether the running statistics normalize; they do not move."""
+    switches = options["use_running_average"], options["update_stats"]
+    by_state, moves = arguments.resolve_mode(function, batch_stats is not None, *switches)
+    if moves:
+        raise ValueError(
+            f"{function}: the running statistics should not move in an export, because a graph "
+            f"keeps no state, but they do with use_running_average={switches[0]} and "
+            f"update_stats={switches[1]}; to evaluate, write use_running_average=True, in NNX "
+            f"model.eval(); to normalize by the batch, or by each sample, write "
+            f"update_stats=False, or to_onnx(..., update_stats=False) for all norms"
+        )
+    return by_state
+
+
+def _alone(function: str, mapped_axes: MappedAxes) -> None:
+    """The statistics of x need no other device."""
+    if mapped_axes != LOCAL:
+        raise ValueError(
+            f"{function}: axis_name should be None in an export, because a graph runs on one "
+            f"device, but is {mapped_axes.axis_name!r}; write axis_name=None"
+        )
+
+
+def _of_channels(
+    name: str, layout: Layout, first: Sequence[int], x: jax.Array, num_groups: int | None = None
+) -> Operator:
+    """An operator on (N, C, *space), where N is made of the first axes."""
+    rest = (a for a in range(x.ndim) if a not in (*first, *layout.channels))
+    parts = (tuple(first), layout.channels, *((a,) for a in rest))
+    return Operator(name, parts, (math.prod(layout.shape(x)),), num_groups)
+
+
+# ---- From x to y ----
+
+
+def _by_operator(function, operator, plain, layout, x, params, statistics, *, mask, epsilon, dtype):
+    """y by the operator, or plainly: where there is none, or where a graph could not name it."""
+    scale, bias = checks.params(function, params, x.shape, layout.shape(x))
+    params = {key: a for key, a in (("scale", scale), ("bias", bias)) if a is not None}
+    if operator is None or not OPTIONS.get().native or not _constant(epsilon, *operator.shape):
+        return plain(x, params, statistics)
+
+    @jax.custom_jvp
+    def by_operator(x, params, statistics):
+        wide = x.astype(statistics_dtype(x.dtype))
+        (scale, bias), after = _split(operator, layout, params, x)
+        scale = np.ones(operator.shape, wide.dtype) if scale is None else scale
+        bias = np.zeros(operator.shape, wide.dtype) if bias is None else bias
+        operands = (scale,) if operator.name == "RMSNormalization" else (scale, bias)
+        order = [a for part in operator.parts for a in part]
+        moved = lax.transpose(wide, order)
+        y = norm_p.bind(
+            lax.reshape(moved, [math.prod(x.shape[a] for a in part) for part in operator.parts]),
+            *operands,
+            *(statistics[key] for key in ("mean", "var") if statistics),
+            function=function,
+            operator=operator,
+            epsilon=float(epsilon),
+        )
+        y = lax.transpose(lax.reshape(y, moved.shape), np.argsort(order).tolist())
+        y = affine(y, *(None if a is None else layout.expand(a) for a in after))
+        return select(mask, y).astype(x.dtype if dtype is None else dtype)
+
+    # No operator has a derivative: a function that asks for one gets what JAX makes of the norm's.
+    by_operator.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return by_operator(x, params, statistics)
+
+
+def _constant(epsilon: Any, *sizes: Any) -> bool:
+    """Whether the attributes and the shape of the parameters are known now."""
+    return not isinstance(epsilon, jax.core.Tracer) and all(isinstance(n, int) for n in sizes)
+
+
+def _split(operator, layout, params, x):
+    """Scale and bias for the operator, and those that follow it; None for neither."""
+    scale, bias = params.get("scale"), params.get("bias")
+    if scale is not None and not _along(layout, scale, x):
+        return (None, None), (scale, bias)
+    if bias is not None and (operator.name == "RMSNormalization" or not _along(layout, bias, x)):
+        return (scale, None), (None, bias)
+    return (scale, bias), (None, None)
+
+
+def _along(layout: Layout, a: jax.Array, x: jax.Array) -> bool:
+    """Whether a parameter has one entry for each channel, in the order of the channels."""
+    if a.ndim == len(layout.channels):
+        return True
+    sizes = tuple(n if i in layout.channels else 1 for i, n in enumerate(x.shape))
+    return a.shape == sizes and layout.channels == tuple(sorted(layout.channels))

@@ -1,0 +1,82 @@
+"""The plugin of jax2onnx: what it replaces while it traces, and the node of the primitive."""
+
+import sys
+import types
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax2onnx.plugins._patching import AssignSpec, MonkeyPatchSpec
+from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
+
+from jaxnorm import functional
+from jaxnorm.onnx._operators import tracked_norm, untracked_norm
+from jaxnorm.onnx._primitive import norm_p
+
+# Operator -> the opset from which on it is what is written here.
+OPSETS = {
+    "InstanceNormalization": 6,
+    "BatchNormalization": 15,
+    "LayerNormalization": 17,
+    "GroupNormalization": 21,  # that of opset 18 has one scale for a whole group
+    "RMSNormalization": 23,
+}
+# jax2onnx replaces functions of jax.numpy while it traces: jnp.shape then gives a traced array.
+JNP = types.SimpleNamespace(**vars(jnp))
+# A graph is for no platform, and jax2onnx knows no choice among them.
+LAX = types.SimpleNamespace(**vars(lax))
+LAX.platform_dependent = lambda *args, default, **platforms: default(*args)
+
+
+@register_primitive(jaxpr_primitive=norm_p.name)
+class NormPlugin(PrimitiveLeafPlugin):
+    """What jax2onnx asks: what to replace while it traces, and what becomes of the primitive."""
+
+    _PRIM = norm_p
+
+    @classmethod
+    def binding_specs(cls) -> list[AssignSpec | MonkeyPatchSpec]:
+        """The norms' two functions, and jax.numpy and jax.lax for this package alone."""
+        files = [m for name, m in list(sys.modules.items()) if name.startswith("jaxnorm.")]
+        return [
+            *(AssignSpec(file, "jnp", JNP) for file in files if hasattr(file, "jnp")),
+            *(AssignSpec(file, "lax", LAX) for file in files if hasattr(file, "lax")),
+            MonkeyPatchSpec(functional, "tracked_norm", tracked_norm),
+            MonkeyPatchSpec(functional, "untracked_norm", untracked_norm),
+        ]
+
+    def lower(self, ctx: Any, eqn: Any) -> None:
+        """Adds the node."""
+        operator, function = eqn.params["operator"], eqn.params["function"]
+        if ctx.opset < OPSETS[operator.name]:
+            raise ValueError(
+                f"to_onnx: opset should be at least {OPSETS[operator.name]}, because {function} "
+                f"becomes {operator.name} as of then, but is {ctx.opset}; native=False makes do "
+                f"without the operator"
+            )
+        x = ctx.get_value_for_var(eqn.invars[0])
+        y = getattr(ctx.builder, operator.name)(
+            x,
+            *(_operand(ctx, var, operator.shape, x.dtype) for var in eqn.invars[1:]),
+            epsilon=eqn.params["epsilon"],
+            **operator.attributes(x.dtype),
+            _outputs=[ctx.fresh_name(operator.name)],
+        )
+        y.type, y.shape = x.type, x.shape
+        ctx.bind_value_for_var(eqn.outvars[0], y)
+
+
+def _operand(ctx, var, shape, dtype):
+    """A parameter in the operator's shape and in x's dtype, an initializer if it is a constant."""
+    value = ctx.get_value_for_var(var)
+    if value.const_value is not None:
+        a = value.const_value.numpy()
+        if a.shape == shape and value.dtype == dtype:
+            return value
+        return ctx.bind_const_for_var(object(), a.astype(dtype.numpy()).reshape(shape))
+    if value.dtype != dtype:
+        value = ctx.builder.Cast(value, to=int(dtype))
+    if var.aval.shape != shape:
+        value = ctx.builder.Reshape(value, ctx.bind_const_for_var(object(), np.asarray(shape)))
+    return value

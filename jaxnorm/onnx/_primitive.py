@@ -1,0 +1,30 @@
+"""The JAX primitive that stands for one operator of ONNX, and its batching rule."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching
+
+norm_p = Primitive("jaxnorm")
+norm_p.def_abstract_eval(lambda x, *operands, **params: x)
+
+
+def _batched(args, dims, **params):
+    """Members of a vmap are more samples for one node; with their own parameters, a node each."""
+    (x, *operands), (axis, *others) = args, dims
+    if any(d is not None for d in others):
+        size = next(a.shape[d] for a, d in zip(operands, others, strict=True) if d is not None)
+        rows = (
+            [a] * size if d is None else jnp.unstack(a, axis=d)
+            for a, d in zip(args, dims, strict=True)
+        )
+        members = [norm_p.bind(*row, **params) for row in zip(*rows, strict=True)]
+        return jnp.stack(members), 0
+    x = jnp.moveaxis(x, axis, 0)
+    if params["operator"].of_rows:
+        return norm_p.bind(x, *operands, **params), 0
+    y = norm_p.bind(lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), *operands, **params)
+    return lax.reshape(y, x.shape), 0
+
+
+batching.primitive_batchers[norm_p] = _batched
