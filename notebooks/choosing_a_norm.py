@@ -482,7 +482,7 @@ def position(values, low, high):
 
 
 def odds(correct):
-    """Spreads accuracies near 1: each digit of the error has the same room."""
+    """Spreads accuracies near 1: each digit of the error has the same width."""
     return -np.log10(1 - np.minimum(np.asarray(correct), 0.999))
 
 

@@ -76,8 +76,8 @@ def fold_into(
       params: the parameters of the norm, as in `fold_scale_shift`.
       batch_stats: the running statistics of the norm.
       epsilon: the epsilon of the norm.
-      feature_axis: the axis of the outputs in the kernel. Defaults to the last axis, as in Flax; use
-        -2 for a flax.linen.ConvTranspose with transpose_kernel=True.
+      feature_axis: the axis of the outputs in the kernel. Defaults to the last axis, as in Flax;
+        use -2 for a flax.linen.ConvTranspose with transpose_kernel=True.
 
     Returns:
       {"kernel", "bias"} of the new layer, in the dtype of the kernel. The layer needs
