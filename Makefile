@@ -18,7 +18,7 @@ VENV_NEWEST ?= .venv-newest
 NEWEST_PYTHON ?= python3.13
 VERSIONED ?= tests jaxnorm
 # The examples of these files need PyTorch, which is not there either.
-VERSIONED += $(addprefix --ignore=jaxnorm/interop/, _describe.py _kernels_of.py _to_torch.py)
+VERSIONED += $(addprefix --ignore=jaxnorm/interop/, _describe.py _kernels_of.py _match.py _to_torch.py)
 # The tests that run for the formulations of every platform; a GPU's has one collective more.
 FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py functional_stateless.py devices.py extremes.py)
 # Whether `make docs` runs the notebooks.

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._core import arguments, checks
-from jaxnorm._core.collectives import LOCAL, number_of_shards
+from jaxnorm._core.collectives import LOCAL, MappedAxes, number_of_shards
+from jaxnorm._core.layout import Layout
 from jaxnorm._core.moments import Moments, shifted_moments, unshift
 from jaxnorm._core.normalize import infinite_for_zero, normalize, renormalize
 from jaxnorm._core.sample import Sample, widen
@@ -39,76 +40,110 @@ class _Operands(NamedTuple):
         return _Operands(change(x), *(None if a is None else change(a) for a in others))
 
 
-def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments that every norm has.
+
+    Attributes:
+      function: the name of the public function, which errors begin with.
+      epsilon: the number that is added to the variance.
+      mask: a bool array that marks the entries to include, or None.
+      dtype: the dtype of y, or None for that of x.
+    """
+
+    function: str
+    epsilon: Any
+    mask: Any
+    dtype: Any
+
+    def checked(self, x: jax.Array) -> "Options":
+        """The same after checks, with the dtype of y."""
+        epsilon = arguments.number(self.function, "epsilon", self.epsilon, least=0)
+        dtype = arguments.float_dtype(self.function, "dtype", self.dtype) or x.dtype
+        return dataclasses.replace(self, epsilon=epsilon, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracking:
+    """The arguments of the norms that have running statistics.
+
+    Attributes:
+      use_running_average: whether the running statistics normalize.
+      update_stats: whether they are updated; None means: if the batch normalizes.
+      momentum: the weight of the new batch; None is the cumulative average.
+      skip_nonfinite: whether channels with NaN or Inf keep their running statistics.
+      stats_axes: mapped axes over which the entries of one sample are distributed.
+      update_axes: mapped axes over which the samples are distributed.
+      virtual_batch_size: the number of samples that are normalized together; None means all.
+      limits: r_max and d_max of batch renorm; None for other norms.
+    """
+
+    use_running_average: Any
+    update_stats: Any
+    momentum: Any
+    skip_nonfinite: Any
+    stats_axes: MappedAxes = LOCAL
+    update_axes: MappedAxes = LOCAL
+    virtual_batch_size: Any = None
+    limits: tuple[Any, Any] | None = None
+
+    def mode(self, function: str, tracked: bool) -> tuple[bool, bool]:
+        """Whether the running statistics normalize, and whether they are updated."""
+        return arguments.resolve_mode(
+            function, tracked, self.use_running_average, self.update_stats
+        )
+
+
+def untracked_norm(
+    x: jax.Array, params: Any, layout: Layout, sample: Sample, options: Options
+) -> jax.Array:
     """y of a norm without a state, whose parameters lie along the layout's channels."""
-    operands = _operands(function, x, params, mask, layout)
-    epsilon = arguments.number(function, "epsilon", epsilon, least=0)
-    dtype = arguments.float_dtype(function, "dtype", dtype) or x.dtype
+    operands, options = _operands(x, params, layout, options), options.checked(x)
     measured = _measure(sample, x, operands.mask)
-    laid_out, sample = operands.map(sample.laid_out), sample.as_laid_out
-    return _normalized(dtype, sample, laid_out, epsilon, measured).reshape(x.shape)
+    operands, sample = operands.map(sample.laid_out), sample.as_laid_out
+    return _normalized(sample, operands, options, measured).reshape(x.shape)
 
 
 def tracked_norm(
-    function,
-    x,
-    params,
-    batch_stats,
-    *,
-    use_running_average,
-    update_stats,
-    momentum,
-    epsilon,
-    channel_axis,
-    mask,
-    skip_nonfinite,
-    dtype,
-    batch_axis=None,
-    virtual_batch_size=None,
-    limits=None,
-    stats_axes=LOCAL,
-    update_axes=LOCAL,
-):
-    """Batch norm of each sample along batch_axis (None: x is one sample), and one update by all.
+    x: jax.Array,
+    params: Any,
+    batch_stats: Any,
+    layout: Layout,
+    options: Options,
+    tracking: Tracking,
+) -> tuple[jax.Array, Any]:
+    """Batch norm of each sample along the layout's batch axis, and one update by all samples.
 
-    Other devices hold more entries of the same sample, or more samples. Virtual batches are
-    samples, too, to normalize by; the update pools them again.
+    Without a batch axis x is one sample. Virtual batches are samples, too, to normalize by; the
+    update pools them again.
     """
-    x = checks.float_array(function, x)
-    layout = checks.layout(function, x.ndim, channel_axis, batch_axis)
-    epsilon = arguments.number(function, "epsilon", epsilon, least=0)
-    update = Update.checked(function, momentum, skip_nonfinite)
-    dtype = arguments.float_dtype(function, "dtype", dtype) or x.dtype
-    by_state, moves = arguments.resolve_mode(
-        function, batch_stats is not None, use_running_average, update_stats
-    )
+    function, options = options.function, options.checked(x)
+    update = Update.checked(function, tracking.momentum, tracking.skip_nonfinite)
+    by_state, moves = tracking.mode(function, batch_stats is not None)
     state: Any = None
     if batch_stats is not None:
         state = checks.batch_stats(function, batch_stats, layout.shape(x), shape=x.shape)
-    operands = _operands(function, x, params, mask, layout, state)
-    run, one_sample = layout, x.shape
-    if virtual_batch_size is not None and not by_state:
-        operands, one_sample = _in_virtual_batches(function, virtual_batch_size, operands, layout)
-        run, update_axes, stats_axes = layout.with_batch_axis, stats_axes, LOCAL
-    if not by_state and mask is None:
-        checks.more_than_one_value(function, one_sample, layout, stats_axes.size())
+    operands = _operands(x, params, layout, options, state)
+    run, shape, stats_axes, update_axes = layout, x.shape, tracking.stats_axes, tracking.update_axes
+    if tracking.virtual_batch_size is not None and not by_state:
+        size = tracking.virtual_batch_size
+        operands, shape = _in_virtual_batches(function, size, operands, layout)
+        run, stats_axes, update_axes = layout.with_batch_axis, LOCAL, stats_axes
+    if not by_state and options.mask is None:
+        checks.more_than_one_value(function, shape, layout, stats_axes.size())
     sample = Sample(run.reduced, mapped_axes=stats_axes)
     measured: Any = None
     if moves or not by_state:
         measured = _measure(sample, operands.x, operands.mask, operands.mean)
     if by_state:
-        y = _normalized(dtype, None, operands, epsilon, _constants(operands))
+        y = _normalized(None, operands, options, _constants(operands))
     else:
-        if limits is not None:
-            operands = _corrected(function, operands, measured, epsilon, limits, state["count"])
-        y = _normalized(dtype, sample, operands, epsilon, measured)
+        operands = _corrected(operands, measured, options, tracking.limits, state)
+        y = _normalized(sample, operands, options, measured)
     if moves:
-        rows, between = (
-            jax.tree.map(run.squeeze_to_channels, unshift(*measured)),
-            layout.batch is None,
-        )
+        rows = jax.tree.map(run.squeeze_to_channels, unshift(*measured))
         batch_stats = update_running_stats(
-            state, rows, update, between=between, mapped_axes=update_axes
+            state, rows, update, between=layout.batch is None, mapped_axes=update_axes
         )
     return y.reshape(x.shape), batch_stats
 
@@ -116,10 +151,12 @@ def tracked_norm(
 # ---- The steps ----
 
 
-def _operands(function, x, params, mask, layout, state=None):
+def _operands(
+    x: jax.Array, params: Any, layout: Layout, options: Options, state: Any = None
+) -> _Operands:
     """x and what is laid against it, all checked. The state is a constant for the derivative."""
-    mask = checks.mask(function, mask, x.shape)
-    given = checks.params(function, params, x.shape, layout.shape(x))
+    mask = checks.mask(options.function, options.mask, x.shape)
+    given = checks.params(options.function, params, x.shape, layout.shape(x))
     scale, bias = (
         None if a is None else _zero_where_masked(mask, layout.expand(a), a.ndim == x.ndim)
         for a in given
@@ -130,34 +167,42 @@ def _operands(function, x, params, mask, layout, state=None):
     return _Operands(x, mask, scale, bias, *lax.stop_gradient((mean, var)))
 
 
-def _normalized(dtype, sample, operands, epsilon, measured):
+def _normalized(
+    sample: Sample | None, operands: _Operands, options: Options, measured: Any
+) -> jax.Array:
     """y by the moments that were measured, or by constants, for which the sample is None."""
-    (shift, moments), number = measured, jnp.asarray(epsilon, float)
-    if not isinstance(epsilon, float) or epsilon == 0:
+    (shift, moments), number = measured, jnp.asarray(options.epsilon, float)
+    if not isinstance(options.epsilon, float) or options.epsilon == 0:
         moments = dataclasses.replace(moments, var=infinite_for_zero(moments.var, number))
     x, mask, scale, bias, *_ = operands
-    return _normalize(dtype, sample, x, scale, bias, number, mask, shift, moments)
+    return _normalize(options.dtype, sample, x, scale, bias, number, mask, shift, moments)
 
 
-def _constants(operands):
+def _constants(operands: _Operands) -> tuple[Any, Moments]:
     """The running statistics as a shift and moments; they count no entries."""
     zero = jnp.zeros_like(operands.mean)
     return operands.mean, Moments(zero, zero, operands.var)
 
 
-def _corrected(function, operands, measured, epsilon, limits, count):
-    """The operands with the scale and the bias of batch renorm."""
+def _corrected(
+    operands: _Operands, measured: Any, options: Options, limits: Any, state: Any
+) -> _Operands:
+    """The operands with the scale and the bias of batch renorm; without limits as they are."""
+    if limits is None:
+        return operands
     r_max, d_max = (
-        arguments.number(function, name, limit(count) if callable(limit) else limit)
+        arguments.number(
+            options.function, name, limit(state["count"]) if callable(limit) else limit
+        )
         for name, limit in zip(("r_max", "d_max"), limits, strict=True)
     )
     _, _, scale, bias, mean, var = operands
-    epsilon = jnp.asarray(epsilon, float)
+    epsilon = jnp.asarray(options.epsilon, float)
     scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, (r_max, d_max))
     return operands._replace(scale=scale, bias=bias)
 
 
-def _zero_where_masked(mask, a, of_x_rank):
+def _zero_where_masked(mask: jax.Array | None, a: jax.Array, of_x_rank: bool) -> jax.Array:
     """Entries of a call-time parameter that only masked entries of x see are 0, be they NaN."""
     if mask is None or not of_x_rank:
         return a
@@ -168,14 +213,16 @@ def _zero_where_masked(mask, a, of_x_rank):
 # ---- Virtual batches: (N, ...) as (N / size, size, ...) ----
 
 
-def _in_virtual_batches(function, size, operands, layout):
+def _in_virtual_batches(
+    function: str, size: Any, operands: _Operands, layout: Layout
+) -> tuple[_Operands, tuple[int, ...]]:
     """The operands with the virtual batches as a first axis, and the shape of one of them."""
     x = operands.x
     size = checks.virtual_batches(function, size, x.shape, layout, number_of_shards(x, 0))
     return operands.map(functools.partial(_split_virtual_batches, size=size)), (size, *x.shape[1:])
 
 
-def _split_virtual_batches(a, *, size):
+def _split_virtual_batches(a: jax.Array, *, size: int) -> jax.Array:
     """What has one entry for all samples has one for all virtual batches."""
     if a.shape[0] == 1 and size != 1:
         return a[None]

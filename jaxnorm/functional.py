@@ -10,7 +10,7 @@ from jaxnorm._core.collectives import AxisName, mapped_axes
 from jaxnorm._core.layout import Layout
 from jaxnorm._core.sample import Sample
 from jaxnorm._core.variables import Affine, BatchStats
-from jaxnorm._norm import tracked_norm, untracked_norm
+from jaxnorm._norm import Options, Tracking, tracked_norm, untracked_norm
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -104,22 +104,18 @@ def batch_norm(
       https://arxiv.org/abs/1705.08741
       torch.nn.BatchNorm2d, PyTorch 2.13.
     """
-    return tracked_norm(
-        "batch_norm",
-        x,
-        params,
-        batch_stats,
-        use_running_average=use_running_average,
-        update_stats=update_stats,
-        momentum=momentum,
-        epsilon=epsilon,
-        channel_axis=channel_axis,
-        mask=mask,
+    x = checks.float_array("batch_norm", x)
+    layout = checks.layout("batch_norm", x.ndim, channel_axis)
+    options = Options("batch_norm", epsilon, mask, dtype)
+    tracking = Tracking(
+        use_running_average,
+        update_stats,
+        momentum,
+        skip_nonfinite,
         stats_axes=mapped_axes("batch_norm", axis_name, axis_index_groups),
         virtual_batch_size=virtual_batch_size,
-        skip_nonfinite=skip_nonfinite,
-        dtype=dtype,
     )
+    return tracked_norm(x, params, batch_stats, layout, options, tracking)
 
 
 def batch_renorm(
@@ -204,23 +200,19 @@ def batch_renorm(
     """
     arguments.limits("batch_renorm", r_max, d_max)
     checks.batch_stats("batch_renorm", batch_stats)
-    return tracked_norm(
-        "batch_renorm",
-        x,
-        params,
-        batch_stats,
-        use_running_average=use_running_average,
-        update_stats=update_stats,
-        momentum=momentum,
-        epsilon=epsilon,
-        channel_axis=channel_axis,
-        mask=mask,
+    x = checks.float_array("batch_renorm", x)
+    layout = checks.layout("batch_renorm", x.ndim, channel_axis)
+    options = Options("batch_renorm", epsilon, mask, dtype)
+    tracking = Tracking(
+        use_running_average,
+        update_stats,
+        momentum,
+        skip_nonfinite,
         stats_axes=mapped_axes("batch_renorm", axis_name, axis_index_groups),
         virtual_batch_size=virtual_batch_size,
         limits=(r_max, d_max),
-        skip_nonfinite=skip_nonfinite,
-        dtype=dtype,
     )
+    return tracked_norm(x, params, batch_stats, layout, options, tracking)
 
 
 def instance_norm(
@@ -297,22 +289,17 @@ def instance_norm(
       Ulyanov, Vedaldi & Lempitsky, Instance Normalization, 2016. https://arxiv.org/abs/1607.08022
       torch.nn.InstanceNorm2d, PyTorch 2.13.
     """
-    return tracked_norm(
-        "instance_norm",
-        x,
-        params,
-        batch_stats,
-        use_running_average=use_running_average,
-        update_stats=update_stats,
-        momentum=momentum,
-        epsilon=epsilon,
-        channel_axis=channel_axis,
-        batch_axis=batch_axis,
-        mask=mask,
+    x = checks.float_array("instance_norm", x)
+    layout = checks.layout("instance_norm", x.ndim, channel_axis, batch_axis)
+    options = Options("instance_norm", epsilon, mask, dtype)
+    tracking = Tracking(
+        use_running_average,
+        update_stats,
+        momentum,
+        skip_nonfinite,
         update_axes=mapped_axes("instance_norm", axis_name, axis_index_groups),
-        skip_nonfinite=skip_nonfinite,
-        dtype=dtype,
     )
+    return tracked_norm(x, params, batch_stats, layout, options, tracking)
 
 
 def group_norm(
@@ -378,9 +365,7 @@ def group_norm(
         sample = Sample(axes, groups=groups, mapped_axes=where)
     else:  # one sum per channel would have the size of x
         sample = Sample((channel + 1,), split=groups, mapped_axes=where)
-    return untracked_norm(
-        "group_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
-    )
+    return untracked_norm(x, params, layout, sample, Options("group_norm", epsilon, mask, dtype))
 
 
 def layer_norm(
@@ -435,9 +420,7 @@ def layer_norm(
     sample = Sample(
         layout.channels, mapped_axes=mapped_axes("layer_norm", axis_name, axis_index_groups)
     )
-    return untracked_norm(
-        "layer_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
-    )
+    return untracked_norm(x, params, layout, sample, Options("layer_norm", epsilon, mask, dtype))
 
 
 def rms_norm(
@@ -497,6 +480,4 @@ def rms_norm(
         centered=False,
         mapped_axes=mapped_axes("rms_norm", axis_name, axis_index_groups),
     )
-    return untracked_norm(
-        "rms_norm", x, params, layout, sample, epsilon=epsilon, mask=mask, dtype=dtype
-    )
+    return untracked_norm(x, params, layout, sample, Options("rms_norm", epsilon, mask, dtype))

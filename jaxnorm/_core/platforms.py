@@ -83,7 +83,7 @@ def shifted_moments(
         whole_rows=rows and not differentiated,
         one_number=rows and half and differentiated,
     )
-    unshift = functools.partial(_measure_until_good, sample, order=None)
+    about_zero = functools.partial(_measure_until_good, sample, order=None)
     about_guess = functools.partial(
         _measure_until_good,
         sample,
@@ -95,7 +95,7 @@ def shifted_moments(
         tpu=about_guess,
         cuda=about_part,
         rocm=about_part,
-        default=lambda x, mask, guess: unshift(x, mask, None),
+        default=lambda x, mask, guess: about_zero(x, mask, None),
     )
 
 

@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxnorm._core import arguments, checks
+from jaxnorm._core import checks
 from jaxnorm._core.collectives import LOCAL, MappedAxes
 from jaxnorm._core.layout import Layout
 from jaxnorm._core.normalize import affine
 from jaxnorm._core.sample import select
 from jaxnorm._core.variables import statistics_dtype
+from jaxnorm._norm import Tracking
 from jaxnorm.onnx._primitive import norm_p
 
 
@@ -71,25 +72,23 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces `tracked_norm`: normalizes by the state or by x, without updating the state."""
 
     @functools.wraps(original)
-    def norm(function, x, params, batch_stats, **options):
-        x = checks.float_array(function, x)
-        axes = options["channel_axis"], options.get("batch_axis")
-        layout = checks.layout(function, x.ndim, *axes)
+    def norm(x, params, batch_stats, layout, options, tracking):
+        function = options.function
         first = () if layout.batch is None else (layout.batch,)
         statistics, mask = {}, None
         if OPTIONS.get().update_stats is not None:
-            options["update_stats"] = OPTIONS.get().update_stats
-        if _by_state(function, batch_stats, options):
+            tracking = dataclasses.replace(tracking, update_stats=OPTIONS.get().update_stats)
+        if _by_state(function, batch_stats, tracking):
             state = checks.batch_stats(function, batch_stats, layout.shape(x))
             statistics = {key: state[key] for key in ("mean", "var")}
-            mask = checks.mask(function, options["mask"], x.shape)
+            mask = checks.mask(function, options.mask, x.shape)
             # With the state, any axis except the channels can be the first.
             operator = _of_channels("BatchNormalization", layout, first or layout.reduced[:1], x)
         else:
             # Without a batch axis, as in batch norm, x is one sample.
             operator = _of_channels("InstanceNormalization", layout, first, x)
-            _alone(function, options.get("stats_axes", LOCAL))
-            special = (options.get(key) for key in ("mask", "limits", "virtual_batch_size"))
+            _alone(function, tracking.stats_axes)
+            special = options.mask, tracking.limits, tracking.virtual_batch_size
             if any(option is not None for option in special):
                 operator = None
             else:
@@ -97,11 +96,10 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
         def plain(x, params, statistics):
             state = {**batch_stats, **statistics} if statistics else batch_stats
-            return original(function, x, params, state, **options)[0]
+            return original(x, params, state, layout, options, tracking)[0]
 
-        run = functools.partial(_by_operator, function, operator, plain, layout)
-        how = {key: options[key] for key in ("epsilon", "dtype")}
-        return run(x, params, statistics, mask=mask, **how), batch_stats
+        run = functools.partial(_by_operator, options, operator, plain, layout)
+        return run(x, params, statistics, mask), batch_stats
 
     return norm
 
@@ -110,40 +108,37 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces `untracked_norm`."""
 
     @functools.wraps(original)
-    def norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
-        _alone(function, sample.mapped_axes)
+    def norm(x, params, layout, sample, options):
+        _alone(options.function, sample.mapped_axes)
         groups = sample.groups or sample.split
         reduced = () if sample.split else sample.axes  # or they count the split axis as two
         kept = tuple(a for a in range(x.ndim) if a not in (*reduced, *layout.channels))
         operator = None
-        if mask is None and groups is not None:
+        if options.mask is None and groups is not None:
             operator = _of_channels("GroupNormalization", layout, kept, x, groups[1])
-        elif mask is None and layout.channels:
+        elif options.mask is None and layout.channels:
             name = "LayerNormalization" if sample.centered else "RMSNormalization"
             parts = tuple((a,) for a in (*kept, *layout.channels))
             operator = Operator(name, parts, layout.shape(x))
 
         def plain(x, params, _):
-            options = {"epsilon": epsilon, "mask": mask, "dtype": dtype}
-            return original(function, x, params, layout, sample, **options)
+            return original(x, params, layout, sample, options)
 
-        run = functools.partial(_by_operator, function, operator, plain, layout)
-        return run(x, params, {}, mask=None, epsilon=epsilon, dtype=dtype)
+        return _by_operator(options, operator, plain, layout, x, params, {}, None)
 
     return norm
 
 
-def _by_state(function: str, batch_stats: Any, options: dict[str, Any]) -> bool:
+def _by_state(function: str, batch_stats: Any, tracking: Tracking) -> bool:
     """Whether to normalize by the running statistics; raises if they would be updated."""
-    switches = options["use_running_average"], options["update_stats"]
-    by_state, moves = arguments.resolve_mode(function, batch_stats is not None, *switches)
+    by_state, moves = tracking.mode(function, batch_stats is not None)
     if moves:
         raise ValueError(
             f"{function}: the running statistics should not move in an export, because a graph "
-            f"keeps no state, but they do with use_running_average={switches[0]} and "
-            f"update_stats={switches[1]}; to evaluate, write use_running_average=True, in NNX "
-            f"model.eval(); to normalize by the batch, or by each sample, write "
-            f"update_stats=False, or to_onnx(..., update_stats=False) for all norms"
+            f"keeps no state, but they do with use_running_average={tracking.use_running_average} "
+            f"and update_stats={tracking.update_stats}; to evaluate, write "
+            f"use_running_average=True, in NNX model.eval(); to normalize by the batch, or by each "
+            f"sample, write update_stats=False, or to_onnx(..., update_stats=False) for all norms"
         )
     return by_state
 
@@ -169,8 +164,9 @@ def _of_channels(
 # ---- From x to y ----
 
 
-def _by_operator(function, operator, plain, layout, x, params, statistics, *, mask, epsilon, dtype):
+def _by_operator(options, operator, plain, layout, x, params, statistics, mask):
     """y by the operator, or by ordinary operators if there is none or it cannot be used."""
+    function, epsilon, dtype = options.function, options.epsilon, options.dtype
     scale, bias = checks.params(function, params, x.shape, layout.shape(x))
     params = {key: a for key, a in (("scale", scale), ("bias", bias)) if a is not None}
     if operator is None or not OPTIONS.get().native or not _constant(epsilon, *operator.shape):
