@@ -67,7 +67,7 @@ def test_beginning_anew_is_another_update(norm):
 
 
 @both
-def test_when_says_whether_to_begin_anew(norm):
+def test_when_chooses_whether_accumulation_restarts(norm):
     @jax.jit
     def micro_step(state, x, when):
         _, state = norm(x, None, state)
@@ -104,13 +104,13 @@ def test_a_poisoned_micro_batch_skips_the_whole_update_of_its_channel(norm):
 
 
 @both
-def test_evaluation_leaves_what_has_accumulated(norm):
+def test_evaluation_does_not_change_the_accumulation(norm):
     _, state = norm(X[:4], None, jaxnorm.begin_accumulation(STATE))
     _, after = norm(X, None, state, use_running_average=True)
     assert after is state
 
 
-def test_one_entry_of_a_channel_moves_nothing_and_counts_later():
+def test_a_single_entry_of_a_channel_is_only_used_with_later_ones():
     state = jaxnorm.begin_accumulation(STATE)
     for k in range(12):
         one = np.zeros_like(MASK)

@@ -50,7 +50,7 @@ def test_each_photograph_gets_the_other_s_statistics(photographs):
     assert np.abs(own_mean[0] - own_mean[1]).min() > 0.2  # there was something to carry
 
 
-def test_own_colors_give_the_photograph_back(photographs):
+def test_its_own_colors_reproduce_a_photograph(photographs):
     y = adain.adain(photographs, adain.colors(photographs))
     # epsilon takes 1e-5 / 2 var of the distance to the mean: 3e-4 of at most 0.9.
     np.testing.assert_allclose(y, photographs, rtol=0, atol=4e-4)
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_made_ends_the_program(tmp_path):
     assert error.value.code != 0
 
 
-def test_an_unknown_argument_is_refused(capsys):
+def test_an_unknown_argument_is_an_error(capsys):
     with pytest.raises(SystemExit):
         adain.main(["--style", "cubism"])
     assert "unrecognized arguments: --style cubism" in capsys.readouterr().err

@@ -200,7 +200,7 @@ MAKERS = [
 
 @pytest.mark.parametrize("first", [64, 768, True, np.int64(64)], ids=repr)
 @pytest.mark.parametrize("name", LINEN)
-def test_linen_says_that_it_infers_the_channels(name, first):
+def test_num_features_in_linen_is_an_error_that_explains_it(name, first):
     if name[:5] == "Batch" and first is True:
         return  # use_running_average
     message = rf"^{name}: .* the number of channels is not an argument: write {name}\(\)"
@@ -286,7 +286,7 @@ def trained():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("under", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_a_float_count_comes_back_as_an_integer(dtype, under):
+def test_a_float_count_is_converted_to_an_integer(dtype, under):
     state = trained()
     cast = {**state, "count": state["count"].astype(dtype)}
     step = under(lambda state: jaxnorm.batch_norm(X, None, state, momentum=None)[1])
@@ -299,7 +299,7 @@ def test_a_float_count_comes_back_as_an_integer(dtype, under):
     assert begun["count"].dtype == begun["accumulation"]["start"]["count"].dtype == jnp.int32
 
 
-def test_a_count_that_is_no_whole_number_says_what_happened():
+def test_a_count_that_is_not_a_whole_number_is_an_error():
     bad = {**STATE, "count": jnp.float32(2.5)}
     message = (
         r"batch_norm: batch_stats\['count'\] should be a whole number, because it counts updates, "

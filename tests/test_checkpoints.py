@@ -202,7 +202,7 @@ def trained(request):
 
 
 @each_format
-def test_a_trained_state_comes_back_and_trains_on_bit_for_bit(trained, round_trip, tmp_path):
+def test_a_restored_state_continues_training_bit_for_bit(trained, round_trip, tmp_path):
     variables, step = trained
     restored = round_trip(variables, tmp_path)
     kept = bits(restored)
@@ -258,7 +258,7 @@ def test_float64_is_narrowed_where_jax_has_none(round_trip, dtype, tmp_path):
 # ---- A whole NNX model, as Flax's guide saves it ----
 
 
-def test_the_state_of_an_nnx_model_comes_back_without_pure_dicts(tmp_path):
+def test_the_state_of_an_nnx_model_is_restored_without_pure_dicts(tmp_path):
     model = NNXNet(rngs=nnx.Rngs(0))
     nnx_train(model)
     model.eval()
@@ -351,7 +351,7 @@ def test_nnx_takes_another_shape_and_dtype_and_misses_nothing():
         layer(X4)
 
 
-def test_what_a_layer_says_to_what_was_restored():
+def test_the_errors_of_a_layer_for_restored_states():
     layer = jaxnorm.linen.BatchNorm(use_running_average=True)
     variables = layer.init(jax.random.key(0), X4)
 

@@ -111,7 +111,7 @@ BAD = {
 
 @pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_while_tracing_by_a_message_that_says_what_to_write(function, case):
+def test_bad_input_is_an_error_at_trace_time_that_says_what_to_write(function, case):
     bad, message = BAD[case]
     arguments = {"x": X, **bad}
     with pytest.raises(ValueError, match=re.escape(message)) as error:
@@ -135,7 +135,7 @@ def test_one_spatial_element_has_no_variance(shape):
 
 @pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3)])
-def test_no_value_at_all_is_no_error_and_moves_nothing(function, shape):
+def test_an_empty_batch_is_no_error_and_does_not_update_the_state(function, shape):
     y, new = BOTH[function](jnp.ones(shape), None, STATE)
     assert y.shape == shape
     for key, value in STATE.items():
@@ -155,7 +155,7 @@ def test_a_traced_switch_is_refused():
 
 
 @pytest.mark.parametrize("groups", [[[0, 1]], [[0, 1], [1, 2]], [[0, 1, 2], [3]]])
-def test_groups_hold_each_index_once_and_are_of_one_size(groups):
+def test_groups_contain_each_index_once_and_have_one_size(groups):
     def f(x):
         return jaxnorm.moments(x, 0, axis_name="d", axis_index_groups=groups)
 
@@ -182,7 +182,7 @@ def test_moments_of_other_channels_do_not_update_a_state():
 
 
 @pytest.mark.parametrize("key", ["mean", "var"])
-def test_running_statistics_of_whole_numbers_are_refused(key):
+def test_integer_running_statistics_are_an_error(key):
     state = {**STATE, key: jnp.ones(3, jnp.int8)}
     with pytest.raises(
         ValueError, match=rf"batch_stats\['{key}'\] should have a float dtype, .* int8"

@@ -349,7 +349,7 @@ def test_a_layer_is_made_where_its_axis_name_is_not_bound(name, groups):
 
 @both
 @pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]]])
-def test_evaluation_asks_no_other_device_and_training_says_that_the_name_is_not_bound(kind, groups):
+def test_evaluation_needs_no_bound_axis_name_and_training_without_one_is_an_error(kind, groups):
     norm = functools.partial(NORM[kind], axis_name="d", axis_index_groups=groups)
     y, _ = norm(X, PARAMS, STATE, use_running_average=True)
     expected, _ = NORM[kind](X, PARAMS, STATE, use_running_average=True)
@@ -473,7 +473,7 @@ def on_devices(kind, **options):
     return quick_jit(run)
 
 
-def test_devices_weigh_by_what_their_masks_leave():
+def test_devices_are_weighted_by_their_unmasked_entries():
     x = np.zeros((DEVICES, 4, C), np.float32)
     x[0], x[1] = [[1], [2], [3], [4]], 10
     mask = np.zeros((DEVICES, 4, 1), bool)
@@ -488,7 +488,7 @@ def test_devices_weigh_by_what_their_masks_leave():
 
 @both
 @pytest.mark.parametrize("empty", [0, 2])
-def test_a_device_that_is_masked_out_weighs_nothing(kind, empty):
+def test_a_device_that_is_masked_out_has_weight_0(kind, empty):
     x = RNG.normal(100, 2, (DEVICES, 5, C)).astype(np.float32)
     x[empty] = np.nan
     mask = np.ones((DEVICES, 1, 1), bool)
@@ -595,7 +595,7 @@ def training_step(forward, layers=1):
         ("instance", {"use_running_average": True}, 0),
     ],
 )
-def test_one_collective_forward_and_none_where_nothing_is_asked(kind, options, expected):
+def test_one_collective_forward_and_none_where_none_is_needed(kind, options, expected):
     forward = functools.partial(NORM[kind], axis_name="d", **options)
     assert all_reduces(forward, (P("d"), P(), P()), (P("d"), P()), WIDE, *FIRST) == expected
 

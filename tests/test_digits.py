@@ -160,7 +160,7 @@ def test_batches_are_shuffled_by_the_seed_and_keep_images_with_labels():
 
 
 @pytest.mark.parametrize("name", ["BatchNorm", RUNNING])
-def test_a_step_moves_params_and_batch_stats(batch, name):
+def test_a_step_updates_params_and_batch_stats(batch, name):
     before = state_of(name, batch)
     after, _ = digits.train_step(before, *batch)
     for moved in ("params", "batch_stats"):
@@ -189,7 +189,7 @@ def test_twenty_steps_lower_the_loss(batch, name):
     assert losses[-1] < 0.7 * losses[0]  # 0.49 of it without a norm, 0.01 with one
 
 
-def test_prediction_leaves_the_state_and_uses_it(batch):
+def test_prediction_uses_the_state_and_does_not_change_it(batch):
     state, _ = digits.train_step(state_of("BatchNorm", batch), *batch)
     before = jax.tree.map(np.array, state)
     running = digits.predict(state, batch.images)

@@ -82,7 +82,7 @@ def test_large_upstream_gradients_in_float16_stay_finite_where_pytorch_s_do(norm
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_masked_data_reaches_no_gradient_with_an_epsilon_of_0(norm):
+def test_masked_data_do_not_affect_gradients_with_an_epsilon_of_0(norm):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(8, 16, 64)).astype(np.float32)
     mask = np.ones_like(x, bool)

@@ -99,7 +99,7 @@ def test_the_generator_agrees_in_both_modes(examples, generator):
             assert_agree(back[key], expected.numpy())
 
 
-def test_the_generator_goes_back_bit_for_bit(examples, generator, tmp_path):
+def test_the_generator_is_converted_back_bit_for_bit(examples, generator, tmp_path):
     stargan, (theirs, _, _) = examples["stargan"], generator
     state_dict = theirs.state_dict()
     path = tmp_path / "generator.safetensors"

@@ -83,7 +83,7 @@ def test_y_is_as_accurate_for_a_large_batch(offset):
 @both
 @pytest.mark.parametrize("space", [(), (5,), (5, 4), (3, 5, 4)])
 @pytest.mark.parametrize("tracked", [False, True])
-def test_channels_may_lie_on_any_axis_of_any_rank(norm, space, tracked):
+def test_channels_may_be_on_any_axis_of_any_rank(norm, space, tracked):
     if norm is jaxnorm.instance_norm and not space:
         space = (6,)
     x = RNG.standard_normal((4, *space, 3)).astype(np.float32)
@@ -118,7 +118,7 @@ def test_several_channel_axes_have_their_shape_in_their_order(channel_axis):
     )
 
 
-def test_the_samples_may_lie_on_any_axis_or_there_is_only_one():
+def test_the_samples_may_be_on_any_axis_or_there_is_only_one():
     x = jnp.asarray(RNG.standard_normal((4, 5, 6, 3)), jnp.float32)
     state = jaxnorm.init_batch_stats(3)
     y, new = jaxnorm.instance_norm(x, None, state)
@@ -156,7 +156,7 @@ def by_state(x):
 @both
 @pytest.mark.parametrize("use_running_average", [False, True])
 @pytest.mark.parametrize("update_stats", [None, False, True])
-def test_what_normalizes_and_what_moves_are_independent(norm, use_running_average, update_stats):
+def test_normalization_and_update_are_chosen_independently(norm, use_running_average, update_stats):
     y, new = norm(
         X, None, STATE, use_running_average=use_running_average, update_stats=update_stats
     )
@@ -178,7 +178,7 @@ def test_adaptation_to_one_value_normalizes_and_skips_the_update(norm):
 
 
 @both
-def test_without_a_state_none_comes_back(norm):
+def test_without_a_state_none_is_returned(norm):
     assert norm(X)[1] is None
 
 
@@ -222,7 +222,7 @@ def test_state_and_x_of_different_dtypes(x64, state_dtype, x_dtype):
 
 @both
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
-def test_what_is_masked_out_reaches_neither_values_nor_gradients(norm, poison):
+def test_masked_entries_affect_neither_values_nor_gradients(norm, poison):
     mask = RNG.random((4, 6, 1)) < 0.6
     clean = jnp.asarray(X)
     dirty = jnp.where(mask, clean, poison)
@@ -353,7 +353,7 @@ def test_scan_carries_the_state(norm, momentum):
 
 
 @both
-def test_remat_moves_the_count_once(norm):
+def test_remat_increments_the_count_once(norm):
     @jax.checkpoint
     def block(x, state):
         y, state = norm(x, None, state)
@@ -368,7 +368,7 @@ def test_remat_moves_the_count_once(norm):
 
 
 @both
-def test_eval_shape_tells_the_shapes(norm):
+def test_eval_shape_returns_the_shapes(norm):
     y, new = jax.eval_shape(functools.partial(norm, momentum=None), X, None, STATE)
     assert (y.shape, y.dtype) == (X.shape, X.dtype)
     assert jax.tree.map(lambda a: a.shape, new) == {"mean": (2,), "var": (2,), "count": ()}
@@ -416,7 +416,7 @@ def test_what_is_kept_for_the_backward_pass_is_x_and_arrays_of_the_statistics_si
 
 @both
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_spread_batch_is_the_whole_batch(x64, norm, masked):
+def test_a_distributed_batch_is_the_whole_batch(x64, norm, masked):
     x = jnp.asarray(RNG.standard_normal((8, 5, 2)))
     mask = jnp.asarray(RNG.random((8, 5, 1)) < 0.5).at[2:4].set(False)
     mask = mask if masked else jnp.ones_like(mask)
@@ -476,7 +476,7 @@ def test_one_value_a_device_is_several_values():
 
 @pytest.mark.parametrize("spec", [P("d"), P(None, None, "d")])
 @pytest.mark.parametrize("norm", ["batch", "layer, features second"])
-def test_axes_that_are_known_to_be_spread_are_neither_thinned_nor_joined(norm, spec):
+def test_axes_that_are_known_to_be_sharded_are_neither_sliced_nor_joined(norm, spec):
     """Of 100 rows on four devices a sixteenth is 7, which four devices cannot share."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     x = jnp.asarray(RNG.standard_normal((100, 3, 100, 2)), jnp.float32)

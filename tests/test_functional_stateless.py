@@ -158,7 +158,7 @@ def test_group_norm_takes_channels_and_batch_on_any_axes(channel_axis, batch_axi
 
 @pytest.mark.parametrize("norm", [jaxnorm.layer_norm, jaxnorm.rms_norm])
 @pytest.mark.parametrize("axis", [0, -1, (1, 2), (2, 1), (0, -1, 1)])
-def test_parameters_lie_along_the_axes_in_their_order(norm, axis):
+def test_parameters_have_the_axes_in_their_order(norm, axis):
     x = jnp.asarray(RNG.standard_normal((3, 4, 5)), jnp.float32)
     axes = [a % 3 for a in np.ravel(axis)]
     scale = jnp.asarray(RNG.standard_normal([x.shape[a] for a in axes]), jnp.float32)
@@ -182,7 +182,7 @@ def test_parameters_of_x_s_rank_are_of_the_call(kind, shape):
 
 @each
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_what_is_masked_out_reaches_neither_values_nor_gradients(kind, poison):
+def test_masked_entries_affect_neither_values_nor_gradients(kind, poison):
     x = jnp.asarray(RNG.standard_normal((3, 4, 5, 8)), jnp.float32)
     mask = jnp.asarray(RNG.random((3, 4, 5, 8)) < 0.7).at[0].set(False)
     weights = jnp.asarray(RNG.standard_normal(x.shape), jnp.float32)
@@ -262,7 +262,7 @@ SPREAD = {"group": P(None, "d"), "layer": P(None, None, "d"), "rms": P(None, Non
 
 @each
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_sample_spread_over_devices_is_the_whole_sample(x64, kind, masked):
+def test_a_sample_distributed_over_devices_is_the_whole_sample(x64, kind, masked):
     x, weights = (jnp.asarray(a) for a in RNG.standard_normal((2, 3, 8, 16)))
     mask = jnp.asarray(RNG.random(x.shape) < 0.5) if masked else jnp.ones(x.shape, bool)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -372,7 +372,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_while_tracing_by_a_message_that_says_what_to_write(case):
+def test_bad_input_is_an_error_at_trace_time_that_says_what_to_write(case):
     norm, bad, message = BAD[case]
     with pytest.raises(ValueError) as error:  # noqa: PT011
         jax.eval_shape(lambda: norm(**{"x": X, **bad}))

@@ -40,7 +40,7 @@ def variables():
     return variables | Net().apply(variables, x, mutable=["batch_stats"])[1]
 
 
-def test_flat_holds_every_statistic_of_a_model_and_nothing_else(variables):
+def test_flat_contains_every_statistic_of_a_model_and_nothing_else(variables):
     found = inspect.flat(variables)
     assert list(found) == [f"BatchNorm_{i}/{k}" for i in (0, 1) for k in ("mean", "var", "count")]
     for name, value in found.items():
@@ -86,7 +86,7 @@ def test_drift_is_in_standard_deviations_of_the_reference():
     np.testing.assert_allclose(found["n/std_drift"], wide, rtol=1e-5)
 
 
-def test_a_dead_channel_that_stays_dead_has_not_moved():
+def test_a_channel_that_stays_dead_has_no_drift():
     dead = {"n": {"mean": np.float32([0, 1]), "var": np.float32([0, 1])}}
     assert inspect.drift(dead, dead) == {"n/mean_drift": 0, "n/std_drift": 0}
 

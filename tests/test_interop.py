@@ -60,7 +60,7 @@ def test_names_are_split_at_the_dots():
     assert variables["params"]["fc"]["weight"].shape == (2, 3)  # no norm's: as it is
 
 
-def test_each_leaf_becomes_its_own():
+def test_each_leaf_is_converted_to_its_counterpart():
     arrays = bn()
     variables = interop.from_torch(under("n", arrays))
     params, stats = variables["params"]["n"], variables["batch_stats"]["n"]
@@ -190,7 +190,7 @@ def test_convert_serves_what_is_no_norm_s():
         ({"num_batches_tracked": np.int64(-1)}, r"should be one whole number, .* int64\[\] -1"),
     ],
 )
-def test_a_norm_that_is_not_whole_is_an_error_that_names_the_key(change, message):
+def test_an_incomplete_norm_is_an_error_that_names_the_key(change, message):
     arrays = {k: a for k, a in (bn() | change).items() if a is not None}
     with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
         interop.from_torch(under("n", arrays))
@@ -259,7 +259,7 @@ def test_a_statistic_that_pytorch_does_not_have_is_an_error_that_names_it():
         interop.to_torch({"params": {}, "batch_stats": stats})
 
 
-def test_what_comes_in_is_held_against_the_new_model():
+def test_converted_variables_are_compared_with_the_new_model():
     layer = jaxnorm.linen.BatchNorm(use_running_average=True)
     like = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 3)))
     assert interop.from_torch(bn(), like=like)["params"].keys() == {"scale", "bias"}
@@ -274,7 +274,7 @@ def test_what_comes_in_is_held_against_the_new_model():
         interop.from_torch(bn(), like=like, track_running_stats=False)
 
 
-def test_what_goes_out_is_held_against_the_pytorch_model():
+def test_the_state_dict_is_compared_with_the_pytorch_model():
     variables = interop.from_torch(bn())
     with pytest.raises(ValueError, match="to_torch: what comes out") as error:
         interop.to_torch(variables, like=bn(4) | {"x": np.ones(1)})
@@ -452,7 +452,7 @@ def test_pytorch_and_jaxnorm_go_on_alike_for_20_steps_and_back_again(x64):
 # ---- NNX, Flax, Haiku ----
 
 
-def test_an_nnx_model_takes_what_comes():
+def test_an_nnx_model_accepts_the_converted_tree():
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.norms = nnx.List([jaxnorm.nnx.BatchNorm(3, rngs=rngs) for _ in range(2)])
@@ -470,7 +470,7 @@ def test_an_nnx_model_takes_what_comes():
         interop.to_nnx({"params": {"n": {"mean": 1}}, "batch_stats": {"n": {"mean": 1}}})
 
 
-def test_a_flax_checkpoint_restores_and_goes_back():
+def test_a_flax_checkpoint_is_converted_in_both_directions():
     x = RNG.normal(10, 5, (8, 3)).astype(np.float32)
     theirs = nn.BatchNorm(use_running_average=False, momentum=0.9)
     variables = theirs.init(jax.random.key(0), x)
@@ -541,7 +541,7 @@ def test_haiku_s_averages_become_the_statistics():
         ({"n/~/mean_ema": {"average": np.ones((2, 3)), "counter": 1}}, r"one axis of .* \(2, 3\)"),
     ],
 )
-def test_haiku_states_that_are_not_whole_are_errors(state, message):
+def test_incomplete_haiku_states_are_errors(state, message):
     with pytest.raises(ValueError, match=message):
         interop.from_haiku({}, state)
 
@@ -554,7 +554,7 @@ def convert(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_file_is_converted_and_shown_and_goes_back(tmp_path):
+def test_a_file_is_converted_listed_and_converted_back(tmp_path):
     import safetensors.numpy
 
     arrays = under("layer1.0.bn1", bn()) | {"fc.weight": RNG.random((2, 3))}

@@ -363,7 +363,7 @@ def test_modules_that_are_no_norms():
     assert list(interop.describe_torch(model)) == []
 
 
-def test_the_norms_inside_are_listed_and_not_what_holds_them():
+def test_norms_inside_a_module_are_listed_instead_of_the_module():
     class PreNorm(torch.nn.Module):
         def __init__(self):
             super().__init__()

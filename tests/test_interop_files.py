@@ -109,7 +109,7 @@ def test_the_library_reads_what_is_written(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_narrow_floats_of_pytorch_come_as_they_are(tmp_path, dtype, suffix):
+def test_narrow_floats_of_pytorch_keep_their_dtype(tmp_path, dtype, suffix):
     path = tmp_path / f"a.{suffix}"
     given = {"a.weight": torch.arange(6.0).reshape(2, 3).to(getattr(torch, dtype))}
     (safetensors_torch.save_file if suffix == "safetensors" else torch.save)(given, path)
@@ -142,7 +142,7 @@ def test_files_of_torch_save_are_read(tmp_path, monkeypatch, suffix, zipped):
     assert asked == [{"map_location": "cpu", "weights_only": True, "mmap": zipped}]
 
 
-def test_a_whole_module_is_refused_with_the_line_that_saves_its_state_dict(tmp_path):
+def test_a_pickled_module_is_an_error_that_says_how_to_save_its_state_dict(tmp_path):
     path = tmp_path / "net.pt"
     torch.save(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), path)
     with pytest.raises(ValueError, match=r"pickled torch.nn.modules.container.Sequential") as error:
@@ -206,7 +206,7 @@ def checkpoint():
     }
 
 
-def test_a_checkpoint_that_holds_more_says_which_key_to_write(tmp_path):
+def test_a_checkpoint_with_several_entries_is_an_error_that_names_the_key(tmp_path):
     path = tmp_path / "a.ckpt"
     torch.save(checkpoint(), path)
     for given in (path, checkpoint()):
@@ -265,7 +265,7 @@ def test_a_prefix_is_taken_off_every_name(prefix):
         interop.from_torch(given | {"step": np.ones(2)}, prefix=prefix)
 
 
-def test_an_averaged_model_comes_without_its_counter():
+def test_an_averaged_model_is_converted_without_its_counter():
     model = torch.optim.swa_utils.AveragedModel(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     found = interop.from_torch(model.state_dict(), prefix="module.", leave_out=["n_averaged"])
     assert found["params"].keys() == {"0"}
@@ -422,7 +422,7 @@ def temporary(folder, process):
     return folder / f".out.safetensors.{platform.node()}.{process}{_replace.SUFFIX}"
 
 
-def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path, source, target, monkeypatch):
+def test_a_failure_keeps_the_old_files_and_leaves_no_others(tmp_path, source, target, monkeypatch):
     target.write_bytes(b"precious")
     for where, name in ((os, "replace"), (os, "fsync"), (_safetensors, "write")):
         with monkeypatch.context() as patch:
@@ -433,7 +433,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path, source, targ
         assert target.read_bytes() == b"precious"
 
 
-def test_all_shards_are_complete_before_the_first_is_moved(tmp_path, monkeypatch):
+def test_all_shards_are_complete_before_the_first_is_renamed(tmp_path, monkeypatch):
     index = write_shards(tmp_path, groups())
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     written, write = [], _safetensors.write
@@ -450,7 +450,7 @@ def test_all_shards_are_complete_before_the_first_is_moved(tmp_path, monkeypatch
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
-def test_files_are_flushed_before_they_are_moved(source, target, monkeypatch):
+def test_files_are_flushed_before_they_are_renamed(source, target, monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda f: done.append("flushed") or fsync(f))
     monkeypatch.setattr(os, "replace", lambda a, b: done.append("moved") or replace(a, b))
@@ -480,7 +480,7 @@ def test_temporary_files_are_named_after_the_process(source, target, monkeypatch
     assert seen == [temporary(target.parent, os.getpid())]
 
 
-def test_threads_that_write_one_file_leave_one_of_them_whole(target):
+def test_threads_that_write_the_same_file_leave_a_complete_one(target):
     given = [{"params": {"a": {"kernel": np.full((300, 300), i)}}} for i in range(8)]
     threads = [
         threading.Thread(target=interop.to_torch, args=(v,), kwargs={"file": target}) for v in given
@@ -713,7 +713,7 @@ def test_metadata_stays_with_the_arrays(tmp_path, source, target):
     ],
     ids=str,
 )
-def test_names_come_back_as_they_were(tmp_path, source, target, modules):
+def test_names_are_restored(tmp_path, source, target, modules):
     arrays = {}
     for i, module in enumerate(modules):
         arrays |= bn(module, channels=i + 1)
@@ -760,7 +760,7 @@ def test_arrays_that_get_one_name_are_refused_by_name(capsys, source, target, na
     assert not target.exists()
 
 
-def test_a_scale_that_is_no_norm_s_goes_back_where_the_norms_are_named(tmp_path, source, target):
+def test_a_scale_outside_norms_is_restored_if_the_norms_are_listed(tmp_path, source, target):
     arrays = bn() | {"affine.scale": np.ones(2), "affine.bias": np.ones(2)}
     safetensors.numpy.save_file(arrays, source)
     with pytest.warns(UserWarning, match=r"\['affine\.scale'\] are called scale"):

@@ -159,7 +159,7 @@ def test_what_is_left_out():
     assert back == {}
 
 
-def test_other_leaves_stay_as_they_are():
+def test_other_leaves_do_not_change():
     state_dict = {
         "cls_token": np.ones((1, 1, 8)),
         "pos.table": np.ones((1, 2, 3, 4, 5, 6)),
@@ -266,7 +266,7 @@ def test_without_the_order_of_the_flatten_the_outputs_differ():
     assert np.abs(y - theirs(torch.from_numpy(tokens)).detach().numpy()).max() > 0.01
 
 
-def test_the_arrays_of_jax_come_back_too():
+def test_jax_arrays_are_restored_too():
     convert = interop.kernels(KINDS)
     kernel = jnp.arange(96.0 * 5).reshape(96, 5)
     name, weight = convert.inverse("head.kernel", kernel)
@@ -313,7 +313,7 @@ def test_subclasses_and_lazy_modules_that_are_initialized():
     assert_round_trip(model, convert, variables)
 
 
-def test_shared_weights_are_refused_until_somebody_decides():
+def test_shared_weights_are_an_error_unless_kinds_lists_them():
     model = torch.nn.ModuleDict(
         {"wte": torch.nn.Embedding(7, 4), "lm_head": torch.nn.Linear(4, 7, bias=False)}
     )
@@ -447,7 +447,7 @@ def test_a_weight_of_too_many_axes_and_a_name_that_could_not_be_restored():
         interop.kernels().inverse("m.weight", np.ones((2, 3)))
 
 
-def test_an_embedding_of_a_model_that_was_never_in_pytorch_goes_there():
+def test_an_embedding_of_a_flax_model_is_converted_to_pytorch():
     name, weight = interop.kernels().inverse("e.embedding", np.ones((5, 2)))
     assert (name, weight.shape) == ("e.weight", (5, 2))
 

@@ -151,7 +151,7 @@ def test_nnx_models_are_matched_in_evaluation():
     assert ours.drop.deterministic is False
 
 
-def test_the_map_goes_both_ways():
+def test_the_map_works_in_both_directions():
     theirs = TheirBlock()
     proposal = interop.match(Block(), X, theirs, X_TORCH, allow_order=True)
     back = interop.to_torch(

@@ -203,7 +203,7 @@ def test_the_state_s_dtype_is_param_dtype_or_float32(x64):
 
 
 @both
-def test_remat_moves_the_count_once(kind):
+def test_remat_increments_the_count_once(kind):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
