@@ -2,13 +2,14 @@
 
     python examples/adain.py             # writes adain/adain.png
 
-Instance norm takes each photograph's own mean and standard deviation away, and the scale and bias
-of the call put the other's in their place. Such parameters have the images' rank and broadcast
-against them. A value for each sample, (N, 1, 1, C), makes AdaIN, conditional instance norm and
-FiLM; along height or width too, as in SPADE, the values differ from place to place.
+Instance norm removes the mean and the standard deviation of each photograph, and the scale and bias
+of the call replace them by those of the other one. Such parameters have the rank of the images and
+broadcast against them. With one value per sample, (N, 1, 1, C), they give AdaIN, conditional
+instance norm and FiLM. With values along height or width, as in SPADE, they vary in space.
 
 Huang & Belongie, Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization, 2017,
-equation 8: https://arxiv.org/abs/1703.06868. There x is a network's features, here it is pixels.
+equation 8: https://arxiv.org/abs/1703.06868. There x is the features of a network; here it is
+pixels.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from sklearn.datasets import load_sample_images
 
 import jaxnorm
 
-# Each photograph, and the other one.
+# Each photograph with the other one.
 PAIRS = [("temple", "flower"), ("flower", "temple")]
 
 
@@ -39,7 +40,7 @@ def colors(images: jax.Array) -> jaxnorm.Affine:
 
 
 def exchange(params: jaxnorm.Affine) -> jaxnorm.Affine:
-    """The parameters of the two samples, each for the other."""
+    """Exchanges the parameters of the two samples."""
     return jax.tree.map(lambda a: a[::-1], params)
 
 
@@ -55,16 +56,16 @@ def adain(images: jax.Array, params: jaxnorm.Affine) -> jax.Array:
     return y
 
 
-# What comes out
+# Output
 
 
 def entitle(title: str, images: jax.Array) -> dict[str, jax.Array]:
-    """The images by their titles, of which the names of both photographs are a part."""
+    """The images by their titles, which contain the names of both photographs."""
     return {title.format(*pair): image for pair, image in zip(PAIRS, images, strict=True)}
 
 
 def table(pictures: dict[str, jax.Array]) -> str:
-    """A row a picture: the mean and the standard deviation of each channel."""
+    """A table with one row per picture: the mean and the standard deviation of each channel."""
     width = max(map(len, pictures))
     lines = [f"{'':{width}}   {'mean':^24}   {'standard deviation':^24}".rstrip()]
     lines.append(" " * width + 2 * f"   {'red':>8}{'green':>8}{'blue':>8}")
@@ -76,7 +77,7 @@ def table(pictures: dict[str, jax.Array]) -> str:
 
 
 def draw(pictures: dict[str, jax.Array], path: Path) -> None:
-    """A column for every two pictures; what a screen cannot show is clipped, and said."""
+    """Draws two pictures per column; values outside [0, 1] are clipped and counted in a note."""
     figure = matplotlib.figure.Figure(figsize=(15, 7.8))
     figure.set_layout_engine("constrained", hspace=0.04)
     grid = figure.subplots(2, len(pictures) // 2).T.flat

@@ -1,10 +1,10 @@
-"""Averages a network's weights, and shows what its running statistics are worth then.
+"""Averages the weights of a network, and compares its accuracy before and after recalibration.
 
     python examples/averaging.py
 
-Averaged weights often generalize better, but the running statistics that training leaves are those
-of the weights that it went through. One pass over the training images, without gradients,
-measures them anew: `jaxnorm.linen.recalibrate`.
+Averaged weights often generalize better, but the running statistics still describe the weights of
+the training steps. `jaxnorm.linen.recalibrate` recomputes them in one pass over the training
+images, without gradients.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def train(
 
 
 def recalibrated(state: TrainState, data: Images) -> TrainState:
-    """The state with the running statistics of its weights, over all the images."""
+    """The state with running statistics recomputed for its weights, over all images."""
     variables = jaxnorm.linen.recalibrate(
         Classifier(jaxnorm.linen.BatchNorm),
         {"params": state.params, "batch_stats": state.batch_stats},
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(accuracies: dict[str, list[list[float]]]) -> str:
-    """A row for each choice of weights, a pair of columns for each network and for their mean."""
+    """A table with a row per choice of weights, and two columns per network and for the mean."""
     number = len(next(iter(accuracies.values())))
     head = [*(f"seed {seed}" for seed in range(number)), "mean"]
     lines = [

@@ -3,8 +3,8 @@
     python examples/digits.py                     # scikit-learn's 1,797 scanned digits, 8x8
     python examples/digits.py --mnist DIR         # MNIST's four original IDX files, 28x28
 
-It is also the reference for a training loop: params and batch_stats travel in one train state,
-every step hands both on, and evaluation uses the statistics that training left behind.
+It is also a reference for training loops: one train state contains params and batch_stats, every
+step updates both, and evaluation uses the running statistics.
 """
 
 import argparse
@@ -40,7 +40,7 @@ NORMS: dict[str, Norm] = {
     "InstanceNorm": InstanceNorm,
     "InstanceNorm, running": functools.partial(InstanceNorm, track_running_stats=True),
 }
-# Dashed, since the two instance norms train alike: one line would hide the other.
+# Dashed, because the two instance norms have the same training curve.
 STYLES = [("#7f7f7f", "-"), ("#1f77b4", "-"), ("#e6842a", "-"), ("#1b7f4b", "--")]
 MISTAKES_SHOWN = 12
 
@@ -109,7 +109,7 @@ def read_idx(folder: Path, name: str, ndim: int) -> np.ndarray:
 
 
 def _damaged(path: Path, expected: str, found: str) -> ValueError:
-    """The error for a file that is there and is not what it should be."""
+    """The error for a file that exists but has other contents."""
     return ValueError(f"{path}: it should {expected}, but {found}; replace it by an intact copy")
 
 
@@ -137,7 +137,7 @@ class Classifier(nn.Module):
                 return x
             return self.norm(use_running_average=use_running_average, update_stats=update_stats)(x)
 
-        # VALID, since padding with zeros would draw a dark frame around a brightened image.
+        # VALID, because padding with zeros would add a dark frame to a brightened image.
         x = nn.Conv(16, (3, 3), padding="VALID")(x)
         x = nn.relu(normalize(x))
         x = nn.avg_pool(x, (2, 2), strides=(2, 2))
@@ -147,7 +147,7 @@ class Classifier(nn.Module):
 
 
 class TrainState(train_state.TrainState):
-    """All that training moves: params, the optimizer's state, and the running statistics."""
+    """The state of training: params, the optimizer's state, and the running statistics."""
 
     batch_stats: Any
 
@@ -186,7 +186,7 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames="use_running_average")
 def predict(state: TrainState, images: jax.Array, *, use_running_average: bool = True) -> jax.Array:
-    """The most likely labels, by the running statistics or by the images' own; moves none."""
+    """The most likely labels, by running statistics or by those of the images; no updates."""
     logits = state.apply_fn(
         {"params": state.params, "batch_stats": state.batch_stats},
         images,
@@ -197,7 +197,7 @@ def predict(state: TrainState, images: jax.Array, *, use_running_average: bool =
 
 
 class Run(NamedTuple):
-    """One trained model, and how its training went."""
+    """A trained model, with the history of its training."""
 
     state: TrainState
     losses: list[float]  # the mean of each epoch's steps
@@ -227,7 +227,7 @@ def fit(name: str, train: Images, test: Images, *, epochs: int, seed: int) -> Ru
 
 
 def batches(data: Images, size: int, rng: np.random.Generator) -> Iterator[Images]:
-    """All of the data once, shuffled; the few left over at the end wait for another epoch."""
+    """One epoch of shuffled batches; an incomplete last batch is dropped."""
     order = rng.permutation(len(data.labels))
     for first in range(0, len(order) - size + 1, size):
         chosen = order[first : first + size]
@@ -235,15 +235,15 @@ def batches(data: Images, size: int, rng: np.random.Generator) -> Iterator[Image
 
 
 def accuracy(state: TrainState, data: Images, **how: bool) -> float:
-    """The share of the images that the model gets right."""
+    """The accuracy of the model on the images."""
     return float(np.mean(predict(state, data.images, **how) == data.labels))
 
 
-# What comes out
+# Output
 
 
 def table(runs: dict[str, Run], test: Images) -> str:
-    """A row a model: its accuracies, and the seconds that it took."""
+    """A table with one row per model: its accuracies, and the seconds of training."""
     changed = test._replace(images=change_contrast(test.images))
     blocks = ("as evaluated", "running statistics", "own statistics")
     head = ["test accuracy", *["clean", "changed"] * len(blocks), "seconds"]
@@ -293,7 +293,7 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
 
 
 def draw_mistakes(runs: dict[str, Run], test: Images, path: Path) -> None:
-    """A row a model: the first test images that it gets wrong."""
+    """One row per model: the first test images that it misclassifies."""
     figure = matplotlib.figure.Figure(figsize=(12, 1.45 * len(runs)))
     rows = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
     for row, (name, run), (color, _) in zip(rows, runs.items(), STYLES, strict=True):

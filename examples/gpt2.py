@@ -1,10 +1,10 @@
-"""Moves GPT-2 from PyTorch to Flax, and says which tokens are the likeliest to follow.
+"""Converts GPT-2 from PyTorch to Flax, and prints the most likely next tokens.
 
     python examples/gpt2.py model.safetensors 464 2068 7586 21831
 
-The file is the state dict of Hugging Face's GPT2Model or GPT2LMHeadModel, of any size, as its
-repositories hold it: .safetensors, or .bin where PyTorch is installed. The numbers are the ids of
-tokens; the tokenizer that makes them of text is not part of this.
+The file is the state dict of Hugging Face's GPT2Model or GPT2LMHeadModel, of any size, as in its
+repositories: .safetensors, or .bin if PyTorch is installed. The numbers are the ids of tokens; this
+example does not contain the tokenizer.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HEAD = 64  # channels of an attention head, in the published models of all sizes
 
 
 class Block(nn.Module):
-    """x plus what attention makes of it, plus what two dense layers make of that."""
+    """A transformer block: attention and two dense layers, each with a residual connection."""
 
     heads: int
 
@@ -98,9 +98,9 @@ def module_names(layers: int = 12) -> dict[str, str]:
 
 def from_pytorch(state_dict: Any) -> dict[str, Any]:
     """The variables, from the state dict of a GPT2Model or GPT2LMHeadModel, or a file of it."""
-    given = interop.to_torch(interop.from_torch(state_dict))  # as it is, where it is a file
+    given = interop.to_torch(interop.from_torch(state_dict))  # also reads files
     given = {name.removeprefix("transformer."): array for name, array in given.items()}
-    # The output layer has the tokens' weight, and a mask of the attention is no weight.
+    # The output layer shares the weight of the embedding, and the attention mask is not a weight.
     others = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
     given = {name: array for name, array in given.items() if not name.endswith(others)}
     names = module_names(len({name.split(".")[1] for name in given if name.startswith("h.")}))
@@ -110,7 +110,7 @@ def from_pytorch(state_dict: Any) -> dict[str, Any]:
 
 
 def model_of(variables: dict[str, Any], heads: int | None = None) -> GPT2:
-    """The GPT-2 of the variables' sizes. None stands for heads of 64 channels, as published."""
+    """The GPT-2 with the sizes of the variables. None means heads of 64 channels, as published."""
     params = variables["params"]
     vocabulary, width = params["token_embedding"]["embedding"].shape
     heads = width // HEAD if heads is None else heads
@@ -121,7 +121,7 @@ def model_of(variables: dict[str, Any], heads: int | None = None) -> GPT2:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Loads the weights, and says what is likeliest to follow the tokens."""
+    """Loads the weights, and prints the most likely next tokens."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, metavar="model.safetensors")
     parser.add_argument("ids", type=int, nargs="+", metavar="ID", help="ids of tokens, in a row")

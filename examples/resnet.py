@@ -1,10 +1,10 @@
-"""Moves a ResNet from PyTorch to Flax: torchvision's names and layout, its weights bit for bit.
+"""Converts a ResNet from PyTorch to Flax, with torchvision's names and exactly its weights.
 
     python examples/resnet.py resnet50.safetensors
 
 The file is the state dict of torchvision's resnet18, 34, 50, 101 or 152: .safetensors, or .pth if
-PyTorch is installed. Its names say which of them it is. The names of the modules are torchvision's,
-so that no map is needed; only the axes of the kernels differ.
+PyTorch is installed. The depth is determined from its names. The modules have torchvision's names,
+so no map is needed; only the axes of the kernels differ.
 """
 
 import argparse
@@ -122,7 +122,7 @@ class ResNet(nn.Module):
         """The logits of images, (N, H, W, 3)."""
         x = conv(self.features, 7, 2, "conv1")(x)
         x = nn.relu(BatchNorm(use_running_average=not train, name="bn1")(x))
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # as good as -inf: x is not negative
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # equivalent to -inf, because x >= 0
         x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
         for k, blocks in enumerate(self.blocks):
             stage = (self.block, blocks, self.features * 2**k, min(k, 1) + 1)
@@ -147,7 +147,7 @@ def from_pytorch(state_dict: Any, model: ResNet | None = None) -> dict[str, Any]
 
 
 def model_of(variables: dict[str, Any]) -> ResNet:
-    """The ResNet that these are variables of: their names count the blocks and say which."""
+    """The ResNet for these variables, with the blocks that their names show."""
     params = variables["params"]
     try:
         stages = [params[f"layer{k + 1}"] for k in range(4)]
@@ -161,7 +161,7 @@ def model_of(variables: dict[str, Any]) -> ResNet:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Loads the weights, and says what the network makes of one of scikit-learn's photographs."""
+    """Loads the weights, and prints the network's prediction for a photograph of scikit-learn."""
     from sklearn.datasets import load_sample_image
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -1,11 +1,11 @@
-"""Moves the StarGAN generator from PyTorch to Flax, and shows its two ways of evaluation.
+"""Converts the StarGAN generator from PyTorch to Flax, and shows two ways to evaluate it.
 
-    python examples/stargan.py                    # trained to give back its input, a minute or two
+    python examples/stargan.py                    # trained to reproduce its input, a minute or two
     python examples/stargan.py G.safetensors      # the state dict of a PyTorch generator
 
-The generator (Choi et al., StarGAN, 2018, https://arxiv.org/abs/1711.09020, table 4) is where
-instance norm with running statistics is met: evaluated, it normalizes every image by the statistics
-of its training images, and not by its own. What that does to pictures is drawn.
+The generator (Choi et al., StarGAN, 2018, https://arxiv.org/abs/1711.09020, table 4) is a
+well-known model that uses instance norm with running statistics: in evaluation, it normalizes every
+image by the statistics of the training images instead of its own. The example draws the effect.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BLOCKS = 6
 
 
 class Block(nn.Module):
-    """x plus what two convolutions make of it."""
+    """A residual block of two convolutions."""
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """Makes of an image, (N, H, W, 3), the same with other attributes, (N, LABELS)."""
+    """Changes the attributes of images, (N, H, W, 3), to those of the labels, (N, LABELS)."""
 
     features: int = 64
 
@@ -87,7 +87,7 @@ def norm(name: str, use_running_average: bool) -> InstanceNorm:
 
 
 def module_names() -> dict[str, str]:
-    """What the original's nn.Sequential counts, by the names here."""
+    """The names in the original nn.Sequential, by the names in this file."""
     names = {"main.0": "enter", "main.1": "enter_norm"}
     for k in range(2):
         names |= {f"main.{3 + 3 * k}": f"down_{k}", f"main.{4 + 3 * k}": f"down_{k}_norm"}
@@ -129,7 +129,7 @@ def photographs(size: int = 128) -> np.ndarray:
 
 
 def trained_variables(images: np.ndarray, features: int, steps: int) -> dict[str, Any]:
-    """Variables of a generator that learned to give back its input, whatever the labels."""
+    """Variables of a generator that was trained to reproduce its input with any labels."""
     model, optimizer = Generator(features), optax.adam(2e-3)
     labels = np.eye(LABELS, dtype=np.float32)
     variables: Any = model.init(
@@ -161,7 +161,7 @@ def trained_variables(images: np.ndarray, features: int, steps: int) -> dict[str
 
 
 def draw(variables: dict[str, Any], images: np.ndarray, path: Path) -> None:
-    """Two photographs, as they are and with half the contrast, evaluated in both ways."""
+    """Draws two photographs, unchanged and with half the contrast, evaluated in both ways."""
     chosen = images[len(images) // 2 :][:2]
     inputs = np.concatenate([chosen, 0.5 * chosen])
     labels = np.tile(np.eye(LABELS, dtype=np.float32)[0], (len(inputs), 1))

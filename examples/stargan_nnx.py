@@ -1,9 +1,9 @@
-"""Moves the StarGAN generator from PyTorch to Flax NNX, and draws a photograph under each label.
+"""Converts the StarGAN generator from PyTorch to Flax NNX, and draws a photograph for each label.
 
     python examples/stargan_nnx.py G.safetensors
 
 The file is the state dict of a PyTorch generator: .safetensors, or .ckpt if PyTorch is installed.
-The same generator in Linen, with training and what its two ways of evaluation do, is in stargan.py.
+stargan.py has the same generator in Linen, with training and a comparison of two ways to evaluate.
 """
 
 import argparse
@@ -32,12 +32,12 @@ class ConvNorm(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """What the convolution makes of x, normalized."""
+        """The normalized output of the convolution."""
         return self.norm(self.conv(x))
 
 
 class Block(nnx.Module):
-    """x plus what two convolutions make of it."""
+    """A residual block of two convolutions."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
         def conv() -> nnx.Conv:
@@ -52,7 +52,7 @@ class Block(nnx.Module):
 
 
 class Generator(nnx.Module):
-    """Makes of an image, (N, H, W, 3), the same with other attributes, (N, labels).
+    """Changes the attributes of images, (N, H, W, 3), to those of the labels, (N, labels).
 
     `generator.train()` normalizes by each image's own statistics and moves the running ones;
     `generator.eval()` normalizes by those.
@@ -93,7 +93,7 @@ class Generator(nnx.Module):
 
 
 def module_names(blocks: int = 6) -> dict[str, str]:
-    """What the original's nn.Sequential counts, by the names here."""
+    """The names in the original nn.Sequential, by the names in this file."""
     names = {"main.0": "enter.conv", "main.1": "enter.norm"}
     for side, first in (("down", 3), ("up", 9 + blocks)):
         for k in range(2):
@@ -125,7 +125,7 @@ def load(generator: Generator, state_dict: Any) -> None:
 
 
 def draw(generator: Generator, labels: int, path: Path) -> None:
-    """A photograph, and what the generator makes of it under each label alone."""
+    """Draws a photograph, and the generator's output for each label."""
     x = load_sample_image("flower.jpg")[100:356, 200:456] / np.float32(127.5) - 1
     generator.eval()
     y = nnx.jit(Generator.__call__)(generator, jnp.tile(x, (labels, 1, 1, 1)), jnp.eye(labels))
