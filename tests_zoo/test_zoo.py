@@ -1,6 +1,6 @@
-"""Tests that the state dict of every model of the zoo comes back bit for bit.
+"""Tests that the state dict of every model is restored bit for bit.
 
-A run writes what it found to docs/interop_zoo.md. One model is in memory at a time.
+A run writes its results to docs/interop_zoo.md. One model is in memory at a time.
 """
 
 import math
@@ -93,17 +93,17 @@ def test_at_most_a_tenth_was_not_built():
 
 
 def table():
-    """The page: a row for each model."""
+    """The page, with a table of one row per model."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
     good = sum(row[3] == "bit for bit" for row in ROWS.values())
     lines = [
-        "# The zoo",
+        "# Converted models",
         "",
         "`make test-zoo` builds models of other libraries, fills their state dicts with random",
-        "bits, and moves each through `from_torch` and `to_torch(like=...)`. The norms are those",
-        "that `describe_torch` lists, and those that it does not recognize.",
+        "bits, and converts each with `from_torch` and `to_torch(like=...)`. The columns count the",
+        "norms that `describe_torch` recognizes and those that it does not recognize.",
         "",
-        f"{good} of {len(ROWS)} models came back bit for bit, with {versions}.",
+        f"{good} of {len(ROWS)} models were restored bit for bit, with {versions}.",
         "",
         "| model | arrays | norms | not recognized | round trip |",
         "|---|---|---|---|---|",
