@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core import arguments, checks
-from jaxnorm._core.collectives import LOCAL, number_of_shards
+from jaxnorm._core.collectives import LOCAL, MappedAxes, number_of_shards
+from jaxnorm._core.layout import Layout
 from jaxnorm._core.moments import Moments, shifted_moments, unshift
 from jaxnorm._core.normalize import infinite_for_zero, normalize, renormalize
 from jaxnorm._core.sample import Sample, widen
+from jaxnorm._core.variables import Affine
 from jaxnorm._stats.update import Update, update_running_stats
 
 # Traced and differentiated once for all layers of one shape. Inlined, since the compiler for TPU
@@ -39,7 +42,17 @@ class _Operands(NamedTuple):
         return _Operands(change(x), *(None if a is None else change(a) for a in others))
 
 
-def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
+def untracked_norm(
+    function: str,
+    x: jax.Array,
+    params: Affine | None,
+    layout: Layout,
+    sample: Sample,
+    *,
+    epsilon: ArrayLike,
+    mask: ArrayLike | None,
+    dtype: DTypeLike | None,
+) -> jax.Array:
     """y of a norm without a state, whose parameters lie along the layout's channels."""
     operands = _operands(function, x, params, mask, layout)
     epsilon = arguments.number(function, "epsilon", epsilon, least=0)
@@ -50,25 +63,25 @@ def untracked_norm(function, x, params, layout, sample, *, epsilon, mask, dtype)
 
 
 def tracked_norm(
-    function,
-    x,
-    params,
-    batch_stats,
+    function: str,
+    x: ArrayLike,
+    params: Affine | None,
+    batch_stats: Any,
     *,
-    use_running_average,
-    update_stats,
-    momentum,
-    epsilon,
-    channel_axis,
-    mask,
-    skip_nonfinite,
-    dtype,
-    batch_axis=None,
-    virtual_batch_size=None,
-    limits=None,
-    stats_axes=LOCAL,
-    update_axes=LOCAL,
-):
+    use_running_average: bool,
+    update_stats: bool | None,
+    momentum: ArrayLike | None,
+    epsilon: ArrayLike,
+    channel_axis: int | Sequence[int],
+    mask: ArrayLike | None,
+    skip_nonfinite: bool,
+    dtype: DTypeLike | None,
+    batch_axis: int | None = None,
+    virtual_batch_size: int | None = None,
+    limits: tuple[Any, Any] | None = None,
+    stats_axes: MappedAxes = LOCAL,
+    update_axes: MappedAxes = LOCAL,
+) -> tuple[jax.Array, Any]:
     """Batch norm of each sample along batch_axis (None: x is one sample), and one update by all.
 
     Other devices hold more entries of the same sample, or more samples. Virtual batches are
@@ -116,7 +129,14 @@ def tracked_norm(
 # ---- The steps ----
 
 
-def _operands(function, x, params, mask, layout, state=None):
+def _operands(
+    function: str,
+    x: jax.Array,
+    params: Affine | None,
+    mask: ArrayLike | None,
+    layout: Layout,
+    state: Any = None,
+) -> _Operands:
     """x and what is laid against it, all checked. The state is a constant for the derivative."""
     mask = checks.mask(function, mask, x.shape)
     given = checks.params(function, params, x.shape, layout.shape(x))
@@ -130,22 +150,36 @@ def _operands(function, x, params, mask, layout, state=None):
     return _Operands(x, mask, scale, bias, *lax.stop_gradient((mean, var)))
 
 
-def _normalized(dtype, sample, operands, epsilon, measured):
+def _normalized(
+    dtype: DTypeLike,
+    sample: Sample | None,
+    operands: _Operands,
+    epsilon: ArrayLike,
+    measured: tuple[jax.Array, Moments],
+) -> jax.Array:
     """y by the moments that were measured, or by constants, for which the sample is None."""
     (shift, moments), number = measured, jnp.asarray(epsilon, float)
     if not isinstance(epsilon, float) or epsilon == 0:
         moments = dataclasses.replace(moments, var=infinite_for_zero(moments.var, number))
     x, mask, scale, bias, *_ = operands
-    return _normalize(dtype, sample, x, scale, bias, number, mask, shift, moments)
+    y: jax.Array = _normalize(dtype, sample, x, scale, bias, number, mask, shift, moments)
+    return y
 
 
-def _constants(operands):
+def _constants(operands: _Operands) -> tuple[jax.Array, Moments]:
     """The running statistics as a shift and moments; they count no entries."""
     zero = jnp.zeros_like(operands.mean)
     return operands.mean, Moments(zero, zero, operands.var)
 
 
-def _corrected(function, operands, measured, epsilon, limits, count):
+def _corrected(
+    function: str,
+    operands: _Operands,
+    measured: tuple[jax.Array, Moments],
+    epsilon: ArrayLike,
+    limits: tuple[Any, Any],
+    count: jax.Array,
+) -> _Operands:
     """The operands with the scale and the bias of batch renorm."""
     r_max, d_max = (
         arguments.number(function, name, limit(count) if callable(limit) else limit)
@@ -157,7 +191,7 @@ def _corrected(function, operands, measured, epsilon, limits, count):
     return operands._replace(scale=scale, bias=bias)
 
 
-def _zero_where_masked(mask, a, of_x_rank):
+def _zero_where_masked(mask: jax.Array | None, a: jax.Array, of_x_rank: bool) -> jax.Array:
     """Entries of a call-time parameter that only masked entries of x see are 0, be they NaN."""
     if mask is None or not of_x_rank:
         return a
@@ -168,14 +202,16 @@ def _zero_where_masked(mask, a, of_x_rank):
 # ---- Virtual batches: (N, ...) as (N / size, size, ...) ----
 
 
-def _in_virtual_batches(function, size, operands, layout):
+def _in_virtual_batches(
+    function: str, size: int, operands: _Operands, layout: Layout
+) -> tuple[_Operands, tuple[int, ...]]:
     """The operands with the virtual batches as a first axis, and the shape of one of them."""
     x = operands.x
     size = checks.virtual_batches(function, size, x.shape, layout, number_of_shards(x, 0))
     return operands.map(functools.partial(_split_virtual_batches, size=size)), (size, *x.shape[1:])
 
 
-def _split_virtual_batches(a, *, size):
+def _split_virtual_batches(a: jax.Array, *, size: int) -> jax.Array:
     """What has one entry for all samples has one for all virtual batches."""
     if a.shape[0] == 1 and size != 1:
         return a[None]
