@@ -20,7 +20,7 @@ from jaxnorm._core import arguments, checks
 from jaxnorm._core.collectives import LOCAL, MappedAxes
 from jaxnorm._core.layout import Layout
 from jaxnorm._core.normalize import affine
-from jaxnorm._core.sample import select
+from jaxnorm._core.sample import Sample, select
 from jaxnorm._core.variables import statistics_dtype
 from jaxnorm.onnx._primitive import norm_p
 
@@ -71,7 +71,9 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Stands for `tracked_norm`: y by the state, which stays as it is, or by x itself."""
 
     @functools.wraps(original)
-    def norm(function, x, params, batch_stats, **options):
+    def norm(
+        function: str, x: Any, params: Any, batch_stats: Any, **options: Any
+    ) -> tuple[jax.Array, Any]:
         x = checks.float_array(function, x)
         axes = options["channel_axis"], options.get("batch_axis")
         layout = checks.layout(function, x.ndim, *axes)
@@ -95,9 +97,10 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 checks.more_than_one_value(function, x.shape, layout, 1)
 
-        def plain(x, params, statistics):
+        def plain(x: jax.Array, params: Any, statistics: dict[str, Any]) -> jax.Array:
             state = {**batch_stats, **statistics} if statistics else batch_stats
-            return original(function, x, params, state, **options)[0]
+            y: jax.Array = original(function, x, params, state, **options)[0]
+            return y
 
         run = functools.partial(_by_operator, function, operator, plain, layout)
         how = {key: options[key] for key in ("epsilon", "dtype")}
@@ -110,7 +113,17 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Stands for `untracked_norm`."""
 
     @functools.wraps(original)
-    def norm(function, x, params, layout, sample, *, epsilon, mask, dtype):
+    def norm(
+        function: str,
+        x: jax.Array,
+        params: Any,
+        layout: Layout,
+        sample: Sample,
+        *,
+        epsilon: Any,
+        mask: Any,
+        dtype: Any,
+    ) -> jax.Array:
         _alone(function, sample.mapped_axes)
         groups = sample.groups or sample.split
         reduced = () if sample.split else sample.axes  # or they count the split axis as two
@@ -123,9 +136,10 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
             parts = tuple((a,) for a in (*kept, *layout.channels))
             operator = Operator(name, parts, layout.shape(x))
 
-        def plain(x, params, _):
+        def plain(x: jax.Array, params: Any, _: Any) -> jax.Array:
             options = {"epsilon": epsilon, "mask": mask, "dtype": dtype}
-            return original(function, x, params, layout, sample, **options)
+            y: jax.Array = original(function, x, params, layout, sample, **options)
+            return y
 
         run = functools.partial(_by_operator, function, operator, plain, layout)
         return run(x, params, {}, mask=None, epsilon=epsilon, dtype=dtype)
@@ -169,7 +183,19 @@ def _of_channels(
 # ---- From x to y ----
 
 
-def _by_operator(function, operator, plain, layout, x, params, statistics, *, mask, epsilon, dtype):
+def _by_operator(
+    function: str,
+    operator: Operator | None,
+    plain: Callable[[jax.Array, Any, Any], jax.Array],
+    layout: Layout,
+    x: jax.Array,
+    params: Any,
+    statistics: dict[str, Any],
+    *,
+    mask: jax.Array | None,
+    epsilon: Any,
+    dtype: Any,
+) -> jax.Array:
     """y by the operator, or plainly: where there is none, or where a graph could not name it."""
     scale, bias = checks.params(function, params, x.shape, layout.shape(x))
     params = {key: a for key, a in (("scale", scale), ("bias", bias)) if a is not None}
@@ -177,7 +203,7 @@ def _by_operator(function, operator, plain, layout, x, params, statistics, *, ma
         return plain(x, params, statistics)
 
     @jax.custom_jvp
-    def by_operator(x, params, statistics):
+    def by_operator(x: jax.Array, params: Any, statistics: dict[str, Any]) -> jax.Array:
         wide = x.astype(statistics_dtype(x.dtype))
         (scale, bias), after = _split(operator, layout, params, x)
         scale = np.ones(operator.shape, wide.dtype) if scale is None else scale
@@ -199,7 +225,8 @@ def _by_operator(function, operator, plain, layout, x, params, statistics, *, ma
 
     # No operator has a derivative: a function that asks for one gets what JAX makes of the norm's.
     by_operator.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
-    return by_operator(x, params, statistics)
+    y: jax.Array = by_operator(x, params, statistics)
+    return y
 
 
 def _constant(epsilon: Any, *sizes: Any) -> bool:
@@ -207,7 +234,9 @@ def _constant(epsilon: Any, *sizes: Any) -> bool:
     return not isinstance(epsilon, jax.core.Tracer) and all(isinstance(n, int) for n in sizes)
 
 
-def _split(operator, layout, params, x):
+def _split(
+    operator: Operator, layout: Layout, params: dict[str, jax.Array], x: jax.Array
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Scale and bias for the operator, and those that follow it; None for neither."""
     scale, bias = params.get("scale"), params.get("bias")
     if scale is not None and not _along(layout, scale, x):
