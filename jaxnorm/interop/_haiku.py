@@ -82,11 +82,11 @@ def from_haiku(
     }
 
 
-def _name(module, names):
+def _name(module: str, names: Mapping[str, str]) -> str:
     return renamed(module.replace("/", "."), names)
 
 
-def _channels(key, a):
+def _channels(key: str, a: np.ndarray) -> np.ndarray:
     """Of shape (C,); Haiku keeps the reduced axes, with size 1."""
     if max(a.shape, default=1) != a.size:
         raise ValueError(
