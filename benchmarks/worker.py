@@ -1,7 +1,7 @@
-"""Measures one library in a process of its own: one job a line.
+"""Measures one library in a separate process, with one job per line.
 
-Each line of standard input is a job, in JSON; each line of standard output is what came of it. The
-runner asks the workers of all libraries in turn, so that the machine's moods meet all alike.
+Each line of standard input is a job in JSON, and each line of standard output is its result. The
+runner asks the workers of all libraries in turn, so that noise affects all of them equally.
 """
 
 import functools

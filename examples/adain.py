@@ -1,4 +1,4 @@
-"""Exchanges the colours of two photographs: adaptive instance norm (AdaIN), both ways at once.
+"""Exchanges the colors of two photographs: adaptive instance norm (AdaIN), both ways at once.
 
     python examples/adain.py             # writes adain/adain.png
 
@@ -32,8 +32,8 @@ def load_photographs() -> jax.Array:
     return jnp.asarray(load_sample_images().images, jnp.float32) / 255
 
 
-def colours(images: jax.Array) -> jaxnorm.Affine:
-    """The scale and bias that give each image its colours, of shape (N, 1, 1, 3)."""
+def colors(images: jax.Array) -> jaxnorm.Affine:
+    """The scale and bias that give each image its colors, of shape (N, 1, 1, 3)."""
     m = jaxnorm.moments(images, axis=(1, 2))
     return {"scale": jnp.sqrt(m.var)[:, None, None], "bias": m.mean[:, None, None]}
 
@@ -50,7 +50,7 @@ def slide(left: jaxnorm.Affine, right: jaxnorm.Affine, width: int) -> jaxnorm.Af
 
 
 def adain(images: jax.Array, params: jaxnorm.Affine) -> jax.Array:
-    """The images without their own colours, in those of the parameters."""
+    """The images without their own colors, in those of the parameters."""
     y, _ = jaxnorm.instance_norm(images, params)
     return y
 
@@ -69,7 +69,7 @@ def table(pictures: dict[str, jax.Array]) -> str:
     lines = [f"{'':{width}}   {'mean':^24}   {'standard deviation':^24}".rstrip()]
     lines.append(" " * width + 2 * f"   {'red':>8}{'green':>8}{'blue':>8}")
     for title, image in pictures.items():
-        params = colours(image[None])
+        params = colors(image[None])
         mean, std = ("".join(f"{v:8.3f}" for v in params[k].ravel()) for k in ("bias", "scale"))
         lines.append(f"{title:{width}}   {mean}   {std}")
     return "\n".join(lines)
@@ -91,7 +91,7 @@ def draw(pictures: dict[str, jax.Array], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exchanges the colours, prints them as numbers and writes the picture."""
+    """Exchanges the colors, prints them as numbers and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("adain"), help="folder for the picture")
     options = parser.parse_args(arguments)
@@ -101,12 +101,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"adain.py: {error}")
 
     photographs = load_photographs()
-    own = colours(photographs)
+    own = colors(photographs)
     sliding = slide(own, exchange(own), photographs.shape[2])
     pictures = (
         entitle("the {}", photographs)
-        | entitle("the {} in the {}'s colours", adain(photographs, exchange(own)))
-        | entitle("the {}, sliding into the {}'s colours", adain(photographs, sliding))
+        | entitle("the {} in the {}'s colors", adain(photographs, exchange(own)))
+        | entitle("the {}, sliding into the {}'s colors", adain(photographs, sliding))
     )
     print(f"{table(pictures)}\n")
     draw(pictures, options.out / "adain.png")

@@ -1,4 +1,4 @@
-"""The norms as pure functions. They differ in which entries of x share one mean."""
+"""The norms as pure functions, which differ in the entries of x that share one mean."""
 
 from collections.abc import Callable, Sequence
 from typing import TypedDict, Unpack, overload
@@ -37,53 +37,56 @@ def batch_norm(
 
     .. math:: y = scale \cdot \frac{x - E[x]}{\sqrt{Var[x] + \epsilon}} + bias
 
-    As in PyTorch: the biased variance normalizes, the unbiased one is remembered, and momentum
-    weighs the new value (Flax's weighs the old one). Channels are last unless `channel_axis` says
-    otherwise. The given state is never changed; the new one is returned.
+    As in PyTorch, x is normalized by the biased variance, the running variance is unbiased, and
+    momentum is the weight of the new value (in Flax, of the old value). Channels are last by
+    default. The input state is not modified; the new state is returned.
 
     ======================= ================ ==============================
-    `use_running_average`   `update_stats`   what for
+    `use_running_average`   `update_stats`   purpose
     ======================= ================ ==============================
     False                   None (= True)    training
     True                    None (= False)   evaluation
     False                   False            batch statistics, state frozen
     True                    True             adaptation: normalize by the
-                                             state as given, then move it
+                                             input state, then update it
     ======================= ================ ==============================
 
     Args:
-      x: the input, of shape (N, C), (N, \*space, C), or any other with at least two axes; any
-        float dtype.
-      params: {"scale", "bias"}, each of shape (C,), or of x's rank and broadcasting against x;
-        either or both may be missing.
-      batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}, or None: nothing is
-        tracked, and the batch's own statistics are always used.
-      use_running_average: normalize by the state, not by the batch. The state is a constant for
-        the derivative; scale and bias still get theirs.
-      update_stats: move the state by the batch's moments; None means: when the batch normalizes.
-      momentum: how much the batch weighs in the new state; None is the cumulative average, in
-        which all batches weigh the same.
+      x: the input, of shape (N, C), (N, \*space, C), or any other shape with at least two axes,
+        and of any float dtype.
+      params: {"scale", "bias"}, each of shape (C,), or with the rank of x and broadcasting against
+        x. Either or both may be missing.
+      batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}. With None, there are no
+        running statistics, and the statistics of the batch are always used.
+      use_running_average: whether to normalize by the state instead of the batch. The state is
+        constant under differentiation; scale and bias still have gradients.
+      update_stats: whether to update the state with the moments of the batch. None updates it if
+        x is normalized by the batch.
+      momentum: weight of the new batch in the running average, as in PyTorch. Defaults to 0.1. None
+        weighs all batches equally (cumulative average).
       epsilon: added to the variance, in units of x squared.
-      channel_axis: the axis or axes that keep their own statistics; "C" is x's shape over them.
-      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
-        reaches a statistic or a gradient, be it NaN or Inf, and y is 0 there.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread; the
-        statistics are those of the whole batch, exact for any split.
-      axis_index_groups: lists of indices along axis_name that are one batch each.
-      virtual_batch_size: normalize every so many consecutive samples (axis 0) by their own
-        statistics, as if each device had no more: ghost batch norm. One update is made by the
-        moments of the whole batch, over axis_name too. Evaluation ignores it.
-      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its state. Its y is NaN still.
-      dtype: y's dtype; None is x's.
+      channel_axis: the axis or axes that are not reduced over; "C" is the shape of x over them.
+      mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
+        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
+        The statistics are those of the whole batch, exact for any split.
+      axis_index_groups: lists of indices along axis_name; each group is a batch.
+      virtual_batch_size: the number of consecutive samples (axis 0) that are normalized together
+        (ghost batch norm). The state is updated once, by the moments of the whole batch, also over
+        axis_name. Ignored in evaluation.
+      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its state. Its y is still
+        NaN.
+      dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
-      y, of x's shape, and the new batch_stats: the given ones if they do not move.
+      A pair (y, batch_stats). y has the shape of x; batch_stats is the updated state, or the input
+      state if it was not updated.
 
     Raises:
-      ValueError: if x is not of a float dtype or has fewer than two axes; if params, batch_stats
-        or the mask do not fit it; if the state is needed and missing; if batch statistics are
-        used and a channel has exactly one value; if virtual_batch_size does not divide the samples
-        of each device.
+      ValueError: if the dtype of x is not a float dtype or x has fewer than two axes; if params,
+        batch_stats or the mask do not match x; if a required state is missing; if batch statistics
+        are used and a channel has exactly one value; if virtual_batch_size does not divide the
+        number of samples of each device.
 
     Example:
       >>> import jax.numpy as jnp
@@ -173,49 +176,54 @@ def batch_renorm(
     skip_nonfinite: bool = True,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, BatchStats]:
-    r"""Normalizes as batch norm, corrected towards the running statistics, for small batches.
+    r"""Normalizes by the batch, corrected towards the running statistics, for small batches.
 
     .. math::
         y = scale \cdot (\hat x\, r + d) + bias, \quad
         r = \mathrm{clip}_{1/r_{max}}^{r_{max}} \frac{\sigma_{batch}}{\sigma}, \quad
         d = \mathrm{clip}_{-d_{max}}^{d_{max}} \frac{\mu_{batch} - \mu}{\sigma}
 
-    Within the limits y is that of evaluation, whatever else is in the batch, while the gradient
-    still goes through the batch's statistics; r and d are constants for it. With r_max=1 and
-    d_max=0 it is batch norm. A first state (mean 0, variance 1) is nothing to correct towards:
-    begin with these and relax them, as the paper does, by schedules of the count:
+    Within the limits, y equals the output of evaluation, whatever the other samples of the batch
+    are. The gradient is taken through the statistics of the batch; r and d are constants. With
+    r_max=1 and d_max=0 this is batch norm. Correcting towards the initial state (mean 0, variance
+    1) is not useful: start with these limits and relax them by schedules of the count, as in the
+    paper:
 
         r_max = optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)
         d_max = optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000)
 
-    The running value is the variance, and sigma its root, with epsilon added as in the batch's (the
-    paper and Keras average sigma itself). The paper's momentum is 0.01.
+    The state contains the running variance; sigma is the square root of variance + epsilon. (The
+    paper and Keras average sigma itself.) The paper uses momentum 0.01.
 
     Args:
-      x: the input, of shape (N, C), (N, \*space, C), or any other with at least two axes; any
-        float dtype.
+      x: the input, of shape (N, C), (N, \*space, C), or any other shape with at least two axes,
+        and of any float dtype.
       params: {"scale", "bias"}, as in `batch_norm`.
-      batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}; it is needed.
-      r_max: the largest r, at least 1, and 1 / r_max the smallest; or a function of the count.
-      d_max: the largest d either way, at least 0; or a function of the count.
-      use_running_average: normalize by the state, as batch norm does in evaluation.
-      update_stats: move the state by the batch's moments; None means: when the batch normalizes.
-      momentum: how much the batch weighs in the new state; None is the cumulative average.
+      batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}; it is required.
+      r_max: r is clipped to [1 / r_max, r_max]; a number of at least 1, or a function of the count.
+      d_max: d is clipped to [-d_max, d_max]; a number of at least 0, or a function of the count.
+      use_running_average: whether to normalize by the state, as batch norm does in evaluation.
+      update_stats: whether to update the state with the moments of the batch. None updates it if
+        x is normalized by the batch.
+      momentum: weight of the new batch in the running average. Defaults to 0.1. None weighs all
+        batches equally.
       epsilon: added to the variance, in units of x squared.
-      channel_axis: the axis or axes that keep their own statistics; "C" is x's shape over them.
-      mask: bool, of x's rank, broadcasting against x; True counts, as in `batch_norm`.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread.
-      axis_index_groups: lists of indices along axis_name that are one batch each.
-      virtual_batch_size: normalize every so many consecutive samples by their own statistics.
-      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its state. Its y is NaN still.
-      dtype: y's dtype; None is x's.
+      channel_axis: the axis or axes that are not reduced over; "C" is the shape of x over them.
+      mask: bool, True for the entries to include, as in `batch_norm`.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
+      axis_index_groups: lists of indices along axis_name; each group is a batch.
+      virtual_batch_size: the number of consecutive samples that are normalized together.
+      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its state. Its y is still
+        NaN.
+      dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
-      y, of x's shape, and the new batch_stats: the given ones if they do not move.
+      A pair (y, batch_stats). y has the shape of x; batch_stats is the updated state, or the input
+      state if it was not updated.
 
     Raises:
-      ValueError: as `batch_norm`; and if batch_stats is missing, r_max is a number below 1, or
-        d_max one below 0.
+      ValueError: in the same cases as `batch_norm`; if batch_stats is missing, r_max is less than
+        1, or d_max is less than 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -263,42 +271,47 @@ def instance_norm(
     skip_nonfinite: bool = True,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, State]:
-    r"""Normalizes each channel of each sample over the sample's other axes.
+    r"""Normalizes each channel of each sample over the other axes of the sample.
 
     .. math:: y_n = scale \cdot \frac{x_n - E[x_n]}{\sqrt{Var[x_n] + \epsilon}} + bias
 
-    Batch norm of one sample at a time: `batch_norm` vmapped over the batch axis. The state moves
-    once, by the mean over the samples of their means and of their unbiased variances; variance
-    between the samples does not enter it. As in PyTorch, but the count moves and momentum=None is
-    the true cumulative average (there the one stays 0, and the other leaves the state at 0 and 1).
+    y is that of `batch_norm` vmapped over the batch axis. The state is updated once, by the average
+    over the samples of their means and of their unbiased variances; the variance between the
+    samples is not included. This follows PyTorch with two exceptions: the count is incremented (in
+    PyTorch it stays 0), and momentum=None is a cumulative average (in PyTorch it leaves the state
+    at mean 0 and variance 1).
 
     Args:
-      x: the input, of shape (N, \*space, C), or (\*space, C) with batch_axis=None; any float dtype.
-      params: {"scale", "bias"}, each of shape (C,), or of x's rank and broadcasting against x;
-        either or both may be missing.
-      batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}, or None: nothing is
-        tracked, and each sample's own statistics are always used.
-      use_running_average: normalize by the state, as batch norm does in evaluation.
-      update_stats: move the state by the samples' moments; None means: when they normalize. The
-        four combinations with use_running_average are those of `batch_norm`.
-      momentum: how much the batch weighs in the new state; None is the cumulative average.
+      x: the input, of shape (N, \*space, C), or (\*space, C) with batch_axis=None, and of any float
+        dtype.
+      params: {"scale", "bias"}, each of shape (C,), or with the rank of x and broadcasting against
+        x. Either or both may be missing.
+      batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}. With None, there are no
+        running statistics, and the statistics of each sample are always used.
+      use_running_average: whether to normalize by the state, as batch norm does in evaluation.
+      update_stats: whether to update the state with the moments of the samples. None updates it if
+        x is normalized by them. `batch_norm` has a table of the combinations with
+        use_running_average.
+      momentum: weight of the new batch in the running average. Defaults to 0.1. None weighs all
+        batches equally.
       epsilon: added to the variance, in units of x squared.
-      channel_axis: the axis or axes that keep their own statistics; "C" is x's shape over them.
-      batch_axis: the axis of the samples; None is one sample without a batch axis.
-      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
-        reaches a statistic or a gradient, be it NaN or Inf, and y is 0 there.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are spread: only
-        the state needs the others' samples, y needs none.
-      axis_index_groups: lists of indices along axis_name that move one state together.
-      skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its state.
-      dtype: y's dtype; None is x's.
+      channel_axis: the axis or axes that are not reduced over; "C" is the shape of x over them.
+      batch_axis: the axis of the samples. None means that x is one sample without a batch axis.
+      mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
+        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which the samples are
+        distributed. They are only needed to update the state; y does not depend on other samples.
+      axis_index_groups: lists of indices along axis_name; each group updates one state.
+      skip_nonfinite: whether a channel with NaN or Inf in any sample keeps its state.
+      dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
-      y, of x's shape, and the new batch_stats: the given ones if they do not move.
+      A pair (y, batch_stats). y has the shape of x; batch_stats is the updated state, or the input
+      state if it was not updated.
 
     Raises:
-      ValueError: as `batch_norm`; and if batch_axis is a channel axis, or instance statistics are
-        used and a sample has exactly one spatial element.
+      ValueError: in the same cases as `batch_norm`; if batch_axis is a channel axis; if instance
+        statistics are used and a sample has exactly one spatial element.
 
     Example:
       >>> import jax.numpy as jnp
@@ -341,32 +354,35 @@ def group_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    r"""Normalizes each group of neighbouring channels of each sample, over the other axes too.
+    r"""Normalizes each group of neighboring channels of each sample, and over the other axes.
 
     .. math:: y_{ng} = scale \cdot \frac{x_{ng} - E[x_{ng}]}{\sqrt{Var[x_{ng}] + \epsilon}} + bias
 
-    One channel a group is instance norm; one group is layer norm over all but the batch axis.
+    With one channel per group this is instance norm; with one group it is layer norm over all axes
+    except the batch axis.
 
     Args:
-      x: the input, of shape (N, \*space, C), any float dtype.
-      params: {"scale", "bias"}, each of shape (C,), or of x's rank and broadcasting against x;
-        either or both may be missing.
-      num_groups: into how many groups the channels are divided.
+      x: the input, of shape (N, \*space, C) and of any float dtype.
+      params: {"scale", "bias"}, each of shape (C,), or with the rank of x and broadcasting against
+        x. Either or both may be missing.
+      num_groups: the number of groups that the channels are divided into. Defaults to 32.
       epsilon: added to the variance, in units of x squared.
       channel_axis: the axis of the channels.
-      batch_axis: the axis or axes that are kept apart; None is one sample without a batch axis.
-      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
-        reaches a statistic or a gradient, be it NaN or Inf, and y is 0 there.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is spread.
-      axis_index_groups: lists of indices along axis_name that hold one sample together.
-      dtype: y's dtype; None is x's.
+      batch_axis: the axis or axes of the samples. None means that x is one sample without a batch
+        axis.
+      mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
+        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which each sample is distributed.
+      axis_index_groups: lists of indices along axis_name; each group holds one sample.
+      dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
-      y, of x's shape.
+      y, with the shape of x.
 
     Raises:
-      ValueError: if x is not of a float dtype; if params or the mask do not fit it; if an axis
-        does not exist or has two roles; if num_groups does not divide the channels.
+      ValueError: if the dtype of x is not a float dtype; if params or the mask do not match x; if
+        an axis does not exist or is used twice; if num_groups does not divide the number of
+        channels.
 
     Example:
       >>> import jax.numpy as jnp
@@ -386,7 +402,7 @@ def group_norm(
     groups, where = (channel, num_groups), mapped_axes("group_norm", axis_name, axis_index_groups)
     if axes:
         sample = Sample(axes, groups=groups, mapped_axes=where)
-    else:  # sums for each channel would be of the size of x
+    else:  # one sum per channel would have the size of x
         sample = Sample((channel + 1,), split=groups, mapped_axes=where)
     return untracked_norm(x, params, layout, sample, Options("group_norm", epsilon, mask, dtype))
 
@@ -402,28 +418,30 @@ def layer_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    r"""Normalizes over the given axes, the features, for each entry of the others.
+    r"""Normalizes over the feature axes, separately for each position along the other axes.
 
     .. math:: y = scale \cdot \frac{x - E[x]}{\sqrt{Var[x] + \epsilon}} + bias
 
     Args:
-      x: the input, of shape (\*batch, C), or any other; any float dtype.
-      params: {"scale", "bias"}, each of x's shape over `axis`, in its order, or of x's rank and
-        broadcasting against x; either or both may be missing.
-      axis: the axes that share one mean and variance, and that the parameters lie along.
+      x: the input, of shape (\*batch, C) or any other shape, and of any float dtype.
+      params: {"scale", "bias"}, each with the shape of x over `axis`, in the order of `axis`, or
+        with the rank of x and broadcasting against x. Either or both may be missing.
+      axis: the feature axis or axes, which are reduced over and which the parameters have. Defaults
+        to the last axis.
       epsilon: added to the variance, in units of x squared.
-      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
-        reaches a statistic or a gradient, be it NaN or Inf, and y is 0 there.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
-      axis_index_groups: lists of indices along axis_name that hold one row of features together.
-      dtype: y's dtype; None is x's.
+      mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
+        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which the features are
+        distributed.
+      axis_index_groups: lists of indices along axis_name; each group holds one row of features.
+      dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
-      y, of x's shape.
+      y, with the shape of x.
 
     Raises:
-      ValueError: if x is not of a float dtype; if params or the mask do not fit it; if an axis
-        does not exist or repeats.
+      ValueError: if the dtype of x is not a float dtype; if params or the mask do not match x; if
+        an axis does not exist or is repeated.
 
     Example:
       >>> import jax.numpy as jnp
@@ -455,30 +473,33 @@ def rms_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    r"""Divides by the root of the mean square over the given axes; no mean is subtracted.
+    r"""Divides x by its root mean square over the feature axes, without subtracting the mean.
 
     .. math:: y = scale \cdot \frac{x}{\sqrt{E[x^2] + \epsilon}} + bias
 
-    For torch.nn.RMSNorm with eps=None write epsilon=jnp.finfo(x.dtype).eps.
+    To match torch.nn.RMSNorm with eps=None, write epsilon=jnp.finfo(x.dtype).eps.
 
     Args:
-      x: the input, of shape (\*batch, C), or any other; any float dtype.
-      params: {"scale", "bias"}, each of x's shape over `axis`, in its order, or of x's rank and
-        broadcasting against x; either or both may be missing, as the bias mostly is.
-      axis: the axes that share one mean square, and that the parameters lie along.
+      x: the input, of shape (\*batch, C) or any other shape, and of any float dtype.
+      params: {"scale", "bias"}, each with the shape of x over `axis`, in the order of `axis`, or
+        with the rank of x and broadcasting against x. Either or both may be missing; the bias
+        usually is.
+      axis: the feature axis or axes, which are reduced over and which the parameters have. Defaults
+        to the last axis.
       epsilon: added to the mean square, in units of x squared.
-      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
-        reaches a statistic or a gradient, be it NaN or Inf, and y is 0 there.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
-      axis_index_groups: lists of indices along axis_name that hold one row of features together.
-      dtype: y's dtype; None is x's.
+      mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
+        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which the features are
+        distributed.
+      axis_index_groups: lists of indices along axis_name; each group holds one row of features.
+      dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
-      y, of x's shape.
+      y, with the shape of x.
 
     Raises:
-      ValueError: if x is not of a float dtype; if params or the mask do not fit it; if an axis
-        does not exist or repeats.
+      ValueError: if the dtype of x is not a float dtype; if params or the mask do not match x; if
+        an axis does not exist or is repeated.
 
     Example:
       >>> import jax.numpy as jnp

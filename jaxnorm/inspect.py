@@ -19,18 +19,18 @@ PANELS_IN_A_ROW = 4
 
 
 def flat(batch_stats: Any) -> dict[str, jax.Array]:
-    """Every running statistic of a model under one name, for loggers of arrays and histograms.
+    """Returns all running statistics of a model under flat names, for loggers and histograms.
 
     Args:
-      batch_stats: a collection, all variables of a model, a train state, `nnx.state(model)`, one
-        norm's state, or any other tree of states.
+      batch_stats: a collection, all variables of a model, a train state, `nnx.state(model)`, the
+        state of one norm, or any other tree of states.
 
     Returns:
-      For each norm at "block/BatchNorm_0" three entries, the arrays as they are: ".../mean" and
-      ".../var" of shape (C,), in units of x and of x squared, and ".../count".
+      Three arrays for each norm, such as "block/BatchNorm_0": ".../mean" and ".../var" of shape
+      (C,), in units of x and of x squared, and ".../count".
 
     Raises:
-      ValueError: if there is no running statistic in it.
+      ValueError: if there are no running statistics.
 
     Example:
       >>> import jaxnorm.inspect
@@ -42,7 +42,7 @@ def flat(batch_stats: Any) -> dict[str, jax.Array]:
       block/BatchNorm_0/count 0
 
     References:
-      flax.traverse_util.flatten_dict, flax 0.12, whose names these are with sep="/".
+      flax.traverse_util.flatten_dict, flax 0.12, which gives the same names with sep="/".
     """
     return {
         f"{name}/{key}" if name else key: state[key]
@@ -53,21 +53,21 @@ def flat(batch_stats: Any) -> dict[str, jax.Array]:
 
 
 def scalars(batch_stats: Any) -> dict[str, jax.Array]:
-    """What to watch in a model's running statistics, as scalars for any logger; works under jit.
+    """Summarizes the running statistics of a model as scalars for any logger. Works under jit.
 
-    Means that run away, a variance that goes to zero (a dead channel) or to infinity, a count that
-    stands still in training, or moves in evaluation.
+    The scalars show means that diverge, variances that go to zero (dead channels) or to infinity,
+    and counts that do not increase in training or increase in evaluation.
 
     Args:
       batch_stats: as in `flat`.
 
     Returns:
-      For each norm at "block/BatchNorm_0": ".../mean_min" and ".../mean_max" over its channels, in
-      units of x, ".../std_min" and ".../std_max", likewise, and ".../count", its largest where a
-      norm has several.
+      For each norm, such as "block/BatchNorm_0": ".../mean_min", ".../mean_max", ".../std_min" and
+      ".../std_max" over its channels, in units of x, and ".../count", the largest if a norm has
+      several.
 
     Raises:
-      ValueError: if there is no running statistic in it.
+      ValueError: if there are no running statistics.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,7 +82,7 @@ def scalars(batch_stats: Any) -> dict[str, jax.Array]:
       norm/count 7
 
     References:
-      The scalars of torch.utils.tensorboard and of Weights & Biases are flat in this way.
+      torch.utils.tensorboard and Weights & Biases, which log scalars under flat names.
     """
     found: dict[str, jax.Array] = {}
     for name, state in _norms("scalars", batch_stats).items():
@@ -100,24 +100,25 @@ def scalars(batch_stats: Any) -> dict[str, jax.Array]:
 
 
 def drift(batch_stats: Any, reference: Any) -> dict[str, jax.Array]:
-    r"""How far the running statistics of each norm are from others, in standard deviations.
+    r"""Measures the distance of running statistics from others, in standard deviations.
 
     .. math::
         \sqrt{E_c[(mean - mean_{ref})^2 / var_{ref}]}, \quad \sqrt{E_c[(std / std_{ref} - 1)^2]}
 
-    Of a state from the one before it: how fast it moves. Of running statistics from those of a
-    batch (`recalibrate` over that batch alone gives them): how wrong evaluation would be on it.
+    The drift from the previous state shows how fast the statistics change. The drift from the
+    statistics of a batch, which `recalibrate` with only that batch returns, shows how wrong
+    evaluation would be on that batch.
 
     Args:
       batch_stats: as in `flat`.
-      reference: the same norms' statistics at another time, or over other data.
+      reference: the statistics of the same norms at another time, or over other data.
 
     Returns:
-      For each norm at "block/BatchNorm_0": ".../mean_drift", in standard deviations of the
-      reference, and ".../std_drift", in parts of them.
+      For each norm, such as "block/BatchNorm_0": ".../mean_drift", in standard deviations of the
+      reference, and ".../std_drift", relative to them.
 
     Raises:
-      ValueError: if there is no running statistic in one of them, or they hold different norms.
+      ValueError: if one of them has no running statistics, or they contain different norms.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,11 +129,11 @@ def drift(batch_stats: Any, reference: Any) -> dict[str, jax.Array]:
       {'norm/mean_drift': Array(0.5, dtype=float32), 'norm/std_drift': Array(0.5, dtype=float32)}
 
     References:
-      Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3, on how far population and
-      batch statistics are apart. https://arxiv.org/abs/2105.07576
+      Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3, on the difference between
+      population and batch statistics. https://arxiv.org/abs/2105.07576
     """
     found = {}
-    tiny = jnp.finfo(jnp.float32).tiny  # a channel that is dead in both has not moved: 0, not 0 / 0
+    tiny = jnp.finfo(jnp.float32).tiny  # a channel that is dead in both has drift 0, not 0 / 0
     for name, a, b in _pairs("drift", batch_stats, reference):
         off = (a["mean"] - b["mean"]) ** 2 / (b["var"] + tiny)
         wide = (jnp.sqrt((a["var"] + tiny) / (b["var"] + tiny)) - 1) ** 2
@@ -144,18 +145,18 @@ def drift(batch_stats: Any, reference: Any) -> dict[str, jax.Array]:
 def plot_layers(
     running: Any, batch: Any, *, names: tuple[str, str] = ("running", "batch")
 ) -> Figure:
-    """Draws two sets of statistics, a panel a norm: each channel's mean, plus and minus its std.
+    """Plots two sets of statistics, mean plus and minus std per channel, in one panel per norm.
 
     Args:
-      running: as in `flat`, with values.
-      batch: the same norms' statistics over other data or at another time.
-      names: what the two are called in the legend.
+      running: as in `flat`, with concrete values.
+      batch: the statistics of the same norms over other data or at another time.
+      names: the names of the two in the legend.
 
     Returns:
-      A matplotlib figure; the channels of a panel are in the order of their running means.
+      A matplotlib figure. The channels of each panel are sorted by their running means.
 
     Raises:
-      ValueError: as `drift`.
+      ValueError: in the same cases as `drift`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -199,17 +200,18 @@ def plot_layers(
 
 
 def plot_drift(history: Mapping[int, Any], reference: Any = None) -> Figure:
-    """Draws how far each norm's running statistics were, step by step, from where they ended.
+    """Plots the drift of each norm's running statistics over the steps.
 
     Args:
-      history: the step, and the state after it (as in `flat`, with values), for two steps or more.
-      reference: the state to measure from; the last one unless given.
+      history: maps each step to the state after it (as in `flat`, with concrete values). It must
+        contain at least two steps.
+      reference: the state that the drift is measured from. Defaults to the last state.
 
     Returns:
-      A matplotlib figure: the two numbers of `drift` over the steps, a line a norm.
+      A matplotlib figure with the two numbers of `drift` over the steps, and one line per norm.
 
     Raises:
-      ValueError: if there are fewer than two steps, or as `drift`.
+      ValueError: if there are fewer than two steps, and in the same cases as `drift`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -251,7 +253,7 @@ def plot_drift(history: Mapping[int, Any], reference: Any = None) -> Figure:
 
 
 def _norms(function: str, tree: Any) -> dict[str, Any]:
-    """Every norm's state, under the names of the keys that lead to it in batch_stats."""
+    """The state of every norm, by its path in batch_stats."""
     found = {}
     for path, state in trees.find(tree):
         parts = trees.names(path)
@@ -266,7 +268,7 @@ def _norms(function: str, tree: Any) -> dict[str, Any]:
 
 
 def _pairs(function: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
-    """The states of the same norms in both."""
+    """The name of each norm with its states in both trees."""
     first, second = _norms(function, a), _norms(function, b)
     if first.keys() != second.keys():
         raise ValueError(
@@ -277,7 +279,7 @@ def _pairs(function: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-    # Here, since matplotlib is not needed for the numbers; and no pyplot, which keeps every figure.
+    # Imported here because only plots need matplotlib. pyplot would keep every figure in memory.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained", dpi=110)

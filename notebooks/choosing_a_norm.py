@@ -315,7 +315,7 @@ assert min(c.max() for c in correct) >= max(c.min() for c in correct) - 0.01  # 
 # ## Batch size
 #
 # The test accuracy after the last epoch, each norm in a panel of its own and the others' medians
-# in grey. Small batches burden batch norm twice. In training, the mean of few images is a noisy
+# in gray. Small batches burden batch norm twice. In training, the mean of few images is a noisy
 # one; in evaluation, the running statistics are an average of about the last ten batches, which
 # is twenty images where a batch has two. The dashed line takes the second burden away: the same
 # weights, with the statistics of all training images measured anew, as
@@ -482,7 +482,7 @@ def position(values, low, high):
 
 
 def odds(correct):
-    """Spreads accuracies near 1: each digit of the error has the same room."""
+    """Spreads accuracies near 1: each digit of the error has the same width."""
     return -np.log10(1 - np.minimum(np.asarray(correct), 0.999))
 
 

@@ -208,7 +208,7 @@ assert ratios["running statistics"] < 0.85
 # %% [markdown]
 # By each image's own statistics half the contrast makes no difference: each norm divides it out,
 # and the output has the contrast that it would have had. By running statistics less contrast
-# remains less, and the colours are others. Whoever exports the one and meant the other gets no
+# remains less, and the colors are others. Whoever exports the one and meant the other gets no
 # error, only these pictures.
 #
 # ## To ONNX

@@ -168,7 +168,7 @@ except ValueError as error:
 print("refused:", refused.splitlines()[0])
 
 # %% [markdown]
-# Of each colour the mean and the standard deviation that every device measured, and in grey those
+# Of each color the mean and the standard deviation that every device measured, and in gray those
 # of the whole batch.
 
 # %%
@@ -193,10 +193,10 @@ for c, (axes, (name, color)) in enumerate(zip(panels, COLORS.items(), strict=Tru
 plt.show()
 
 # %% [markdown]
-# What that does to y: the two lower rows show it from -2 (black) to 2 (white) in each colour. By
+# What that does to y: the two lower rows show it from -2 (black) to 2 (white) in each color. By
 # the whole batch's statistics the coffee stays red, and the night before the start dark and blue.
-# By each device's own every photograph has mean 0 and variance 1 in each colour: the night turns
-# grey, and what told the devices apart is gone. A network behind it never learns that there is a
+# By each device's own every photograph has mean 0 and variance 1 in each color: the night turns
+# gray, and what told the devices apart is gone. A network behind it never learns that there is a
 # night.
 
 # %%
@@ -218,7 +218,7 @@ plt.show()
 
 # %%
 device_means = np.asarray(y_own).reshape(devices, -1, 3).mean(1)
-assert np.abs(device_means).max() < 1e-4  # every device: mean 0 in each colour
+assert np.abs(device_means).max() < 1e-4  # every device: mean 0 in each color
 print("mean of y by device, the whole batch's statistics:")
 print(np.asarray(y_synced).reshape(devices, -1, 3).mean(1).round(2))
 

@@ -33,7 +33,7 @@ def statistics(images):
     return images.mean((1, 2)), images.var((1, 2))
 
 
-def test_the_photographs_are_two_in_colour(photographs):
+def test_the_photographs_are_two_in_color(photographs):
     assert photographs.shape == (2, 427, 640, 3)
     assert photographs.min() == 0
     assert photographs.max() == 1
@@ -41,7 +41,7 @@ def test_the_photographs_are_two_in_colour(photographs):
 
 
 def test_each_photograph_gets_the_other_s_statistics(photographs):
-    y = adain.adain(photographs, adain.exchange(adain.colours(photographs)))
+    y = adain.adain(photographs, adain.exchange(adain.colors(photographs)))
     (mean, var), (own_mean, own_var) = statistics(y), statistics(photographs)
     # float32: a few roundings of a value near 1 each.
     np.testing.assert_allclose(mean, own_mean[::-1], rtol=0, atol=2e-6)
@@ -50,14 +50,14 @@ def test_each_photograph_gets_the_other_s_statistics(photographs):
     assert np.abs(own_mean[0] - own_mean[1]).min() > 0.2  # there was something to carry
 
 
-def test_own_colours_give_the_photograph_back(photographs):
-    y = adain.adain(photographs, adain.colours(photographs))
+def test_own_colors_give_the_photograph_back(photographs):
+    y = adain.adain(photographs, adain.colors(photographs))
     # epsilon takes 1e-5 / 2 var of the distance to the mean: 3e-4 of at most 0.9.
     np.testing.assert_allclose(y, photographs, rtol=0, atol=4e-4)
 
 
 def test_sliding_begins_with_the_one_and_ends_with_the_other(photographs):
-    own = adain.colours(photographs)
+    own = adain.colors(photographs)
     other = adain.exchange(own)
     sliding = adain.slide(own, other, photographs.shape[2])
     y = adain.adain(photographs, sliding)
@@ -73,8 +73,8 @@ def test_main_prints_six_rows_and_writes_a_picture(tmp_path, capsys):
     adain.main(["--out", str(tmp_path / "new" / "folder")])
     lines = capsys.readouterr().out.splitlines()
     rows = {line[:45].strip(): line[45:].split() for line in lines[2:8]}
-    assert rows["the temple in the flower's colours"] == rows["the flower"]
-    assert rows["the flower in the temple's colours"] == rows["the temple"]
+    assert rows["the temple in the flower's colors"] == rows["the flower"]
+    assert rows["the flower in the temple's colors"] == rows["the temple"]
     assert len(set(map(tuple, rows.values()))) == 4
     assert max(map(len, lines[:8])) <= 100
     path = tmp_path / "new" / "folder" / "adain.png"

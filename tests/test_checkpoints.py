@@ -39,7 +39,7 @@ def bits(tree):
     return {path: (leaf.dtype.name, leaf.shape, leaf.tobytes()) for path, leaf in leaves}
 
 
-# ---- Two faces: variables after some steps, and the function from there to the next ----
+# ---- Two frontends: variables after some steps, and the function from there to the next ----
 
 
 class Net(nn.Module):
@@ -118,8 +118,7 @@ def variables_of(model):
     }
 
 
-FACES = {"linen": (linen_first, linen_step), "nnx": (nnx_first, nnx_step)}
-each_face = pytest.mark.parametrize("face", FACES)
+FRONTENDS = {"linen": (linen_first, linen_step), "nnx": (nnx_first, nnx_step)}
 
 
 # ---- The formats: variables are saved under a folder, and come back ----
@@ -192,10 +191,10 @@ each_format = pytest.mark.parametrize("round_trip", FORMATS)
 # ---- Every bit ----
 
 
-@pytest.fixture(scope="module", params=FACES)
+@pytest.fixture(scope="module", params=FRONTENDS)
 def trained(request):
     """The variables after three steps, and the function to the next."""
-    first, step = FACES[request.param]
+    first, step = FRONTENDS[request.param]
     variables = first()
     for _ in range(3):
         variables = step(variables)

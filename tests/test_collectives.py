@@ -21,6 +21,6 @@ def test_the_page_has_the_benchmark_s_tables():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     page = (ROOT / "docs" / "distributed.md").read_text()
-    _, cost = page.split("\n## What it costs\n")
+    _, cost = page.split("\n## Communication cost\n")
     assert TABLE.findall(cost)[:2] == TABLE.findall(done.stdout)
     assert len(TABLE.findall(cost)) == 3  # the third needs libtpu

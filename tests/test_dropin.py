@@ -20,8 +20,8 @@ import jaxnorm.nnx
 
 KEY = jax.random.key(1)
 STEPS, BATCH = 5, 8
-FACES = {"linen": (flax.linen, jaxnorm.linen), "nnx": (flax.nnx, jaxnorm.nnx)}
-NETWORKS = [  # what differs between the faces, and the rest once
+FRONTENDS = {"linen": (flax.linen, jaxnorm.linen), "nnx": (flax.nnx, jaxnorm.nnx)}
+NETWORKS = [  # what differs between the frontends; the others once
     ("linen", "ResNet18", "BatchNorm"),
     ("nnx", "ResNet18", "BatchNorm"),
     ("linen", "ResNet18", "InstanceNorm"),
@@ -33,7 +33,7 @@ NETWORKS = [  # what differs between the faces, and the rest once
 ]
 TRAINED_FAST = [("linen", "ResNet18", "BatchNorm"), ("nnx", "Transformer", "LayerNorm")]
 NAMES = ["BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
-each_face = pytest.mark.parametrize("face", FACES)
+each_frontend = pytest.mark.parametrize("frontend", FRONTENDS)
 each_name = pytest.mark.parametrize("name", NAMES)
 # Float64, in which Flax's E[x^2] - E[x]^2 is accurate too: 15 digits, of which 18 layers and 5
 # steps lose a few.
@@ -158,14 +158,14 @@ TRAIN = {"linen": train_linen, "nnx": train_nnx}
 
 
 @pytest.mark.parametrize(
-    ("face", "network", "kind"),
+    ("frontend", "network", "kind"),
     [
         pytest.param(*network, marks=() if network in TRAINED_FAST else pytest.mark.slow)
         for network in NETWORKS
     ],
 )
-def test_a_model_trains_the_same_after_changing_the_import(x64, face, network, kind):
-    theirs, ours = (TRAIN[face](norms, network, kind) for norms in FACES[face])
+def test_a_model_trains_the_same_after_changing_the_import(x64, frontend, network, kind):
+    theirs, ours = (TRAIN[frontend](norms, network, kind) for norms in FRONTENDS[frontend])
     first, losses, last, evaluate = ours
     flax_first, flax_losses, flax_last, flax_evaluate = theirs
 
@@ -200,7 +200,7 @@ def test_a_model_trains_the_same_after_changing_the_import(x64, face, network, k
     np.testing.assert_allclose(y, flax_evaluate(flax_last, other), **SAME)
 
 
-@each_face
+@each_frontend
 @pytest.mark.parametrize(
     ("network", "kind"),
     [
@@ -211,8 +211,8 @@ def test_a_model_trains_the_same_after_changing_the_import(x64, face, network, k
         ("Transformer", "RMSNorm"),
     ],
 )
-def test_a_model_has_flax_s_variables_by_name_shape_and_dtype_and_counts(face, network, kind):
-    theirs, ours = (SHAPES[face](norms, network, kind) for norms in FACES[face])
+def test_a_model_has_flax_s_variables_by_name_shape_and_dtype_and_counts(frontend, network, kind):
+    theirs, ours = (SHAPES[frontend](norms, network, kind) for norms in FRONTENDS[frontend])
     stats, counts = without_count(ours.pop("batch_stats", {}))
     assert [(a.shape, a.dtype) for a in counts] == [((), jnp.int32)] * len(stats and counts)
     assert len(counts) == (20 if kind == "BatchNorm" else 0)
@@ -305,7 +305,7 @@ def assert_same_outputs(y, y_flax):
     ("name", "options", "features"), [p for name in LINEN_OWN for p in linen_arguments(name)]
 )
 def test_linen_s_arguments_mean_what_they_mean_in_flax(name, options, features):
-    theirs, ours = (made(norms, name, options)() for norms in FACES["linen"])
+    theirs, ours = (made(norms, name, options)() for norms in FRONTENDS["linen"])
     variables = ours.init(KEY, X)
     chex.assert_trees_all_equal(variables, theirs.init(KEY, X))
     chex.assert_trees_all_equal_dtypes(variables, theirs.init(KEY, X))
@@ -320,7 +320,7 @@ def test_linen_s_arguments_mean_what_they_mean_in_flax(name, options, features):
 )
 def test_nnx_s_arguments_mean_what_they_mean_in_flax(name, options, features):
     layers, draws = [], []
-    for norms in FACES["nnx"]:
+    for norms in FRONTENDS["nnx"]:
         rngs = nnx.Rngs(KEY)
         layers.append(made(norms, name, options)(features, rngs=rngs))
         draws.append(rngs.params())
@@ -353,7 +353,7 @@ def test_nnx_s_parameters_carry_the_metadata(name):
     if name != "RMSNorm":
         options["bias_metadata"] = {"weight_decay": False}
     options |= {"num_groups": 3} if name == "GroupNorm" else {}
-    theirs, ours = (made(norms, name, options)(6, rngs=nnx.Rngs(0)) for norms in FACES["nnx"])
+    theirs, ours = (made(norms, name, options)(6, rngs=nnx.Rngs(0)) for norms in FRONTENDS["nnx"])
     assert ours.scale.get_metadata() == theirs.scale.get_metadata()
     assert ours.scale.group == "norms"
     if name != "RMSNorm":
@@ -374,13 +374,13 @@ def nnx_call(layer):
 CALL = {"linen": linen_call, "nnx": nnx_call}
 
 
-@each_face
+@each_frontend
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "InstanceNorm"])
-def test_an_axis_name_spreads_what_it_spreads_in_flax(face, name):
+def test_an_axis_name_spreads_what_it_spreads_in_flax(frontend, name):
     options = {"axis_name": "d"} | ({"num_groups": 3} if name == "GroupNorm" else {})
     theirs, ours = (
-        quick_jit(jax.vmap(CALL[face](made(norms, name, options)), axis_name="d"))
-        for norms in FACES[face]
+        quick_jit(jax.vmap(CALL[frontend](made(norms, name, options)), axis_name="d"))
+        for norms in FRONTENDS[frontend]
     )
     assert_same_outputs(ours(X), theirs(X))
     assert float(abs(ours(X[:1]) - ours(X)[:1]).max()) > 0.01  # the others do count
@@ -389,11 +389,13 @@ def test_an_axis_name_spreads_what_it_spreads_in_flax(face, name):
 # ---- Names, order, defaults ----
 
 
-@each_face
+@each_frontend
 @each_name
-def test_the_constructor_has_flax_s_arguments_in_their_order_with_their_defaults(face, name):
+def test_the_constructor_has_flax_s_arguments_in_their_order_with_their_defaults(frontend, name):
     # Not the class's, which NNX's metaclass hides.
-    theirs, ours = (inspect.signature(getattr(norms, name).__init__) for norms in FACES[face])
+    theirs, ours = (
+        inspect.signature(getattr(norms, name).__init__) for norms in FRONTENDS[frontend]
+    )
     theirs = [p for p in theirs.parameters.values() if p.name not in ("parent", "name")]
     ours = list(ours.parameters.values())[: len(theirs)]
     assert len(theirs) > 10
@@ -404,12 +406,12 @@ def test_the_constructor_has_flax_s_arguments_in_their_order_with_their_defaults
     assert defaults[0] == defaults[1]
 
 
-@each_face
+@each_frontend
 @each_name
-def test_the_call_takes_flax_s_arguments(face, name):
+def test_the_call_takes_flax_s_arguments(frontend, name):
     theirs, ours = (
         {p.name: (p.kind, p.default) for p in inspect.signature(c).parameters.values()}
-        for c in (getattr(norms, name).__call__ for norms in FACES[face])
+        for c in (getattr(norms, name).__call__ for norms in FRONTENDS[frontend])
     )
     assert theirs.items() <= ours.items()
     by_position = lambda ps: [n for n, (kind, _) in ps.items() if kind.name != "KEYWORD_ONLY"]  # noqa: E731

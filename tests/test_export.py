@@ -54,9 +54,9 @@ def trained_statistics(tree):
     )
 
 
-@pytest.mark.parametrize("face", ["Linen", "NNX"])
-def test_a_model_leaves_with_symbolic_sizes_and_comes_back_elsewhere(face, tmp_path):
-    if face == "Linen":
+@pytest.mark.parametrize("frontend", ["Linen", "NNX"])
+def test_an_exported_model_with_symbolic_sizes_runs_in_another_process(frontend, tmp_path):
+    if frontend == "Linen":
         variables = Linen().init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
         variables = {**variables, "batch_stats": trained_statistics(variables["batch_stats"])}
 

@@ -81,7 +81,7 @@ def test_one_channel_a_group_is_instance_norm_and_one_group_is_layer_norm():
     )
 
 
-def test_rms_norm_of_centred_rows_is_layer_norm():
+def test_rms_norm_of_centered_rows_is_layer_norm():
     x = RNG.standard_normal((7, 16)).astype(np.float32)
     x -= x.mean(-1, keepdims=True)
     np.testing.assert_allclose(jaxnorm.rms_norm(x), jaxnorm.layer_norm(x), rtol=1e-5, atol=1e-6)

@@ -698,11 +698,11 @@ def test_shards_behind_a_prefix_stay_as_they_are(tmp_path):
 
 
 def test_metadata_stays_with_the_arrays(tmp_path, source, target):
-    safetensors.numpy.save_file(bn(), source, metadata={"format": "pt", "licence": "Apache-2.0"})
+    safetensors.numpy.save_file(bn(), source, metadata={"format": "pt", "license": "Apache-2.0"})
     convert(source, target)
     convert(target, tmp_path / "back.safetensors")
     for path in (target, tmp_path / "back.safetensors"):
-        assert _files.read("test", path).metadata == {"format": "pt", "licence": "Apache-2.0"}
+        assert _files.read("test", path).metadata == {"format": "pt", "license": "Apache-2.0"}
 
 
 @pytest.mark.parametrize(

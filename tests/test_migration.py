@@ -87,7 +87,7 @@ def test_a_row_holds_the_defaults_and_says_what_becomes_of_them(row):
         assert set(cell.replace("`", "").replace(ABSENT, "").split(", ")) == (found or {""})
     verdict = re.match(r"\*\*(same|different|no effect|new)\*\*", text)[1]
     theirs = defaults[flax.linen], defaults[flax.nnx]
-    assert (verdict == "new") == (not any(d for face in theirs for d in face.values()))
+    assert (verdict == "new") == (not any(d for frontend in theirs for d in frontend.values()))
     if verdict in ("same", "no effect"):
         ours = defaults[jaxnorm.linen], defaults[jaxnorm.nnx]
         for here, there in zip(ours, theirs, strict=True):

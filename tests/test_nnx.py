@@ -104,13 +104,13 @@ def test_a_layer_of_known_rank_refuses_other_ranks_and_takes_one_sample():
 # ---- Errors ----
 
 
-def run(face, name, options):
-    if face == "linen":
+def run(frontend, name, options):
+    if frontend == "linen":
         return getattr(jaxnorm.linen, name)(**options).init(jax.random.key(0), X)
     return getattr(jnn, name)(8, rngs=nnx.Rngs(0), **options)(X)
 
 
-@pytest.mark.parametrize("face", ["linen", "nnx"])
+@pytest.mark.parametrize("frontend", ["linen", "nnx"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -138,12 +138,12 @@ def run(face, name, options):
         ),
     ],
 )
-def test_groups_that_cannot_be_are_refused(face, options, message):
+def test_groups_that_cannot_be_are_refused(frontend, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        run(face, "GroupNorm", options)
+        run(frontend, "GroupNorm", options)
 
 
-@pytest.mark.parametrize("face", ["linen", "nnx"])
+@pytest.mark.parametrize("frontend", ["linen", "nnx"])
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -154,9 +154,9 @@ def test_groups_that_cannot_be_are_refused(face, options, message):
         ({"reduction_axes": (3, -1)}, "reduction_axes should name each axis once, but is (3, -1)"),
     ],
 )
-def test_axes_that_repeat_or_do_not_exist_are_refused(face, name, options, message):
+def test_axes_that_repeat_or_do_not_exist_are_refused(frontend, name, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        run(face, name, options)
+        run(frontend, name, options)
 
 
 @pytest.mark.parametrize("name", ["BatchNorm", *STATELESS])

@@ -19,7 +19,7 @@ eqx, hk, keras, torch = map(pytest.importorskip, ("equinox", "haiku", "keras", "
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-TABLE = README[README.index("## Beside the others") :].split("\n## ")[0]
+TABLE = README[README.index("## Comparison with other libraries") :].split("\n## ")[0]
 PEERS = ("jaxnorm", "flax.linen", "Haiku", "Equinox", "Keras", "PyTorch")
 # The libraries warn of their own and of JAX's changes.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -26,7 +26,7 @@ NORMS = {
     "rms": jaxnorm.rms_norm,
 }
 AXES = {"batch": (0, 1, 2), "instance": (1, 2), "group": (1, 2, 4), "layer": (3,), "rms": (3,)}
-CENTRED = [kind for kind in NORMS if kind != "rms"]
+CENTERED = [kind for kind in NORMS if kind != "rms"]
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -44,7 +44,7 @@ def normalized(kind, x):
     return ((x - mean) / std).reshape(shape)
 
 
-@pytest.mark.parametrize("kind", CENTRED)
+@pytest.mark.parametrize("kind", CENTERED)
 def test_y_is_within_2e_6_at_every_offset(kind):
     """Also where the mean is about as large as the standard deviation, or a few times as large."""
     draws = RNG.standard_normal((8, 28, 28, 32))
@@ -100,7 +100,7 @@ def test_a_first_row_unlike_the_rest_costs_nothing_that_y_shows(kind, dtype):
     np.testing.assert_allclose(y.astype(float), normalized(kind, x), rtol=rtol, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", CENTRED)
+@pytest.mark.parametrize("kind", CENTERED)
 @pytest.mark.parametrize("constant", [0.1, 1e-30, 3.3333e9, 1e30, LARGEST, -LARGEST])
 def test_constants_up_to_the_largest_give_0_exactly(kind, constant, formulation):
     if formulation == "cuda":
@@ -143,7 +143,7 @@ def test_nan_and_inf_are_measured_a_bounded_number_of_times_and_skipped():
 def test_samples_that_overflow_give_finite_y():
     """Squares overflow, and sums: the variance is Inf, and y is 0 as in PyTorch, not NaN."""
     x = RNG.standard_normal((4, 14, 14, 8)).astype(np.float32) * 1e30
-    for kind in CENTRED:
+    for kind in CENTERED:
         assert np.isfinite(jax.jit(NORMS[kind])(x)).all()
 
 

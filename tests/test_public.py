@@ -61,9 +61,9 @@ def test_every_function_documents_its_arguments_its_result_an_example_and_its_so
 CLASSES = [c for _, c in inspect.getmembers(jaxnorm, inspect.isclass)] + LAYERS + NNX_LAYERS
 OF_FLAX = [
     f
-    for face in (jaxnorm.linen, jaxnorm.nnx)
-    for _, f in inspect.getmembers(face, inspect.isfunction)
-    if f.__module__ == face.__name__ and not f.__name__.startswith("_")
+    for frontend in (jaxnorm.linen, jaxnorm.nnx)
+    for _, f in inspect.getmembers(frontend, inspect.isfunction)
+    if f.__module__ == frontend.__name__ and not f.__name__.startswith("_")
 ]
 
 

@@ -164,17 +164,17 @@ def test_a_shared_state_that_is_not_synced_is_refused_by_flax(kind):
 
 
 @both
-@pytest.mark.parametrize("face", ["function", "linen", "nnx"])
-def test_nested_vmaps_sync_over_both_axis_names(kind, face):
+@pytest.mark.parametrize("frontend", ["function", "linen", "nnx"])
+def test_nested_vmaps_sync_over_both_axis_names(kind, frontend):
     xs = jnp.stack([XS, XS[::-1] ** 2])
     names = {"axis_name": ("a", "b")}
-    if face == "nnx":
+    if frontend == "nnx":
         layer = NNX[kind](**names, rngs=nnx.Rngs(0))
         inner = nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0), axis_name="b")
         y = nnx.vmap(inner, in_axes=(None, 0), axis_name="a")(layer, xs)
         close((y, state_of(layer)), whole(kind, xs))
         return
-    if face == "function":
+    if frontend == "function":
         call = lambda x: FUNCTION[kind](x, *first().values(), **names)  # noqa: E731
     else:
         call = lambda x: LINEN[kind](**names).apply(first(), x, mutable=["batch_stats"])  # noqa: E731
@@ -480,11 +480,11 @@ def test_a_scan_over_layers_keeps_each_layer_s_x_and_small_arrays(kind, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("face", ["linen", "nnx"])
-def test_a_layer_keeps_x_and_small_arrays(face, layer, dtype):
+@pytest.mark.parametrize("frontend", ["linen", "nnx"])
+def test_a_layer_keeps_x_and_small_arrays(frontend, layer, dtype):
     name, options = LAYERS[layer]
     x = jnp.ones(BIG, dtype)
-    if face == "linen":
+    if frontend == "linen":
         module = getattr(linen, name)(**options)
         variables = jax.eval_shape(module.init, KEY, x)
         params, stats = variables["params"], variables.get("batch_stats", {})

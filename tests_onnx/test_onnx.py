@@ -524,7 +524,7 @@ def test_half_precision_x_is_computed_in_float32_and_y_has_its_dtype(norm, dtype
     # onnxruntime gives NumPy no bfloat16, and takes none: float32 at both ends, which is exact.
     model = export(lambda x: norm(x.astype(dtype)).astype(jnp.float32), X)
     y, expected = run(model, x.astype(np.float32)), norm(x).astype(jnp.float32)
-    # y is rounded after sums in another order: to the neighbour at most, 2^-10 or 2^-7 away.
+    # y is rounded after sums in another order: to the neighbor at most, 2^-10 or 2^-7 away.
     np.testing.assert_allclose(y, expected, rtol=2.0 ** (-10 if dtype == "float16" else -7))
 
 

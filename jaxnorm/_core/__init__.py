@@ -1,1 +1,1 @@
-"""The arithmetic of the norms: moments, the normalize step, and the checks of their arguments."""
+"""The arithmetic of the norms: moments, the normalize step, and checks of arguments."""

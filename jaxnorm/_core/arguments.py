@@ -1,6 +1,6 @@
-"""Checks of arguments that are no arrays: numbers, bools, dtypes and axes.
+"""Checks arguments that are not arrays: numbers, bools, dtypes and axes.
 
-All of it is decided while JAX traces, before anything runs.
+All checks run at trace time.
 """
 
 import math
@@ -18,9 +18,9 @@ Shape = tuple[int, ...]
 def number(
     function: str, name: str, value: Any, least: float = -math.inf, most: float = math.inf
 ) -> Any:
-    """A real number, or an array of shape () that holds one: a float, or a traced float array.
+    """Checks a real number, or an array of shape (); returns a float, or a traced float array.
 
-    A traced one cannot be compared with the bounds; any other is finite and lies within them.
+    A traced value is not checked; any other value must be finite and within the bounds.
     """
     kinds = (int, float, np.number, np.ndarray, jax.Array)
     if isinstance(value, kinds) and not isinstance(value, bool) and jnp.ndim(value) == 0:
@@ -41,12 +41,12 @@ def number(
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is known only when the program runs."""
+    """Whether a value is only known when the program runs."""
     return isinstance(value, jax.core.Tracer)
 
 
 def whole(function: str, name: str, value: Any, why: str) -> int:
-    """A positive Python or NumPy integer."""
+    """Checks a positive Python or NumPy integer."""
     try:
         if not isinstance(value, bool | np.bool_) and operator.index(value) >= 1:
             return operator.index(value)
@@ -58,7 +58,7 @@ def whole(function: str, name: str, value: Any, why: str) -> int:
 
 
 def boolean(function: str, name: str, value: Any) -> bool:
-    """A Python or NumPy bool, known while the program is traced."""
+    """Checks a Python or NumPy bool, which has to be known at trace time."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise ValueError(
@@ -68,7 +68,7 @@ def boolean(function: str, name: str, value: Any) -> bool:
 
 
 def float_dtype(function: str, name: str, dtype: Any) -> Any:
-    """A float dtype, or None."""
+    """Checks a float dtype, or None."""
     try:
         if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             return dtype if dtype is None else jnp.dtype(dtype)
@@ -80,14 +80,14 @@ def float_dtype(function: str, name: str, dtype: Any) -> Any:
 
 
 def _described(value: Any) -> str:
-    """A value, or what kind of array it is."""
+    """Describes a value, or the type, dtype and shape of an array."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"{type(value).__name__} of dtype {value.dtype} and shape {value.shape}"
     return f"{value!r} of type {type(value).__name__}"
 
 
 def channels(function: str, num_features: Any) -> Shape:
-    """The number of channels, or x's shape over the channel axes, as a shape."""
+    """Checks the number of channels, or the shape of x over the channel axes; returns a shape."""
     try:
         sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
         found = tuple(operator.index(n) for n in sizes)
@@ -102,7 +102,7 @@ def channels(function: str, num_features: Any) -> Shape:
 
 
 def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
-    """The axes that an argument names, counted from 0, in its order."""
+    """Checks axes; returns them as non-negative integers, in the given order."""
     try:
         given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
         found = tuple(operator.index(a) for a in given)
@@ -124,7 +124,7 @@ def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shap
 
 
 def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
-    """The axes that are reduced, at least one."""
+    """Checks the axes to reduce over, of which there is at least one."""
     found = axes(function, name, axis, ndim)
     if not found:
         raise ValueError(
@@ -137,7 +137,7 @@ def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> 
 def resolve_mode(
     function: str, tracked: bool, use_running_average: Any, update_stats: Any
 ) -> tuple[bool, bool]:
-    """Which statistics normalize, and whether the state moves."""
+    """Resolves whether to use the running statistics, and whether to update them."""
     for name, switch in (
         ("use_running_average", use_running_average),
         ("update_stats", update_stats),
@@ -156,10 +156,7 @@ def resolve_mode(
 
 
 def limits(function: str, r_max: Any, d_max: Any) -> None:
-    """The corrections are clipped to 1 / r_max .. r_max and -d_max .. d_max.
-
-    A function of the count gives a number when it is called.
-    """
+    """Checks the limits of batch renorm; functions of the count are only checked when called."""
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
         if not callable(value):
             number(function, name, value, least=least)

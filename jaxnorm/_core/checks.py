@@ -1,7 +1,7 @@
-"""Checks of arrays and states: dtypes, ranks and shapes, and what the errors say.
+"""Checks arrays and states: dtypes, ranks and shapes.
 
-All of it is decided while JAX traces, before anything runs. A symbolic size (of jax.export) passes
-every check that cannot be decided.
+All checks run at trace time. A symbolic size (of jax.export) passes every check that cannot be
+decided.
 """
 
 import math
@@ -20,7 +20,7 @@ from jaxnorm._core.variables import BatchStats
 
 
 def float_array(function: str, x: ArrayLike) -> jax.Array:
-    """x as an array of a float dtype."""
+    """Converts x to an array and checks that its dtype is a float dtype."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         hint = "write x.real and x.imag, and normalize each"
@@ -40,7 +40,7 @@ def layout(
     batch_axis: int | None = None,
     least: int = 2,
 ) -> Layout:
-    """The channel axes and the batch axis exist and differ."""
+    """Checks that the channel axes and the batch axis exist and differ."""
     if ndim < least:
         example = "(N, C)" if batch_axis is None else "(N, *space, C)"
         raise ValueError(
@@ -62,7 +62,7 @@ def layout(
 def group_layout(
     shape: Shape, channel_axis: int, batch_axis: int | Sequence[int] | None, num_groups: int
 ) -> tuple[Layout, Shape, int]:
-    """One channel axis, divided by the groups, and the batch axes, which are others."""
+    """Checks that the groups divide the one channel axis, and that it is not a batch axis."""
     num_groups = arguments.whole(
         "group_norm", "num_groups", num_groups, "it is the number of groups of channels"
     )
@@ -70,7 +70,7 @@ def group_layout(
     found = layout("group_norm", len(shape), channel_axis, least=least)
     if len(found.channels) != 1:
         raise ValueError(
-            f"group_norm: channel_axis should be one axis, because groups are of neighbouring "
+            f"group_norm: channel_axis should be one axis, because groups are of neighboring "
             f"channels, but is {channel_axis!r}"
         )
     batch = (
@@ -94,7 +94,7 @@ def group_layout(
 
 
 def mask(function: str, mask: ArrayLike | None, shape: Shape) -> jax.Array | None:
-    """The mask is bool, of x's rank, and broadcasts against x."""
+    """Checks that the mask is bool, has the rank of x, and broadcasts against x."""
     if mask is None:
         return None
     mask = jnp.asarray(mask)
@@ -121,7 +121,7 @@ def mask(function: str, mask: ArrayLike | None, shape: Shape) -> jax.Array | Non
 def params(
     function: str, params: Mapping[str, Any] | None, shape: Shape, channels: Shape
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Scale and bias, each None, of the channels' shape, or of x's rank and broadcasting."""
+    """Checks that scale and bias are None, have the channels' shape, or broadcast in x's rank."""
     params = {} if params is None else params
     if not isinstance(params, Mapping) or not {"scale", "bias"}.issuperset(params):
         found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
@@ -150,7 +150,7 @@ def params(
 
 
 def other_axis(function: str, channels: Shape, shape: Shape) -> str:
-    """Which axis would fit these channels, where the one that was named does not: NCHW, mostly."""
+    """A hint which axis of x has the size of the channels, for example with NCHW inputs."""
     fitting = [a for a, n in enumerate(shape) if isinstance(n, int) and (n,) == channels]
     if not fitting:
         return ""
@@ -169,9 +169,9 @@ def batch_stats(
     stacked: bool = False,
     shape: Shape = (),
 ) -> BatchStats:
-    """The state is whole: mean and var of the channels' shape, and one count.
+    """Checks that a state has a mean and a var of the shape of the channels, and one count.
 
-    Stacked: or any number of such states, the count's axes leading. The shape is x's.
+    If stacked, the arrays may have further leading axes, those of the count. `shape` is that of x.
     """
     counts = jnp.shape(stats["count"]) if stacked and _has(stats, "count") else ()
     state = _state(function, stats, channels, counts, shape)
@@ -202,7 +202,7 @@ def _has(stats: Any, key: str) -> bool:
 
 
 def stacked_batch_stats(function: str, stats: Any) -> BatchStats:
-    """States with a leading axis: mean and var of one shape, and a count for each entry."""
+    """Checks states with a leading axis: mean and var of one shape, and a count for each entry."""
     mean = stats.get("mean") if isinstance(stats, Mapping) else None
     if mean is not None and jnp.ndim(mean) < 1:
         raise ValueError(
@@ -249,10 +249,10 @@ def _state(
 
 
 def _count(function: str, count: jax.Array) -> jax.Array:
-    """The number of updates as an integer.
+    """Checks the number of updates and returns it as an integer.
 
-    `lax.pmean` of a whole state, an exponential moving average of it and a cast of the tree make a
-    float of it, which is a whole number as long as all states have the same count.
+    `lax.pmean` of a whole state, an exponential moving average of it, and a cast of the tree
+    convert the count to a float. It is a whole number if all states have the same count.
     """
     if jnp.issubdtype(count.dtype, jnp.integer):
         return count
@@ -272,7 +272,7 @@ def _count(function: str, count: jax.Array) -> jax.Array:
 
 
 def weights(function: str, counts: ArrayLike, shape: Shape) -> jax.Array:
-    """One weight for each state."""
+    """Checks the weights of states."""
     counts = jnp.asarray(counts)
     if not any(jnp.issubdtype(counts.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise ValueError(f"{function}: counts should be numbers, but are {counts.dtype}")
@@ -289,7 +289,7 @@ def weights(function: str, counts: ArrayLike, shape: Shape) -> jax.Array:
 
 
 def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: int) -> None:
-    """A channel's sample has more than one entry, or none, or a number not known yet."""
+    """Raises if the sample of a channel has exactly one entry."""
     number = math.prod(shape[a] for a in layout.reduced) * devices
     if isinstance(number, int) and number == 1:
         kind = "value per channel" if layout.batch is None else "spatial element"
@@ -301,7 +301,7 @@ def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: in
 
 
 def moments_shape(function: str, shape: Shape, channels: Shape) -> None:
-    """The moments are of the state's channels, with or without a leading axis of samples."""
+    """Checks that moments have the shape of the channels, or a leading axis of samples and it."""
     if not _agrees(shape, channels) and not _agrees(shape[1:], channels):
         raise ValueError(
             f"{function}: moments should have the shape {channels} of the running statistics, or "
@@ -310,7 +310,7 @@ def moments_shape(function: str, shape: Shape, channels: Shape) -> None:
 
 
 def same_moments(function: str, a: Shape, b: Shape) -> None:
-    """Two samples of the same channels."""
+    """Checks that two samples have moments of the same shape."""
     if not _agrees(a, b):
         raise ValueError(
             f"{function}: a and b should be of one shape, because each entry is one channel's, but "
@@ -319,7 +319,7 @@ def same_moments(function: str, a: Shape, b: Shape) -> None:
 
 
 def virtual_batches(function: str, size: int, shape: Shape, layout: Layout, devices: int) -> int:
-    """The samples divide into virtual batches, and each lies on one device."""
+    """Checks that the samples of each device divide into virtual batches."""
     if layout.batch is None and 0 in layout.channels:
         raise ValueError(
             f"{function}: virtual_batch_size should come with samples on axis 0, but channel_axis "

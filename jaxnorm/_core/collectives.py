@@ -1,4 +1,4 @@
-"""Mapped axes over which the entries of x are distributed, and the sums over them."""
+"""Mapped axes over which the entries of x are distributed, and sums over them."""
 
 import dataclasses
 import math
@@ -13,40 +13,40 @@ AxisName = Hashable | tuple[Hashable, ...]
 
 @dataclasses.dataclass(frozen=True)
 class MappedAxes:
-    """The devices that work on one sample: those of the mapped axes, or of one group of them.
+    """The devices that share one sample: those of the mapped axes, or of one group of them.
 
     Attributes:
-      axis_name: the axes of shard_map, pmap or vmap; None is this device alone.
-      groups: which indices along them go together; None means all.
+      axis_name: the axes of shard_map, pmap or vmap; None means this device only.
+      groups: the groups of indices along these axes; None means one group with all of them.
     """
 
     axis_name: AxisName | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
 
     def size(self) -> int:
-        """How many devices work on this device's sample."""
+        """The number of devices that share the sample of this device."""
         if self.axis_name is None:
             return 1
         return len(self.groups[0]) if self.groups else lax.axis_size(self.axis_name)
 
     def sum(self, *xs: jax.Array) -> Sequence[jax.Array]:
-        """For each x, of one shape, its sum over the devices, all in one collective."""
+        """The sums over the devices of arrays of one shape, in one collective."""
         if self.axis_name is None:
             return xs
         return tuple(self._psum(jnp.stack(xs)))
 
     def max(self, numbers: jax.Array) -> jax.Array:
-        """The largest of the numbers that the devices of the axis have, whatever their group.
+        """The largest number on any device of the axis, over all groups.
 
-        They are alike on the devices of a group, so without groups nothing is asked.
+        The numbers are equal within a group, so without groups no collective is needed.
         """
         return numbers if self.groups is None else lax.pmax(numbers, self.axis_name)
 
     def _psum(self, x: jax.Array) -> jax.Array:
         """The sum over the devices of this group.
 
-        With groups it is of a table with one row a group, into which each device puts its x: psum
-        refuses groups under shard_map and vmap.
+        With groups, each device writes x to its row of a table with one row per group, and the
+        table is summed, because psum does not support groups under shard_map and vmap.
         """
         total: jax.Array
         if self.groups is None:
@@ -66,7 +66,7 @@ LOCAL = MappedAxes()
 def mapped_axes(
     function: str, axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[int]] | None
 ) -> MappedAxes:
-    """The devices that the public arguments name."""
+    """Checks the public arguments and returns the mapped axes."""
     if axis_index_groups is None:
         return MappedAxes(axis_name)
     groups = tuple(tuple(group) for group in axis_index_groups)
@@ -77,7 +77,7 @@ def mapped_axes(
         )
     try:
         size = lax.axis_size(axis_name)
-    except NameError:  # not bound, as in evaluation, where no device asks another; asking would say
+    except NameError:  # not bound; allowed in evaluation, and a collective would raise an error
         return MappedAxes(axis_name, groups)
     members = sorted(i for group in groups for i in group)
     if members != list(range(size)) or len({len(group) for group in groups}) != 1:
@@ -89,10 +89,10 @@ def mapped_axes(
 
 
 def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
-    """An array with the sharding of another one of its shape.
+    """Reshards an array like another one of the same shape, on the explicit axes of a mesh.
 
-    Only where the sharding is a part of the array's type, as it is on the explicit axes of a mesh:
-    JAX then refuses to combine arrays of different shardings.
+    There the sharding is part of the array's type, and JAX does not combine arrays of different
+    shardings.
     """
     found, wanted = jax.typeof(a).sharding, jax.typeof(like).sharding
     mesh = found.mesh if wanted.mesh.empty else wanted.mesh
@@ -103,7 +103,7 @@ def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def number_of_shards(x: jax.Array, axis: int) -> int:
-    """Over how many devices an axis of x is spread, as far as x's type says."""
+    """The number of shards of an axis of x, as far as the type of x contains its sharding."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
     names = () if names is None else names if isinstance(names, tuple) else (names,)

@@ -1,4 +1,4 @@
-"""The axes of x: expands parameters of the shape of the channels to the rank of x, and back."""
+"""The axes of x. Expands parameters from the shape of the channels to the rank of x, and back."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ from jax.typing import ArrayLike
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The axes of x: those of the channels, in the order of the parameters' axes, and the others.
+    """The axes of x.
 
     Attributes:
-      ndim: x's rank.
-      channels: the channel axes, not negative; the parameters have x's shape over them.
-      batch: the axis of the samples that are kept apart, or None.
+      ndim: the rank of x.
+      channels: the channel axes, not negative, in the order of the axes of the parameters.
+      batch: the axis of the samples that are normalized separately, or None.
     """
 
     ndim: int
@@ -28,16 +28,16 @@ class Layout:
 
     @property
     def reduced(self) -> tuple[int, ...]:
-        """The axes that one sample's statistics are taken over."""
+        """The axes that the statistics of a sample are reduced over."""
         return tuple(a for a in range(self.ndim) if a != self.batch and a not in self.channels)
 
     @property
     def with_batch_axis(self) -> "Layout":
-        """The layout of x with a new first axis, that of samples to be kept apart."""
+        """The layout of x with a new first axis of samples that are normalized separately."""
         return Layout(self.ndim + 1, tuple(a + 1 for a in self.channels), batch=0)
 
     def expand(self, a: jax.Array) -> jax.Array:
-        """An array of the channels' shape in x's rank; one of x's rank already as it is."""
+        """Expands an array from the shape of the channels to the rank of x, if necessary."""
         if a.ndim != len(self.channels):
             return a
         order = sorted(range(a.ndim), key=self.channels.__getitem__)
@@ -45,9 +45,9 @@ class Layout:
         return lax.expand_dims(jnp.transpose(a, order), others)
 
     def squeeze_to_channels(self, a: jax.Array) -> jax.Array:
-        """An array of x's rank, of size 1 on the reduced axes, as a row for each sample.
+        """Squeezes an array of the rank of x, with reduced axes of size 1, to one row per sample.
 
-        The rows have the channels' shape; without a batch axis there is one.
+        The rows have the shape of the channels. Without a batch axis there is one row.
         """
         batch = () if self.batch is None else (self.batch,)
         rows = jnp.transpose(a, (*batch, *self.channels, *self.reduced))

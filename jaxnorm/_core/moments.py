@@ -1,4 +1,4 @@
-"""The moments of x: count, mean and biased variance of the entries that share one mean."""
+"""Moments of x: the count, mean and biased variance of the entries that share one mean."""
 
 import dataclasses
 import functools
@@ -17,13 +17,13 @@ from jaxnorm._core.sample import Sample, select, widen
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """How many entries a sample has, their mean, and their biased variance.
+    """The number of entries of a sample, their mean, and their biased variance.
 
-    The three fields have one shape, such as (C,), and one float dtype, float32 or wider: a count
-    in int32 would overflow. An empty sample has count 0, mean 0 and variance 0.
+    The three fields have the same shape, such as (C,), and the same float dtype, float32 or wider;
+    a count in int32 could overflow. An empty sample has count 0, mean 0 and variance 0.
 
     Attributes:
-      count: how many entries count: all of them, or those where the mask is True.
+      count: the number of entries, or of those where the mask is True.
       mean: their mean, in units of x.
       var: their biased variance (divided by count, not count - 1), in units of x squared.
 
@@ -39,7 +39,7 @@ class Moments:
       Variances, 1979, which merges such triples.
     """
 
-    # Annotated loosely: JAX rebuilds the class with tracers, None and other things in its fields.
+    # Annotated as Any, because JAX rebuilds the class with tracers, None and other objects.
     count: Any
     mean: Any
     var: Any
@@ -56,31 +56,33 @@ def moments(
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
-    r"""Measures the count, the mean and the biased variance of x over the given axes.
+    r"""Computes the count, the mean and the biased variance of x over the given axes.
 
     .. math::
         d = x - s, \quad e = E[d], \quad mean = s + e, \quad var = E[d^2] - e^2
 
-    The shift s is near the mean: on GPU it is the mean of a part of x, and elsewhere x is measured
-    about 0 and again about its mean where that was large beside the standard deviation. So the
-    difference loses few bits: as accurate for temperatures in kelvin, or at an offset of 1e6, as
-    for data around zero, and exactly 0 for constants. Differentiable to any order.
+    The shift s is near the mean, so the difference loses few bits. On GPU, s is the mean of a part
+    of x. On other platforms, the moments are computed about 0, and again about the mean if it is
+    large compared to the standard deviation. The result is as accurate for temperatures in kelvin,
+    or at an offset of 1e6, as for data around zero. The variance of constants is exactly 0. The
+    function is differentiable to any order.
 
     Args:
       x: the data, of any shape and any float dtype.
-      axis: the axes to reduce.
-      mask: bool, of x's rank, broadcasting against x; True counts. What is masked out never
-        reaches the moments nor their gradients, be it NaN or Inf.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the sample is spread; the
-        devices' sums are added, in one collective (on GPU two) of the size of the moments.
-      axis_index_groups: lists of indices along axis_name that are pooled together.
+      axis: the axes to reduce over.
+      mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
+        Masked entries, even NaN or Inf, do not affect the moments or their gradients.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which the sample is distributed.
+        The sums of the devices are added, in one collective (two on GPU) of the size of the
+        moments.
+      axis_index_groups: lists of indices along axis_name; each group holds one sample.
 
     Returns:
-      Moments whose fields have x's shape without the reduced axes, in float32 or wider.
+      Moments whose fields have the shape of x without the reduced axes, in float32 or wider.
 
     Raises:
-      ValueError: if x is not of a float dtype, an axis does not exist or repeats, or the mask is
-        not bool, of x's rank, and broadcasting.
+      ValueError: if the dtype of x is not a float dtype; if an axis does not exist or is repeated;
+        if the mask is not bool, has another rank than x, or does not broadcast.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,7 +105,7 @@ def moments(
 
 
 def unshift(shift: jax.Array, about_shift: Moments) -> Moments:
-    """The moments of x, from those of x - shift."""
+    """Computes the moments of x from those of x - shift."""
     return dataclasses.replace(about_shift, mean=shift + about_shift.mean)
 
 
@@ -113,11 +115,11 @@ def shifted_moments(
     mask: jax.Array | None = None,
     guess: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
-    """Measures a sample: a shift near its mean, and the moments of x - shift.
+    """Computes a shift near the mean of x, and the moments of x - shift.
 
-    A guess of the mean, such as the running mean, can save a second pass; the result depends on it
-    by rounding alone. The mean is shift + moments.mean, kept as a pair: rounded to one number it
-    would lose the digits of y wherever the mean is large beside the standard deviation.
+    A guess of the mean, such as the running mean, can save a second pass; it affects the result
+    only by rounding. The mean is shift + moments.mean, and the two are kept as a pair: rounded to
+    one number, y would lose precision where the mean is large compared to the standard deviation.
     """
     return _measure(sample, False, x, mask, guess)
 
@@ -144,7 +146,7 @@ def _measure_jvp(
     x_dot = tangents[0]
     shift, moments = _measure(sample, True, x, mask, guess)
 
-    # Checkpointed: what is kept for the backward pass is x as it came, not x - mean in float32.
+    # Checkpointed, so that the residual is x in its own dtype, not x - mean in float32.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def linear(x: jax.Array, shift: jax.Array, moments: Moments, x_dot: jax.Array) -> Moments:
         x, shift, moments = platforms.apart_on_cpu((x, shift, moments))
@@ -164,8 +166,8 @@ def moments_dot(
 ) -> Moments:
     """The tangent of the moments: mean_dot = E[x_dot] and var_dot = 2 E[(x - mean) x_dot].
 
-    The shift is a constant: moving it moves neither the mean nor the variance. The arrays of x's
-    size are laid out.
+    The shift is a constant, because the mean and the variance do not depend on it. The arrays of
+    the size of x are laid out (`Sample.laid_out`).
     """
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
@@ -177,12 +179,12 @@ def moments_dot(
 
 
 def center(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments) -> jax.Array:
-    """x - mean, by way of the shift: the first difference is exact, the second is small."""
+    """x - mean, computed as (x - shift) - moments.mean: x - shift is exact, the mean is small."""
     difference: jax.Array = (select(mask, widen(x, shift)) - shift) - moments.mean
     return difference
 
 
-# ---- moments -> moments of the whole ----
+# ---- moments -> merged moments ----
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -192,13 +194,13 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         mean = \frac{n_a mean_a + n_b mean_b}{n_a + n_b}, \quad
         var = \frac{n_a (var_a + (mean_a - mean)^2) + n_b (var_b + (mean_b - mean)^2)}{n_a + n_b}
 
-    Exact, in any order and for any sizes. For the micro-batches of one step of batch norm: merge
-    their moments, then call `update_batch_stats` once. (Instance norm's are rows, one a sample:
-    concatenate them instead.)
+    The result is exact, in any order and for any sizes. For the micro-batches of one step of batch
+    norm, merge their moments and call `update_batch_stats` once. (The moments of instance norm have
+    one row per sample: concatenate them instead.)
 
     Args:
-      a: moments with fields of any one shape.
-      b: moments of the same shape; either side may be empty, with count 0.
+      a: moments with fields of any shape.
+      b: moments of the same shape; a or b may be empty, with count 0.
 
     Returns:
       The moments of all entries together, of the same shape.
@@ -229,7 +231,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:
-    """The moments of two disjoint samples together; `between` is explained at `pool`."""
+    """Merges the moments of two disjoint samples; `between` is as in `pool`."""
     (a, b) = (jax.tree.map(widen, one, other) for one, other in ((a, b), (b, a)))
     count = a.count + b.count
     n = jnp.maximum(count, 1)
@@ -239,29 +241,29 @@ def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:
 
 
 def interpolate(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
-    """(1 - weight) * a + weight * b, as a step from the nearer of the two.
+    """(1 - weight) * a + weight * b, computed as a step from the nearer of the two.
 
-    In float32 the two weights mostly do not add up to 1. An average that is multiplied by their sum
-    at every step moves away from the truth, the further the more steps there are. A step from a
-    towards b is a itself where both are equal, and b where the weight is 1.
+    In float32, the two weights usually do not add up to exactly 1. If an average is multiplied by
+    their sum at every step, its error grows with the number of steps. A step from a towards b
+    gives exactly a if both are equal, and exactly b if the weight is 1.
     """
     return jnp.where(weight < 0.5, a + weight * (b - a), b - (1 - weight) * (b - a))
 
 
 def about_mean(moments: Moments) -> Moments:
-    """The moments of x - mean, from those of x."""
+    """Computes the moments of x - mean from those of x."""
     return dataclasses.replace(moments, mean=jnp.zeros_like(moments.mean))
 
 
 def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax.Array, Moments]:
-    """Pools disjoint samples, a row each on the leading axis, into the moments of their union.
+    """Pools disjoint samples, one per row of the leading axis, into the moments of their union.
 
-    Exact (Chan, Golub & LeVeque, 1979): within the samples plus between them. Without `between`
-    the variance is the mean of the rows' own. A row of count 0 weighs nothing.
+    The variance is that within the samples plus that between them (Chan, Golub & LeVeque, 1979).
+    Without `between`, it is the mean of the variances of the rows. A row of count 0 has weight 0.
     """
     rows = dataclasses.replace(rows, count=sharded_like(rows.count, shifts))
     count = jnp.sum(rows.count, axis=0, keepdims=True)
-    # One of the shifts, so that those of equal ones differ by 0 exactly; which one does not matter.
+    # Any of the shifts, so that equal shifts have a difference of exactly 0.
     shift = jnp.max(shifts, axis=0, keepdims=True, where=rows.count > 0, initial=-jnp.inf)
     shift = jnp.where(count > 0, shift, jnp.zeros_like(shift))
     means = (shifts - shift) + rows.mean
@@ -276,7 +278,7 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
 def pool_devices(
     mapped_axes: MappedAxes, shift: jax.Array, moments: Moments
 ) -> tuple[jax.Array, Moments]:
-    """Pools what the devices have measured, in two collectives."""
+    """Pools the moments of the devices, in two collectives."""
     if mapped_axes.axis_name is None:
         return shift, moments
     count, total = mapped_axes.sum(moments.count, moments.count * (shift + moments.mean))

@@ -20,19 +20,19 @@ def rstd(var: jax.Array, epsilon: jax.Array) -> jax.Array:
 
 
 def infinite_for_zero(var: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """The variance, infinite where variance + epsilon is 0: y is then the bias, with no gradient.
+    """The variance, or infinity where variance + epsilon is 0, so that y is the bias there.
 
-    Only for an epsilon that may be 0: on a GPU XLA makes one kernel less of RMS norm without it.
+    Only used if epsilon may be 0, because without it XLA needs one kernel less for RMS norm on GPU.
     """
     return jnp.where(var + epsilon.astype(var.dtype) == 0, jnp.inf, var)
 
 
 def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
-    """d * r * w, for r of the moments' shape; r is multiplied by w first where that is not of x's.
+    """d * r * w, where r has the shape of the moments; r * w comes first if it is smaller than x.
 
-    So there is one product of x's size. In the transpose r stands between the sum over the entries
-    of a sample, which is the cotangent of r * w, and the sum over the samples: next to each other
-    XLA makes them one, beside the first, and for it writes all products d * g out.
+    This needs only one product of the size of x. In the transpose, the product with r separates the
+    sum over the entries of a sample, which is the cotangent of r * w, from the sum over the
+    samples. If the sums were adjacent, XLA would combine them and write out all products d * g.
     """
     if w is None:
         return d * r
@@ -40,7 +40,7 @@ def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
 
 
 def affine(x_hat: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-    """scale * x_hat + bias; None leaves that half out."""
+    """scale * x_hat + bias; None leaves out the factor or the term."""
     y = x_hat if scale is None else x_hat * scale.astype(x_hat.dtype)
     return y if bias is None else y + bias.astype(x_hat.dtype)
 
@@ -57,10 +57,10 @@ def normalize(
     shift: jax.Array,
     moments: Moments,
 ) -> jax.Array:
-    """y in the given dtype, by the moments of x - shift (`shifted_moments`), or by constants.
+    """y in the given dtype, from the moments of x - shift (`shifted_moments`) or from constants.
 
-    Scale and bias have x's rank. The sample is the one that was measured, as x is laid out; None if
-    the moments are constants.
+    Scale and bias have the rank of x. The sample is that of the moments, for x as it is laid out;
+    None if the moments are constants.
     """
     d, r = center(x, mask, shift, moments), rstd(moments.var, epsilon)
     y = affine(scaled(d, r, None if scale is None else scale.astype(r.dtype)), None, bias)
@@ -71,7 +71,7 @@ def normalize(
 def _normalize_jvp(
     dtype: DTypeLike, sample: Sample | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """The tangent of normalize, written so that JAX's transpose of it is the best backward pass.
+    """The tangent of normalize, written so that its transpose is an efficient backward pass.
 
     With r = 1 / sqrt(var + epsilon), the tangent of y = scale * x_hat + bias is
 
@@ -79,20 +79,21 @@ def _normalize_jvp(
         A = scale_dot - scale r^2 / 2 (var_dot + epsilon_dot)
         B = bias_dot - scale r mean_dot
 
-    A and B have the shape of scale and the moments, broadcast together. Where that is small, as in
-    batch, instance and group norm, each is one reduction of x's size going backwards, and the
-    gradients of scale, of bias and of x are all made of these two. In layer norm it is x's own
-    shape, and the transpose is the textbook rule.
+    A and B have the shape of scale and the moments, broadcast together. In batch, instance and
+    group norm this shape is small: in the transpose, A and B are one reduction over x each, from
+    which the gradients of scale, bias and x are computed. In layer norm it is the shape of x, and
+    the transpose is the usual rule.
 
-    The tangents of the moments are computed here, from x_dot, and the given ones are not used. So
-    x_dot enters once, and in half precision the gradient of x is summed before it is rounded.
+    The tangents of the moments are computed here, from x_dot, and the given ones are not used.
+    Thus x_dot is used only once, and in half precision the gradient of x is summed before it is
+    rounded.
     """
     x, scale, _, epsilon, mask, *measured = primals
     y = normalize(dtype, sample, *primals)
     moving = tangents[:4]
 
-    # Checkpointed: x_hat is made again from x, so that what is kept for the backward pass is x
-    # itself, in x's dtype, and the two passes do not share it.
+    # Checkpointed: x_hat is recomputed from x, so that the residual is x itself, in its own dtype,
+    # and the two passes do not share x_hat.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def linear(
         x_dot: jax.Array | None,
@@ -113,10 +114,10 @@ def _normalize_jvp(
         wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
         a = _combine((one, scale_dot), (one, _along(w, wide_dot, x)))
         b = _combine((one, bias_dot), (one, _along(w, _combine((-r, mean_dot)), x)))
-        if a is not None:  # otherwise x need not be kept
+        if a is not None:  # otherwise x is not a residual
             a = scaled(center(again, mask, shift, moments), r, a)
         y_dot = _combine((w * r, x_dot), (one, a), (one, b))
-        y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: only the moments move
+        y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: all tangents are zero
         return jnp.broadcast_to(y_dot.astype(dtype), y.shape)
 
     return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in moving))
@@ -127,7 +128,7 @@ def _along(w: jax.Array, t: jax.Array | None, x: jax.Array) -> jax.Array | None:
 
 
 def _combine(*terms: tuple[jax.Array, jax.Array | None]) -> jax.Array | None:
-    """The sum of factor * tangent over the tangents that move; None if none does."""
+    """The sum of factor * tangent over the tangents that are not zero; None if all are."""
     products = [factor * t.astype(factor.dtype) for factor, t in terms if t is not None]
     return functools.reduce(jnp.add, products) if products else None
 
@@ -141,7 +142,7 @@ def renormalize(
     epsilon: jax.Array,
     limits: tuple[ArrayLike, ArrayLike],
 ) -> tuple[jax.Array, jax.Array]:
-    """The affine step after which y is as by the running mean and var, within the limits.
+    """The scale and bias with which y is as by the running mean and var, within the limits.
 
     (x - mean) / sigma = x_hat r + d, with r = sigma_batch / sigma and d = (mean_batch - mean) /
     sigma; both are constants for the derivative (Ioffe, Batch Renormalization, 2017).

@@ -1,8 +1,8 @@
 """The formulations that differ between platforms, each with the measurement that justifies it.
 
-The figures are estimates of XLA's compilers for one TPU v5e and one NVIDIA H100, as
-`make bench-accelerators` gives them, and times on one core for CPU. The mathematics is the same
-everywhere; each function says what differs. A platform that is not named uses the default.
+The numbers for TPU and GPU are estimates of XLA's compilers for one TPU v5e and one NVIDIA H100, as
+printed by `make bench-accelerators`; those for CPU are times on one core. The mathematics is the
+same on every platform; each function describes the difference. Other platforms use the default.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def formulated_for(platform: str) -> Iterator[None]:
-    """Uses a platform's formulations wherever the program runs, so that a CPU can test each."""
+    """Uses the formulations of a platform on any platform, so that a CPU can test each of them."""
     global _forced
     before, _forced = _forced, platform
     jax.clear_caches()
@@ -39,8 +39,8 @@ def formulated_for(platform: str) -> Iterator[None]:
 def choose(*operands: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:
     """Applies the function of the platform that the program is compiled for.
 
-    Only inside a custom derivative rule, where JAX does not differentiate the choice: it would keep
-    the residuals of every branch.
+    Use it only inside a custom derivative rule, where JAX does not differentiate it. Otherwise JAX
+    would keep the residuals of every branch.
     """
     if _forced is not None:
         return platforms.get(_forced, default)(*operands)
@@ -62,20 +62,20 @@ def shifted_moments(
 ) -> Measured:
     """A shift near the mean of x, and the count, mean and variance of x - shift.
 
-    On a GPU the shift is made of a part of x. Elsewhere it is known before x is, and x is measured
-    again where that was not good: a shift that is made of x costs a pass over x that no compiler
-    can hide. On a TPU the forward pass of batch norm takes 1.00 times flax.linen's cycles in this
-    way, and in bfloat16 it took 1.9 times with the shift made of a part. On a GPU a loop asks the
-    host for each layer whether it goes on, and convolutions are calls of a library, so that nothing
-    is summed while x is written.
+    On a GPU, the shift is computed from a part of x. On other platforms, the shift does not depend
+    on x, and the moments are computed again if it was far from the mean, because computing a shift
+    from x needs another pass over x that the compiler cannot fuse. On a TPU, the forward pass of
+    batch norm takes 1.00 times flax.linen's cycles this way; in bfloat16, a shift from a part of x
+    took 1.9 times. On a GPU, each layer's loop would ask the host whether to continue. Convolutions
+    are library calls there, so that sums cannot be fused with the operation that writes x.
 
-    The guess, such as the running mean, is where the first measurement begins, on TPU alone: on a
-    CPU sums about any number for each channel but 0 take twice the time.
+    The guess, such as the running mean, is the first shift on TPU only: on a CPU, sums about a
+    number per channel other than 0 take twice the time.
     """
     if not sample.centered:
         count, zero, square = sample.moments_about(None, x, mask)
         return zero, count, zero, square
-    # Norms over the last axis in half precision have the mean in one number; see there.
+    # Norms over the last axis in half precision use one number; see _with_one_number.
     rows, half = sample.axes == (sample.laid_out(x).ndim - 1,), x.dtype.itemsize < 4
     about_part = functools.partial(
         _measure_about_part,
@@ -103,19 +103,19 @@ def shifted_moments(
 def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     """The order of axes in which a loop on a TPU takes the result of a convolution without a copy.
 
-    The operand of a loop has the layout that a TPU gives to any array of its shape. The result of a
-    convolution over images has another, with samples and channels together in the tiles of 8 by
-    128, and would be copied for the loop: with that, the training step of a ResNet takes 1.28 times
-    flax.linen's cycles, and in this order 1.00. The results of matrix products, of two or three
-    axes, are not copied.
+    The operand of a loop has the default layout of a TPU for its shape. The result of a convolution
+    over images has another layout, with samples and channels in the tiles of 8 by 128, and would be
+    copied for the loop. With the copy, the training step of a ResNet takes 1.28 times flax.linen's
+    cycles; in this order it takes 1.00. The results of matrix products, with two or three axes, are
+    not copied.
 
-    Where there are fewer than eight images, the compiler moves a part of each to the axis of the
-    samples, and no order of x's own axes gives that layout. With this one a step of three
-    convolutions takes 1.09 to 1.33 times flax.linen's cycles, and without one 1.18 to 1.64.
+    With fewer than eight images, the compiler moves a part of each image to the axis of the
+    samples, and no order of the axes of x gives that layout. With the order returned here, a step
+    of three convolutions takes 1.09 to 1.33 times flax.linen's cycles, and without it 1.18 to 1.64.
     """
     if x.ndim < 4 or sample.split is not None:
         return None
-    # The channels are the one axis that is kept, or summed over, beside that of the samples.
+    # The channels are the only axis besides the samples that is kept, or that is summed over.
     kept = [a for a in range(1, x.ndim) if a not in sample.axes]
     alone = [axes[0] for axes in (kept, sample.axes) if len(axes) == 1]
     channels = alone[0] if alone else x.ndim - 1
@@ -126,13 +126,13 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     n //= number_of_shards(x, 0)
     if n < 8:
         return (0, *reversed(space), channels) if len(space) == 2 else None
-    # Of the two, that of which fewer entries are padding has the 128 lanes.
+    # The axis that needs less padding has the 128 lanes.
     by_channels, by_samples = (_up(c, 128) * _up(n, 8), _up(n, 128) * _up(c, 8))
     return (*space, 0, channels) if by_channels <= by_samples else (*space, channels, 0)
 
 
 def _up(n: int, multiple: int) -> int:
-    """The least multiple that is not less than n."""
+    """The smallest multiple that is at least n."""
     return -(-n // multiple) * multiple
 
 
@@ -145,9 +145,9 @@ def _measure_until_good(
     order: tuple[int, ...] | None,
     one_number: bool = False,
 ) -> Measured:
-    """Measures about the guess or 0, and again about the mean where it was far.
+    """Computes moments about the guess or 0, and again about the mean if that was far from it.
 
-    What is measured again is x with its axes in the given order.
+    The second computation uses x with its axes in the given order.
     """
     if guess is not None:
         guess = guess.astype(widen(x).dtype)
@@ -169,12 +169,13 @@ def _measure_until_good(
 def _with_one_number(
     shift: jax.Array, count: jax.Array, mean: jax.Array, var: jax.Array
 ) -> Measured:
-    """The mean of x as one float32 number, which takes the place of the shift.
+    """Replaces the shift by the mean of x as one float32 number.
 
-    For half precision, where y has few digits to lose, and for norms over the last axis. They have
-    a mean for every pixel or token, which is read and spread over the channels wherever it is used.
-    With one number in place of two, layer norm's step of three convolutions takes 1.03 times
-    flax.linen's cycles on a TPU and not 1.22, and on an H100 1.00 times its bytes and not 1.12.
+    This is for norms over the last axis in half precision, where y has few digits to lose. These
+    norms have a mean for every pixel or token, which is read and broadcast over the channels
+    wherever it is used. With one number instead of two, layer norm's step of three convolutions
+    takes 1.03 times flax.linen's cycles on a TPU instead of 1.22 times, and 1.00 times its bytes on
+    an H100 instead of 1.12 times.
     """
     return shift + mean, count, jnp.zeros_like(mean), var
 
@@ -188,16 +189,16 @@ def _measure_again(
     mean: jax.Array,
     var: jax.Array,
 ) -> Measured:
-    """Measures again about the mean while it is far from the shift, twice at most.
+    """Computes the moments again about the mean while it is far from the shift, at most twice.
 
-    The variance is the small difference of large numbers where mean^2 is large beside it. In half
-    precision the four bits that mean^2 <= 15 var may cost are not seen in y. In float32 y is to be
-    within 2e-6 at every offset: with mean^2 <= var it is within 1.4e-6, with 3 var within 3.8e-6
-    and with 15 var within 1e-5. The condition is written so that NaN is not good.
+    If mean^2 is large compared to the variance, the variance is a small difference of large
+    numbers. In half precision, mean^2 <= 15 var loses up to four bits, which does not affect y. In
+    float32, the error of y should be at most 2e-6 at every offset: it is 1.4e-6 with mean^2 <= var,
+    3.8e-6 with 3 var and 1e-5 with 15 var. The condition treats NaN as far.
 
-    The loop closes over x as it came, and widens it and lays it out inside: a TPU would otherwise
-    write it out before the loop. The number of rounds has the rank of x, since JAX 0.10.2 cannot
-    vmap a loop that carries a single number over an axis that is sharded explicitly.
+    The loop closes over x in its own dtype and layout, and widens it inside; otherwise a TPU would
+    write out the widened x before the loop. The number of rounds has the rank of x, because JAX
+    0.10.2 cannot vmap a loop that carries a scalar over an axis that is sharded explicitly.
     """
     limit = 15.0 if x.dtype.itemsize < 4 else 1.0
 
@@ -205,7 +206,7 @@ def _measure_again(
         return ~((jnp.abs(mean) <= jnp.sqrt(limit * var)) & (var < jnp.inf))
 
     def left(rounds: jax.Array | int, mean: jax.Array, var: jax.Array) -> jax.Array:
-        """The rounds that are left: none where all is good."""
+        """The number of remaining rounds: 0 if no moments have to be computed again."""
         some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
         return sample.mapped_axes.max(some)
 
@@ -222,7 +223,7 @@ def _measure_again(
     def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rounds, (shift, mean, var) = carry[0], unpacked(*carry[1:])
         bad = is_bad(mean, var)
-        # Where the sum of finite entries overflowed, the first round sums them in another unit.
+        # If the sum of finite entries overflowed, the first round sums them in another unit.
         near = shift + mean
         finite = jnp.isfinite(near)
         shift = jnp.where(bad & finite, near, shift)
@@ -247,29 +248,30 @@ def _measure_about_part(
     whole_rows: bool,
     one_number: bool,
 ) -> Measured:
-    """Measures about the mean of a part of x: one entry in 16, or in half precision in 4096.
+    """Computes moments about the mean of a part of x: one entry in 16, or 4096 in half precision.
 
-    With a part p of the entries (mean - shift)^2 <= var (1 - p) / p, whatever x is, since the
-    variance between the part and the rest alone is (mean - shift)^2 p / (1 - p). So the variance
-    loses four bits at most, and in half precision twelve of 24, where y has eleven or eight. There
-    a sixteenth took 1 % more of the bytes of a ResNet's step on an H100, and one kernel more for
-    each of its norms. Small samples in float32 give 16 entries: with one of 15, y was off by
-    2.05e-6.
+    For a part p of the entries, (mean - shift)^2 <= var (1 - p) / p for any x, because the variance
+    between the part and the rest is (mean - shift)^2 p / (1 - p). The variance therefore loses at
+    most four bits, or twelve of 24 in half precision, where y has eleven or eight. In half
+    precision, one entry in 16 would need 1 % more bytes for a ResNet's step on an H100, and one
+    more kernel for each norm. Small samples in float32 use 16 entries: with one entry of 15, the
+    error of y was 2.05e-6.
 
-    With whole rows, the mean of a norm over the last axis is that of all entries: XLA for GPU then
-    makes the forward pass one kernel that reads x once (2.0 times x's bytes; flax.linen: 3.0). With
-    the backward pass beside it that is 11 to 14 times x, and with a part 8.1 (flax.linen: 8.0).
+    With `whole_rows`, norms over the last axis use the mean of all entries. XLA for GPU then
+    compiles the forward pass to one kernel that reads x once (2.0 times the bytes of x; flax.linen:
+    3.0). With the backward pass, this needs 11 to 14 times the bytes of x, and a part needs 8.1
+    times (flax.linen: 8.0).
     """
     x, mask = sample.laid_out(x), sample.laid_out(mask)
-    part = x  # a mask may leave nothing of a part
+    part = x  # with a mask, all entries of a part may be masked
     if mask is None and not whole_rows:
         half = x.dtype.itemsize < 4
         part = sample.part(x, share=4096 if half else 16, least=1 if half else 16)
     count = sample.count(part, mask, widen(part).dtype)
     if mask is None:
         n = count * sample.mapped_axes.size()
-        # Divided before the sum, so that the sum itself is the shift: one kernel less, and one
-        # number wherever it is used. (x - total / n may be contracted to a fused multiply-add.)
+        # Divided before the sum, so that the sum itself is the shift. This saves a kernel, and all
+        # uses see the same number; x - total / n may be contracted to a fused multiply-add.
         (shift,) = sample.mapped_axes.sum(sample.sum(widen(part) * (1 / jnp.maximum(n, 1))))
     else:
         total, n = sample.mapped_axes.sum(sample.sum(select(mask, widen(part))), count)
@@ -278,20 +280,21 @@ def _measure_about_part(
     if one_number:
         return _with_one_number(shift, *moments)
     if not whole_rows:
-        # Another shift for y: XLA would write x - shift out in float32, for the sums and for y.
+        # A barrier, or XLA would share x - shift between the sums and y, and write it in float32.
         shift = lax.optimization_barrier(shift)
     return shift, *moments
 
 
 def _summed_first_on_gpu(sample: Sample, x: jax.Array) -> tuple[int, ...]:
-    """The axes to sum over first, so that XLA does not write x - shift out in float32 for the sums.
+    """The axes to sum over first, so that XLA does not write out x - shift in float32 for the sums.
 
-    In batch norm that is the space, from 64 samples on: a ResNet-50's step moves 1.010 times
-    flax.linen's bytes so, and 1.020 in one sum. With 32 samples it is 1.047 so and 1.019 in one.
+    In batch norm with at least 64 samples, these are the spatial axes: a ResNet-50's step moves
+    1.010 times flax.linen's bytes this way, and 1.020 times with one sum. With 32 samples, it moves
+    1.047 times this way, and 1.019 times with one sum.
 
-    In instance and group norm it is the columns, below 64 samples: StarGAN's step with 16 images
-    moves 0.95 times flax.linen's bytes so, and 1.04 in one sum; a ResNet-50's 0.98 and 1.07. They
-    take seven and two more kernels.
+    In instance and group norm with fewer than 64 samples, it is the last spatial axis: StarGAN's
+    step with 16 images moves 0.95 times flax.linen's bytes this way, and 1.04 times with one sum; a
+    ResNet-50's step moves 0.98 and 1.07 times. They need seven and two more kernels.
     """
     samples = x.shape[0]
     if len(sample.axes) < 2 or not isinstance(samples, int):
@@ -307,13 +310,14 @@ def _summed_first_on_gpu(sample: Sample, x: jax.Array) -> tuple[int, ...]:
 
 @jax.custom_jvp
 def apart_on_cpu(arrays: Any) -> Any:
-    """The arrays, which XLA for CPU takes for others than those of the forward pass.
+    """The same arrays, behind a barrier on CPU, so that the two passes do not share x - mean.
 
-    It otherwise shares x - mean between both passes, and writes it out in float32: batch norm takes
-    1.2 and layer norm two times as long. On TPU and GPU a barrier only hides from the compiler that
-    x is one operand: RMS norm on H100 moves 9 times x's bytes with it, and 8 without.
+    Without it, XLA for CPU shares x - mean between both passes and writes it out in float32: batch
+    norm takes 1.2 times and layer norm twice as long. On TPU and GPU, a barrier only hides from the
+    compiler that x is the same operand: RMS norm on H100 moves 9 times the bytes of x with it, and
+    8 times without.
     """
-    # One barrier for each array: a common one would make all vary over the same mapped axes.
+    # One barrier per array, because a common one would make all vary over the same mapped axes.
     barriers = functools.partial(jax.tree.map, lax.optimization_barrier)
     return choose(arrays, cpu=barriers, default=lambda arrays: arrays)
 
@@ -327,10 +331,10 @@ def _apart_on_cpu_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
-    """w * t. Where w lies along the one axis that t leaves out, its transpose is a sum along it.
+    """w * t. If t has size 1 on one axis of x and w does not, the transpose is a sum along it.
 
-    On CPU that is a matrix product: XLA fuses the arithmetic around such a sum with it, and loses
-    its vector code (a layer norm's backward pass takes two to thirty times as long).
+    On CPU this is a matrix product. Otherwise XLA fuses the arithmetic around such a sum with it
+    and does not vectorize it: a layer norm's backward pass takes two to thirty times as long.
     """
     summed = [a for a in range(t.ndim) if t.shape[a] != x.shape[a]]
     if len(summed) != 1 or (w.ndim and w.shape[summed[0]] != w.size):

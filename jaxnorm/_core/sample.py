@@ -1,4 +1,4 @@
-"""The set of entries of x that share one mean, and sums over it."""
+"""The sample: the entries of x that share one mean, and sums over them."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ Array = TypeVar("Array", jax.Array, jax.Array | None)
 
 
 def widen(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """x in the dtype of the arithmetic: float32, or the widest of x and the others."""
+    """x in the widest of float32 and the dtypes of x and the others."""
     return x.astype(statistics_dtype(x.dtype, *(other.dtype for other in others)))
 
 
@@ -30,12 +30,12 @@ class Sample:
 
     Attributes:
       axes: the reduced axes, not negative.
-      groups: the axis along which neighbours belong together, and the number of groups; the axis
-        is not reduced: each of its entries gets the sum of its group.
-      split: an axis of x, and the number of groups that it is split into before anything is
-        summed: it becomes two axes, and `axes` counts both. `shifted_moments` takes x as it came.
-      centered: whether the mean is subtracted; otherwise it counts as 0, and var is E[x^2].
-      mapped_axes: the axes over which the sample is distributed.
+      groups: an axis, and the number of groups that its neighboring entries form. The axis is not
+        reduced: each of its entries gets the sum of its group.
+      split: an axis of x, and the number of groups that it is split into before the sums. It
+        becomes two axes, and `axes` counts both. `shifted_moments` takes x before the split.
+      centered: whether the mean is subtracted; otherwise the mean is 0, and var is E[x^2].
+      mapped_axes: the mapped axes over which the sample is distributed.
     """
 
     axes: tuple[int, ...]
@@ -46,11 +46,11 @@ class Sample:
 
     @property
     def as_laid_out(self) -> "Sample":
-        """The same entries of an x that is laid out."""
+        """The same entries, for an x that is laid out."""
         return dataclasses.replace(self, split=None)
 
     def laid_out(self, a: Array) -> Array:
-        """An array of the rank of x, or None, with the split axis as two."""
+        """Reshapes an array of the rank of x, so that the split axis becomes two axes."""
         if a is None or self.split is None:
             return a
         axis, number = self.split
@@ -58,26 +58,25 @@ class Sample:
         return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
 
     def ordered(self, order: Sequence[int]) -> "Sample":
-        """The same entries of x with its axes in another order."""
+        """The same entries, for an x with its axes in another order."""
         groups = self.groups and (order.index(self.groups[0]), self.groups[1])
         axes = tuple(i for i, a in enumerate(order) if a in self.axes)
         return dataclasses.replace(self, axes=axes, groups=groups)
 
     def sum(self, x: jax.Array, *, first: Sequence[int] = ()) -> jax.Array:
-        """Sums over this device's entries; the reduced axes stay, with size 1.
+        """Sums over the entries on this device; the reduced axes are kept, with size 1.
 
-        The sum over the axes in `first` is taken before that over the others, and XLA keeps the two
-        apart.
+        The axes in `first` are summed over before the others, and XLA does not fuse the two sums.
         """
         if first:
             x = jax.lax.optimization_barrier(jnp.sum(x, first, keepdims=True))
         return self.join(jnp.sum(x, self.axes, keepdims=True))
 
     def join(self, sums: jax.Array, how: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
-        """The sums of the groups, each given to all of its members.
+        """Sums over each group, and broadcasts the result to its members.
 
-        They are joined after the sum over x, since a sum over a short part of an axis is slow: so a
-        small group costs no more than a large one, forward and, in the transpose, backward.
+        This follows the sum over x, because a sum over a short part of an axis is slow. Small
+        groups then cost no more than large ones, in the forward and in the backward pass.
         """
         if self.groups is None:
             return sums
@@ -87,11 +86,11 @@ class Sample:
         return jnp.broadcast_to(joined, split.shape).reshape(sums.shape)
 
     def count(self, x: jax.Array, mask: jax.Array | None, dtype: Any) -> jax.Array:
-        """The number of this device's entries, in the shape of their sum."""
+        """The number of entries on this device, in the shape of their sum."""
         shape = tuple(1 if a in self.axes else n for a, n in enumerate(x.shape))
         if mask is None:
             count = jnp.asarray(math.prod(x.shape[a] for a in self.axes), dtype)
-        else:  # the mask in its own shape: an axis that it broadcasts along multiplies
+        else:  # axes along which the mask broadcasts are a factor
             repeats = math.prod(x.shape[a] for a in self.axes if mask.shape[a] == 1)
             kept = tuple(a for a in self.axes if mask.shape[a] != 1)
             count = jnp.sum(mask, kept, dtype, keepdims=True) * jnp.asarray(repeats, dtype)
@@ -108,9 +107,9 @@ class Sample:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The count, the mean and the biased variance of x - shift, over all devices.
 
-        One collective, or none where the sample is on one device. What is summed for the mean can
-        be multiplied by a unit first, so that a sum of finite entries does not overflow.
-        `first` is explained at `sum`.
+        This needs one collective, or none if the sample is on one device. The terms of the mean can
+        be multiplied by `unit`, so that a sum of finite entries does not overflow. `first` is as in
+        `sum`.
         """
         wide = widen(x)
         d = select(mask, wide if shift is None else wide - shift)
@@ -127,17 +126,17 @@ class Sample:
         if not self.centered:
             return count, total, squares / n
         mean = total / (n if unit is None else n * unit)
-        # Where squares of finite numbers overflow, so may the mean's: Inf - Inf would be NaN.
+        # If the sum of squares overflows, mean * mean may too, and Inf - Inf would be NaN.
         var = jnp.where(squares == jnp.inf, squares, squares / n - mean * mean)
         return count, mean, jnp.maximum(var, 0)
 
     def part(self, x: jax.Array, share: int, least: int) -> jax.Array:
-        """A part of each sample, one in `share` of its entries or more, and about `least` of them.
+        """A part of each sample: at least one in `share` of its entries, and about `least` or more.
 
-        They lie at equal distances along the inner axes, or else along the first one, which may be
-        spread over devices. Of the last axis, whose entries are read together, the first ones are
-        taken, at least a sixteenth. All of x along an axis that is known to be spread, or whose
-        size is not known (jax.export).
+        The entries are strided along the inner axes, or else along the first axis, which may be
+        distributed over devices. Along the last axis, whose entries are contiguous, the part
+        consists of the first entries, at least a sixteenth. Axes that are known to be sharded, or
+        whose size is symbolic (jax.export), are not reduced in size.
         """
         axes = [a for a in self.axes if isinstance(x.shape[a], int) and number_of_shards(x, a) == 1]
         last = x.ndim - 1

@@ -1,4 +1,4 @@
-"""The types of parameters and running statistics, and their initial values."""
+"""Types and initial values of parameters and running statistics."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -11,11 +11,11 @@ from jaxnorm._core import arguments
 
 
 class Affine(TypedDict, total=False):
-    """What a norm learns. Either key may be missing: that half is then left out.
+    """The parameters of a norm. A missing key leaves out the multiplication or the addition.
 
     Attributes:
-      scale: what x_hat is multiplied by, of shape (C,), or of x's rank and broadcasting against x.
-      bias: what is added then, likewise.
+      scale: the factor of x_hat, of shape (C,), or with the rank of x and broadcasting against x.
+      bias: the number that is added, with the same shapes as scale.
 
     Example:
       >>> import jaxnorm
@@ -32,14 +32,13 @@ class Affine(TypedDict, total=False):
 
 
 class BatchStats(TypedDict):
-    """What a norm remembers of the batches that it was trained on.
+    """The running statistics of a norm.
 
     Attributes:
       mean: the running mean, of shape (C,), float32 or wider, in units of x.
-      var: the running unbiased variance, of shape (C,), likewise, in units of x squared.
-      count: how many updates the statistics have seen, of shape (), int32; it stays at the
-        largest int32 instead of wrapping around.
-      accumulation: where several batches make one update, what they have come to; only between
+      var: the running unbiased variance, of shape (C,), float32 or wider, in units of x squared.
+      count: the number of updates, of shape (), int32. It saturates at the largest int32.
+      accumulation: the accumulated moments of several batches; only present between
         `begin_accumulation` and `end_accumulation`.
 
     Example:
@@ -76,16 +75,16 @@ def init_params(
     use_bias: bool = True,
     dtype: DTypeLike = jnp.float32,
 ) -> Affine:
-    """Makes a norm's first parameters: scale 1 and bias 0, which change nothing.
+    """Creates the initial parameters of a norm: scale 1 and bias 0.
 
     Args:
-      num_features: the number of channels C, or x's shape over the channel axes.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      dtype: the parameters' dtype.
+      num_features: the number of channels C, or the shape of x over the channel axes.
+      use_scale: whether to create a scale. Defaults to True.
+      use_bias: whether to create a bias. Defaults to True.
+      dtype: the dtype of the parameters. Defaults to float32.
 
     Returns:
-      A dict with the keys "scale" and "bias", or those of them that are used.
+      A dict with the keys "scale" and "bias", or those that are used.
 
     Example:
       >>> import jaxnorm
@@ -93,7 +92,7 @@ def init_params(
       [1. 1. 1.]
 
     References:
-      torch.nn.BatchNorm2d and flax.linen.BatchNorm begin with the same values.
+      torch.nn.BatchNorm2d and flax.linen.BatchNorm, which have the same initial values.
     """
     shape = arguments.channels("init_params", num_features)
     dtype = arguments.float_dtype("init_params", "dtype", dtype)
@@ -108,12 +107,12 @@ def init_params(
 def init_batch_stats(
     num_features: int | Sequence[int], *, dtype: DTypeLike = jnp.float32
 ) -> BatchStats:
-    """Makes a norm's first running statistics: mean 0, variance 1, count 0.
+    """Creates the initial running statistics of a norm: mean 0, variance 1, count 0.
 
     Args:
-      num_features: the number of channels C, or x's shape over the channel axes.
-      dtype: the dtype of mean and var; half precision is widened to float32, in which a running
-        average still moves (in bfloat16 it stalls).
+      num_features: the number of channels C, or the shape of x over the channel axes.
+      dtype: the dtype of mean and var. Defaults to float32. Half precision is widened to float32,
+        because a running average in bfloat16 stalls.
 
     Returns:
       A dict with the keys "mean", "var" and "count".
@@ -125,7 +124,7 @@ def init_batch_stats(
       [0. 0.] [1. 1.] 0
 
     References:
-      torch.nn.BatchNorm2d begins with the same values.
+      torch.nn.BatchNorm2d, which has the same initial values.
     """
     shape = arguments.channels("init_batch_stats", num_features)
     dtype = statistics_dtype(arguments.float_dtype("init_batch_stats", "dtype", dtype))
@@ -137,6 +136,6 @@ def init_batch_stats(
 
 
 def statistics_dtype(*dtypes: DTypeLike) -> DTypeLike:
-    """The dtype of statistics: the widest of the given ones, and never below float32."""
+    """The dtype of statistics: the widest of the given dtypes and float32."""
     widest: DTypeLike = max((jnp.float32, *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
     return widest

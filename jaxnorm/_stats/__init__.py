@@ -1,1 +1,1 @@
-"""What is done with running statistics: updates, accumulation, validation, and trees of them."""
+"""Running statistics: updates, accumulation, recalibration, validation, folding, and trees."""

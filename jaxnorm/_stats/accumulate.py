@@ -1,4 +1,4 @@
-"""Accumulation of running statistics: several batches make one update."""
+"""Accumulation of running statistics: one update for several batches."""
 
 from typing import Any
 
@@ -13,26 +13,26 @@ from jaxnorm._stats.trees import Tree, map_states
 
 
 def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
-    r"""Makes the batches from here on one update, however many they are.
+    r"""Starts accumulation: the following batches make one update of the running statistics.
 
-    For gradient accumulation: of k micro-batches, a state would move k times, a little each. One
-    that accumulates keeps where it began and the merged moments of what it has seen since, and its
-    mean, var and count are, after every micro-batch, those after one update by all of them. After
-    the k-th it is where one large batch would have moved it. Begin anew with each step of the
-    optimizer; this is all that there is to do.
+    Use this for gradient accumulation, where k micro-batches would otherwise update a state k
+    times. An accumulating state stores its initial value and the merged moments of all batches
+    since. After each micro-batch, its mean, var and count are those after a single update by all
+    micro-batches so far; after the last one, they are those after an update by one large batch.
+    Call this function again at each step of the optimizer.
 
     Args:
       batch_stats: a state {"mean": (C,), "var": (C,), "count": ()}, or a tree of them, such as
         Flax's collection: dicts, lists, tuples, dataclasses of flax.struct, or any other pytree.
-      when: a bool, traced or not: whether to begin anew. Where it is False, a state that
-        accumulates already goes on; one that does not begins in any case.
+      when: a bool, which may be traced. If it is False, states that already accumulate are not
+        restarted; states that do not accumulate start in any case. Defaults to True.
 
     Returns:
-      The same with an entry "accumulation" in each state, which norms and layers then serve: what
-      "start" was, and the "moments" since.
+      The same tree with an entry "accumulation" in each state, which norms and layers update. It
+      contains the state at the "start" and the "moments" since.
 
     Raises:
-      ValueError: if there is no state in it, one lacks a key, or `when` is no bool.
+      ValueError: if there are no states, a state lacks a key, or `when` is not a bool.
 
     Example:
       >>> import jax.numpy as jnp
@@ -46,7 +46,7 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
 
     References:
       Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
-      Variances, 1979: how moments merge.
+      Variances, 1979, for the merging of moments.
     """
     kind = getattr(when, "dtype", np.dtype(type(when)))
     if kind != np.dtype(bool) or jnp.ndim(when):
@@ -67,16 +67,17 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
 
 
 def end_accumulation(batch_stats: Tree) -> Tree:
-    """Makes each batch an update of its own again.
+    """Ends accumulation: each batch makes one update of the running statistics again.
 
     Args:
-      batch_stats: a state, or a tree of them, whether they accumulate or not.
+      batch_stats: a state, or a tree of them. States that do not accumulate are not changed.
 
     Returns:
-      The same without the entries that `begin_accumulation` added; mean, var and count stay.
+      The same tree without the entries that `begin_accumulation` added. mean, var and count do not
+      change.
 
     Raises:
-      ValueError: if there is no state in it.
+      ValueError: if there are no states.
 
     Example:
       >>> import jaxnorm
@@ -95,7 +96,7 @@ def end_accumulation(batch_stats: Tree) -> Tree:
 
 
 def _accumulating(mean: Any, var: Any, count: Any, **override: jax.Array) -> Any:
-    """The state, with nothing seen since; half precision is widened, as any update would."""
+    """The state with empty moments; half precision is widened, as in any update."""
     dtype = statistics_dtype(mean.dtype)
     start = {"mean": mean.astype(dtype), "var": var.astype(dtype), "count": count}
     moments = {key: jnp.zeros_like(mean, dtype) for key in ("count", "mean", "var")}
@@ -103,7 +104,7 @@ def _accumulating(mean: Any, var: Any, count: Any, **override: jax.Array) -> Any
 
 
 def fresh_accumulation(path: str, state: Any) -> Any:
-    """A first state that moves all the way: after every batch it is that of all batches so far."""
+    """A state with momentum 1: after each batch, its statistics are those of all batches so far."""
     state = checks.batch_stats(f"recalibrate: {path}", state, stacked=True)
     mean, var, count = state["mean"], state["var"], state["count"]
     first = jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(count)

@@ -1,4 +1,4 @@
-"""Fuses a norm in evaluation, a product and a sum, into the layer before it."""
+"""Folds norms with running statistics into the layers before them."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -17,26 +17,26 @@ from jaxnorm._stats import trees
 def fold_scale_shift(
     params: Affine | None, batch_stats: BatchStats, *, epsilon: ArrayLike = 1e-5
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Makes of a norm in evaluation a multiplier and an offset: y = multiplier * x + offset.
+    r"""Converts a norm in evaluation to a multiplier and an offset: y = multiplier * x + offset.
 
     .. math::
         multiplier = \frac{scale}{\sqrt{var + \epsilon}}, \quad
         offset = bias - mean \cdot multiplier
 
-    For batch norm, and for instance norm that evaluates by running statistics. Where the mean is
-    large beside the standard deviation, subtracting it first, as the norm does, keeps digits of y
-    that this form has not.
+    This applies to batch norm, and to instance norm with running statistics. If the mean is large
+    compared to the standard deviation, this form is less accurate than the norm, which subtracts
+    the mean first.
 
     Args:
-      params: {"scale", "bias"}, each of shape (C,); either or both may be missing.
+      params: {"scale", "bias"}, each of shape (C,). Either or both may be missing.
       batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}.
-      epsilon: the norm's, in units of x squared.
+      epsilon: the epsilon of the norm, in units of x squared.
 
     Returns:
-      The multiplier and the offset, of shape (C,), in the statistics' dtype.
+      The multiplier and the offset, of shape (C,), in the dtype of the statistics.
 
     Raises:
-      ValueError: if params or batch_stats do not fit together.
+      ValueError: if the shapes of params and batch_stats do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,22 +68,24 @@ def fold_into(
 ) -> dict[str, jax.Array]:
     """Folds a norm in evaluation into the Dense, Conv or ConvTranspose before it.
 
-    The layer then does the work of both; the norm goes. Kernels of any rank, grouped and depthwise
-    ones too, since their outputs lie along one axis.
+    The new layer replaces both the layer and the norm. The kernel may have any rank, and may be
+    grouped or depthwise, because its outputs are along one axis.
 
     Args:
       layer: {"kernel": ..., "bias": (C,)}; the bias may be missing.
-      params: the norm's, as in `fold_scale_shift`.
-      batch_stats: the norm's.
-      epsilon: the norm's.
-      feature_axis: the kernel's axis of the outputs: the last one in Flax; -2 for a
-        flax.linen.ConvTranspose with transpose_kernel=True.
+      params: the parameters of the norm, as in `fold_scale_shift`.
+      batch_stats: the running statistics of the norm.
+      epsilon: the epsilon of the norm.
+      feature_axis: the axis of the outputs in the kernel. Defaults to the last axis, as in Flax;
+        use -2 for a flax.linen.ConvTranspose with transpose_kernel=True.
 
     Returns:
-      {"kernel", "bias"} of the one layer, which is to have use_bias=True, in the kernel's dtype.
+      {"kernel", "bias"} of the new layer, in the dtype of the kernel. The layer needs
+      use_bias=True.
 
     Raises:
-      ValueError: if there is no kernel, or its outputs are not the norm's channels.
+      ValueError: if there is no kernel, or its number of outputs differs from the number of
+        channels of the norm.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,22 +126,22 @@ def fold_variables(
     epsilon: ArrayLike = 1e-5,
     feature_axis: int = -1,
 ) -> dict[str, Any]:
-    """Folds the norms of a whole model into the layers before them.
+    """Folds norms of a whole model into the layers before them.
 
     Args:
-      variables: {"params": ..., "batch_stats": ...}, as Linen has them.
-      pairs: which norm follows which layer: {"Block_0.Conv_0": "Block_0.BatchNorm_0"}, by the
-        modules' names, joined by dots; in a list, the index is the name. Only a norm that takes the
-        layer's output and nothing else may go.
-      epsilon: the norms'.
-      feature_axis: the kernels' axis of the outputs, as in `fold_into`.
+      variables: {"params": ..., "batch_stats": ...}, as in Linen.
+      pairs: maps each layer to the norm after it: {"Block_0.Conv_0": "Block_0.BatchNorm_0"}. The
+        names of the modules are joined by dots; in a list, the index is the name. The input of the
+        norm must be the output of the layer, and nothing else may use that output.
+      epsilon: the epsilon of the norms.
+      feature_axis: the axis of the outputs in the kernels, as in `fold_into`.
 
     Returns:
-      The variables of the model without these norms, whose layers have a bias.
+      The variables of the model without these norms. Its folded layers have a bias.
 
     Raises:
-      ValueError: if a name is not there, a norm stands twice, or a pair does not fit; it names the
-        pair.
+      ValueError: if a name does not exist, a norm is listed twice, or a layer and its norm do not
+        match. The error names the pair.
 
     Example:
       >>> import jax.numpy as jnp

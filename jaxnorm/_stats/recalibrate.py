@@ -1,4 +1,4 @@
-"""Measures running statistics anew, in one pass over the data."""
+"""Recomputes running statistics in one pass over the data."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,34 +17,34 @@ def recalibrate(
     *args: Any,
     progress: Callable[[int], Any] | None = None,
 ) -> Tree:
-    """Measures the running statistics of given weights over batches of data, pooled exactly.
+    """Computes the running statistics of fixed weights over batches of data, pooled exactly.
 
-    After averaging weights (stochastic weight averaging, an exponential moving average), pruning or
-    quantizing them, the running statistics are those of weights that no longer are. This makes
-    them those of all batches together: for batch norm the mean and unbiased variance of every entry
-    of the data, as if it were one batch (each weighs by its number of entries; a mean of the
-    batches' variances would be another number); for instance norm the plain average over all
-    samples. In a deep model every layer still normalizes by the batch, and so the deeper ones
-    depend on the batches' sizes, as in training.
+    After the weights were averaged (stochastic weight averaging, an exponential moving average),
+    pruned or quantized, the running statistics still describe the old weights. This function
+    computes the statistics of all batches together. For batch norm, these are the mean and the
+    unbiased variance of all entries of the data, as if it were one batch (an average of the
+    variances of the batches would give a different result). For instance norm, they are the average
+    over all samples. Each layer still normalizes by the statistics of the batch, so in a deep model
+    the statistics of later layers depend on the batch size, as in training.
 
-    `jaxnorm.linen.recalibrate` and `jaxnorm.nnx.recalibrate` make `step` from a model.
+    `jaxnorm.linen.recalibrate` and `jaxnorm.nnx.recalibrate` create `step` from a model.
 
     Args:
-      step: `step(batch_stats, batch, *args)`, which runs the model in training mode and returns the
-        new batch_stats. It is compiled here.
-      batch_stats: a state, or a tree of them: dicts, lists, dataclasses or any other pytree. Their
-        values do not matter.
-      batches: the data, in any number of batches; those of one size share one program.
-      *args: more arguments of step, such as the params.
-      progress: called after each batch with the number of batches done.
+      step: `step(batch_stats, batch, *args)` runs the model in training mode and returns the new
+        batch_stats. This function compiles it.
+      batch_stats: a state, or a tree of them: dicts, lists, dataclasses or any other pytree. The
+        values are not used.
+      batches: the data, in any number of batches. step is compiled once per shape of batch.
+      *args: further arguments of step, such as the params.
+      progress: a function that is called after each batch with the number of completed batches.
 
     Returns:
       The new batch_stats, whose counts are the number of batches.
 
     Raises:
-      ValueError: if there are no batches, or no states; if step returns something else; if a batch
-        makes a statistic NaN or infinite; if step leaves a state, or a channel, as it was. The
-        given batch_stats are not changed by this, nor by anything else.
+      ValueError: if there are no batches, or no states; if step returns a different structure; if a
+        batch makes a statistic NaN or infinite; if step does not update a state, or a channel of
+        it. The input batch_stats are never modified.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,7 +58,7 @@ def recalibrate(
     References:
       Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, 2018,
       section 3.2. https://arxiv.org/abs/1803.05407
-      torch.optim.swa_utils.update_bn, PyTorch 2.13, which averages the batches' variances.
+      torch.optim.swa_utils.update_bn, PyTorch 2.13, which averages the variances of the batches.
     """
     state = map_states("recalibrate", fresh_accumulation, batch_stats)
 
@@ -100,7 +100,7 @@ def _finite(moments: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def _moved_everywhere(state: Mapping[str, Any]) -> bool:
-    """Whether each channel has arrived at what was measured; one of a single value has not."""
+    """Whether each channel has the measured mean; a channel with a single value does not."""
     seen = state["accumulation"]["moments"]
     return bool(jnp.all((seen["count"] > 0) & (state["mean"] == seen["mean"])))
 

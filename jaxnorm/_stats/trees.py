@@ -1,7 +1,7 @@
-"""Finds and replaces the states of norms in pytrees of every kind.
+"""Finds and replaces the states of norms in pytrees.
 
 A tree is any pytree, such as dicts, lists, tuples, `FrozenDict`, dataclasses of flax.struct and
-`nnx.State`, and also a mapping that JAX does not know as a pytree.
+`nnx.State`, or a mapping that is not registered as a pytree.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ Tree = TypeVar("Tree")
 
 
 def is_state(node: Any) -> bool:
-    """Whether this is one norm's state: a mapping that holds a mean and a variance."""
+    """Whether this is the state of a norm: a mapping that contains a mean and a variance."""
     return {"mean", "var"} <= arrays(node, ("mean", "var")).keys()
 
 
 def arrays(node: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Which of the keys a mapping has, with what is there, be it an array in a box.
+    """The arrays that a mapping has under these keys; arrays in Flax variables are unboxed.
 
-    A box is one of Flax's variables. What is None or a mapping is not an array.
+    Values that are None or mappings are not arrays and are left out.
     """
     if not isinstance(node, Mapping):
         return {}
@@ -35,10 +35,10 @@ def arrays(node: Any, keys: tuple[str, ...]) -> dict[str, Any]:
 def find(
     tree: Any, wanted: Callable[[Any], bool] = is_state, path: Path = ()
 ) -> Iterator[tuple[Path, Any]]:
-    """Every mapping that is wanted, with its path; by default the states.
+    """Every mapping for which `wanted` is True, with its path; by default the states.
 
-    What a module of this name has besides, such as other norms, is walked through, too; what a
-    state accumulates is the state's own.
+    The other entries of a state's mapping, such as further norms, are searched too. Its
+    accumulation is part of the state and is not searched.
     """
     below, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_mapping)
     for rest, node in below:
@@ -58,10 +58,10 @@ def states(tree: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def map_states(function: str, change: Callable[[str, Any], Any], tree: Tree) -> Tree:
-    """The tree with every state in it changed; there is at least one.
+    """The tree with `change` applied to every state; raises an error if there is none.
 
-    The containers stay what they are. Of the mapping that holds a state, only what belongs to the
-    state is changed.
+    The types of the containers are kept. In a mapping that contains a state, only the entries of
+    the state are changed.
     """
     if next(find(tree), None) is None:
         raise ValueError(
@@ -89,12 +89,12 @@ def map_states(function: str, change: Callable[[str, Any], Any], tree: Tree) -> 
 
 
 def names(path: Path) -> tuple[str, ...]:
-    """What the parts of a path are called: keys, indices and attributes."""
+    """The names of the parts of a path: keys, indices and attributes."""
     return tuple(keystr((part,), simple=True) for part in path)
 
 
 def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every leaf of the tree, with the names that lead to it; None is a leaf."""
+    """Every leaf of the tree, with its path as names; None is a leaf."""
     below, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is None or _is_mapping(node)
     )
@@ -108,17 +108,17 @@ def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def at(tree: Any, name: Sequence[str]) -> Any:
-    """What has this name in the tree; None if nothing has."""
+    """The node at this path of names in the tree, or None."""
     for part in name:
         tree = _named(tree).get(part)
     return tree
 
 
 def replaced(tree: Any, name: Sequence[str], new: Any) -> Any:
-    """The tree with something else under this name; the containers stay what they are.
+    """The tree with a new node at this path of names; the types of the containers are kept.
 
-    None takes it out, and the mappings that are empty then. In a list or a dataclass an empty dict
-    takes its place, so that the others keep their names.
+    None removes the node, and the mappings that are empty afterwards. In a list or a dataclass, an
+    empty dict replaces the node, so that the other nodes keep their names.
     """
     first, *rest = name
     parts = _named(tree)
@@ -135,7 +135,7 @@ def replaced(tree: Any, name: Sequence[str], new: Any) -> Any:
 
 
 def _named(node: Any) -> dict[str, Any]:
-    """What a container of any kind holds, by name."""
+    """The children of a container of any type, by name."""
     if _is_mapping(node):
         return {str(key): part for key, part in _parts(node).items()}
     if jax.tree_util.all_leaves([node]):
@@ -149,7 +149,7 @@ def _is_mapping(node: Any) -> bool:
 
 
 def _parts(node: Any) -> dict[Any, Any]:
-    """What a mapping holds, as it is stored: `nnx.State` gives out its dicts as others."""
+    """The stored values of a mapping; `nnx.State` wraps its dicts when they are read."""
     if jax.tree_util.all_leaves([node]):
         return dict(node)
     below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
@@ -158,13 +158,13 @@ def _parts(node: Any) -> dict[Any, Any]:
 
 
 def _state(node: Any) -> dict[str, Any]:
-    """A mapping's own state, with arrays out of their boxes."""
+    """The state in a mapping, with its arrays unboxed."""
     parts = _parts(node)
     return {key: _unboxed(parts[key]) for key in STATE if parts.get(key) is not None}
 
 
 def _unboxed(value: Any) -> Any:
-    """The array in one of Flax's variables, which are pytrees with one leaf."""
+    """The array in a Flax variable, which is a pytree with one leaf."""
     if isinstance(value, list | tuple) or jax.tree_util.all_leaves([value]):
         return value
     found = jax.tree.leaves(value, is_leaf=_is_mapping)
@@ -172,7 +172,7 @@ def _unboxed(value: Any) -> Any:
 
 
 def _boxed(box: Any, value: Any) -> Any:
-    """A new value in a box like the old one's."""
+    """A new value in a box of the same type."""
     if _is_mapping(box) or _unboxed(box) is box:
         return value
     structure: Any = jax.tree.structure(box, is_leaf=_is_mapping)
@@ -180,7 +180,7 @@ def _boxed(box: Any, value: Any) -> Any:
 
 
 def _like(node: Any, new: dict[str, Any]) -> Any:
-    """The new entries in a mapping of the old one's class."""
+    """The new entries in a mapping of the same class as the old one."""
     if type(node) is dict:
         return new
     try:

@@ -30,32 +30,35 @@ def update_batch_stats(
     momentum: ArrayLike | None = 0.1,
     skip_nonfinite: bool = True,
 ) -> BatchStats:
-    """Moves running statistics by the moments of a batch.
+    """Updates running statistics with the moments of a batch.
 
     .. math::
         mean \\leftarrow (1 - m)\\, mean + m\\, mean_{batch}, \\quad
         var \\leftarrow (1 - m)\\, var + m\\, var_{batch} \\tfrac{n}{n - 1}
 
-    The momentum m weighs the new value, as in PyTorch; what is stored is the unbiased variance. A
-    channel whose sample has fewer than two entries keeps its state, and so, by default, does one
-    whose moments are not finite; the count moves when at least one channel has moved. With
-    momentum=None every batch weighs the same, m = 1 / count; a batch that would skip any channel
-    then moves nothing, because one count cannot weigh channels that have seen different batches.
-    Nothing here has a gradient.
+    The momentum m is the weight of the new value, as in PyTorch, and the stored variance is
+    unbiased. A channel keeps its state if its sample has fewer than two entries, or, by default, if
+    its moments are not finite. The count is incremented if at least one channel is updated.
+
+    With momentum=None, all batches have the same weight, m = 1 / count. If any channel would be
+    skipped, no channel is updated, because the single count would be wrong for some channels.
+
+    The result has no gradient.
 
     Args:
       batch_stats: the state, with mean and var of shape (C,) and count of shape ().
-      moments: the batch's moments, with fields of shape (C,), or (N, C) with one row a sample: the
-        rows' means and unbiased variances are then averaged first, as instance norm does.
-      momentum: how much the new value weighs, a float or None for the cumulative average.
+      moments: the moments of the batch, with fields of shape (C,), or of shape (N, C) with one row
+        per sample. The means and unbiased variances of the rows are averaged, as in instance norm.
+      momentum: weight of the new value. Defaults to 0.1. None weighs all batches equally
+        (cumulative average).
       skip_nonfinite: whether a channel with NaN or Inf in its moments keeps its state.
 
     Returns:
-      The new state, in new arrays. It keeps the dtypes of the given one, except that half
+      The new state, in new arrays. The dtypes are those of the input state, except that half
       precision is widened to float32.
 
     Raises:
-      ValueError: if batch_stats lacks a key, or its shapes and those of the moments disagree.
+      ValueError: if batch_stats lacks a key, or its shapes do not match those of the moments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,22 +94,24 @@ def merge_batch_stats(
         mean = \sum_k w_k\, mean_k, \quad
         var = \sum_k w_k\, (var_k + (mean_k - mean)^2), \quad w_k = n_k / \textstyle\sum_j n_j
 
-    Averaging variances alone loses the variance between the replicas: of two shards with means 0
-    and 4 and variances 1 it says 1 where the truth is 5.
+    Averaging only the variances ignores the variance between the replicas: for two shards with
+    means 0 and 4 and variance 1, the result would be 1, but the variance of all data is 5.
 
     Args:
-      stacked: the states with a leading axis, one entry a replica: mean and var of shape (K, C),
+      stacked: the states with a leading axis, one entry per replica: mean and var of shape (K, C),
         count of shape (K,).
-      counts: how much each replica weighs, of shape (K,), such as how many entries or samples it
-        has seen; None: each state's own count. Where all are 0, all weigh the same.
-      between: True for batch norm: the variance between the replicas is added (the law of total
-        variance). False for instance norm, whose variance is within each sample: plain averages.
+      counts: the weight of each replica, of shape (K,), such as the number of entries or samples
+        that it has seen. None uses the counts of the states. If all are 0, all have the same
+        weight.
+      between: whether to add the variance between the replicas (law of total variance). Use True
+        for batch norm. Use False for instance norm, whose variance is computed within each sample;
+        the variances are then averaged.
 
     Returns:
-      One state; its count is the sum of the counts, and at most the largest int32.
+      One state. Its count is the sum of the counts, and at most the largest int32.
 
     Raises:
-      ValueError: if stacked lacks a key, its shapes disagree, or counts is not of shape (K,).
+      ValueError: if stacked lacks a key, its shapes disagree, or the shape of counts is not (K,).
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,7 +134,7 @@ def merge_batch_stats(
     weights = jnp.where(jnp.any(weights > 0), weights, jnp.ones_like(weights))
     weights = weights / jnp.sum(weights)
     n = jnp.broadcast_to(weights.reshape(-1, *(1,) * (mean.ndim - 1)), mean.shape)
-    # What weighs nothing is left out before arithmetic, be it NaN.
+    # Entries of weight 0 may be NaN, so they are replaced before the arithmetic.
     mean, var = (jnp.where(n > 0, widen(a), 0) for a in (mean, var))
     rows = Moments(n, mean, var)
     merged = unshift(*pool(mean, about_mean(rows), between=between))
@@ -145,10 +150,10 @@ def merge_batch_stats(
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """How running statistics move.
+    """The rule by which running statistics are updated.
 
     Attributes:
-      momentum: how much the new value weighs; None is the cumulative average.
+      momentum: weight of the new value; None is the cumulative average.
       skip_nonfinite: whether a channel with NaN or Inf in its moments keeps its state.
     """
 
@@ -157,7 +162,7 @@ class Update:
 
     @classmethod
     def checked(cls, function: str, momentum: Any, skip_nonfinite: Any) -> "Update":
-        """An update with the arguments of a public function."""
+        """Creates an update from the arguments of a public function."""
         if momentum is not None:
             momentum = arguments.number(function, "momentum", momentum)
         return cls(momentum, arguments.boolean(function, "skip_nonfinite", skip_nonfinite))
@@ -171,11 +176,11 @@ def update_running_stats(
     between: bool,
     mapped_axes: MappedAxes = LOCAL,
 ) -> BatchStats:
-    """Moves the state once, by rows of moments; other devices may hold more rows.
+    """Updates the state once, by rows of moments; other devices may hold more rows.
 
-    The rows are parts of one sample, to be pooled with what is between them (batch norm), or
-    samples of their own, to be averaged (instance norm). A state that accumulates moves anew from
-    where it began, by all that it has seen since.
+    With `between` (batch norm), the rows are parts of one sample and are pooled, including the
+    variance between them. Without it (instance norm), the rows are samples and are averaged. An
+    accumulating state is updated from its start by all batches since.
     """
     stats, rows = lax.stop_gradient((batch_stats, rows))
     batch = _pooled(rows, mapped_axes) if between else _averaged(rows, mapped_axes)
@@ -195,9 +200,9 @@ def update_running_stats(
 
 
 def _moved(stats: BatchStats, batch: Moments, update: Update, between: bool) -> BatchStats:
-    """The state after one step towards the batch; its sharding stays the same."""
+    """The state after one step towards the batch, with the same sharding."""
     batch = jax.tree.map(lambda a: sharded_like(a, stats["mean"]), batch)
-    # A sample of fewer than two entries has no unbiased variance; averages are of unbiased ones.
+    # A sample of fewer than two entries has no unbiased variance. Averages are unbiased already.
     enough = batch.count > (1 if between else 0)
     correction = batch.count / jnp.maximum(batch.count - 1, 1) if between else 1
     mean, var = batch.mean, batch.var * correction
@@ -205,7 +210,7 @@ def _moved(stats: BatchStats, batch: Moments, update: Update, between: bool) -> 
     if update.skip_nonfinite:
         moves &= jnp.isfinite(mean) & jnp.isfinite(var)
     momentum = update.momentum
-    if momentum is None:  # the count is the weight: either every channel moves or none
+    if momentum is None:  # the weight depends on the count: either all channels move or none
         momentum = 1 / (stats["count"].astype(mean.dtype) + 1)
         moves = jnp.broadcast_to(jnp.all(moves), moves.shape)
 
@@ -215,7 +220,7 @@ def _moved(stats: BatchStats, batch: Moments, update: Update, between: bool) -> 
         return jnp.where(moves, interpolate(old, new, m), old)
 
     count = stats["count"]
-    # One reduction, whose result is the new count itself: any(moves) would be a kernel more.
+    # One reduction gives the new count directly; any(moves) would need another kernel.
     after = count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
     after = jnp.where(moves, after, count)
     return {
@@ -233,9 +238,9 @@ def _pooled(rows: Moments, mapped_axes: MappedAxes) -> Moments:
 
 
 def _averaged(rows: Moments, mapped_axes: MappedAxes) -> Moments:
-    """How many samples count, and the mean over them of their means and unbiased variances.
+    """The number of samples, and the averages of their means and of their unbiased variances.
 
-    A sample of fewer than two entries has no unbiased variance; it does not count.
+    Samples of fewer than two entries have no unbiased variance and are excluded.
     """
     unbiased = rows.var * (rows.count / jnp.maximum(rows.count - 1, 1))
     stacked = jnp.stack([jnp.ones_like(unbiased), rows.mean, unbiased])

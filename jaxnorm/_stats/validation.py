@@ -15,11 +15,11 @@ Find = Callable[..., None]
 
 
 class Finding(NamedTuple):
-    """Something that is wrong with one leaf of a model's variables.
+    """A problem with one leaf of a model's variables.
 
     Attributes:
-      path: where it is, such as `['batch_stats']['BatchNorm_0']['var']`.
-      problem: what is wrong there, and what it leads to.
+      path: the path of the leaf, such as `['batch_stats']['BatchNorm_0']['var']`.
+      problem: the problem and its consequence.
 
     Example:
       >>> import jaxnorm
@@ -27,35 +27,38 @@ class Finding(NamedTuple):
       ['bn']['count'] is missing
 
     References:
-      jax.tree_util.keystr, whose notation the paths are in.
+      jax.tree_util.keystr, whose notation the paths have.
     """
 
     path: str
     problem: str
 
     def __str__(self) -> str:
-        """The two as a sentence."""
+        """The path and the problem as a sentence."""
         return f"{self.path} {self.problem}"
 
 
 def check_batch_stats(variables: Any, like: Any = None) -> list[Finding]:
-    """Finds what is wrong with a model's running statistics before they are used.
+    """Finds problems in a model's running statistics before they are used.
 
-    For a state that was restored, converted or merged. Formats of checkpoints do not check all of
-    this: flax.serialization takes arrays of any shape, and orbax casts to the dtypes it is given.
+    Use this for a state that was restored, converted or merged. Checkpoint formats do not check
+    everything: flax.serialization accepts arrays of any shape, and orbax casts to the dtypes of its
+    target.
 
     Args:
-      variables: {"params": ..., "batch_stats": ...}, either collection alone, one norm's state,
-        `nnx.state(model)`, a train state, or any other tree of states; with values, so not under
-        jit. Where there is a scale or a bias beside a state, their shapes are compared.
-      like: what the state should be like: the same for a new model, or its `jax.eval_shape`.
+      variables: {"params": ..., "batch_stats": ...}, one of the collections, the state of one norm,
+        `nnx.state(model)`, a train state, or any other tree of states. The values must be concrete,
+        so do not call this under jit. If a norm has a scale or a bias, their shapes are compared
+        with those of the statistics.
+      like: the same tree for a new model, or its `jax.eval_shape`, to compare with. Defaults to
+        None, which skips the comparison.
 
     Returns:
-      The findings; an empty list says that none of these was found: no state at all; a key missing;
-      a state that was never trained (count 0), which evaluation would use as it is; NaN or Inf; a
-      negative variance or count; shapes that disagree; a dtype below float32 (in which an average
-      stalls), not of floats, or, for the count, not of integers; batches that were accumulated and
-      hold NaN or Inf; and, given `like`, any difference of shape, dtype or structure.
+      A list of findings. The function finds: no state at all; a missing key; a state that was never
+      trained (count 0), which evaluation would use unchanged; NaN or Inf; a negative variance or
+      count; shapes that disagree; statistics in half precision, in which an average stalls, or in a
+      dtype that is not a float dtype; a count that is not an integer; NaN or Inf in accumulated
+      batches; and, given `like`, any difference in shape, dtype or structure.
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,7 +88,7 @@ def check_batch_stats(variables: Any, like: Any = None) -> list[Finding]:
 
 
 def _is_like_state(node: Any) -> bool:
-    """Whether this is a state, or would be one if nothing were missing."""
+    """Whether this is a state, or a state in which a key is missing."""
     if arrays(node, ("mean", "var")):
         return True
     return bool(arrays(node, ("count",))) and {*KEYS, "accumulation"}.issuperset(node)
@@ -96,7 +99,7 @@ def _has_params(node: Any) -> bool:
 
 
 def _in_params(path: tuple[str, ...]) -> tuple[str, ...]:
-    """Where the parameters lie, of a norm whose state lies at this path."""
+    """The path of the parameters of the norm whose state has this path."""
     if "batch_stats" not in path:
         return path
     i = path.index("batch_stats")
@@ -104,7 +107,7 @@ def _in_params(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _state(path: str, node: Any, beside: Any) -> list[Finding]:
-    """The findings in one state; beside it lie the parameters."""
+    """The findings in one state; `beside` contains the parameters of the same norm."""
     findings = []
 
     def find(key: str, problem: str, below: str = "") -> None:
@@ -133,7 +136,7 @@ def _state(path: str, node: Any, beside: Any) -> list[Finding]:
 
 
 def _accumulation(accumulation: Any, find: Find) -> None:
-    """Where a state began, and the moments of the batches since."""
+    """The findings in the start of an accumulation and in the moments since."""
     for part, keys in (("start", KEYS), ("moments", ("count", "mean", "var"))):
         held = accumulation.get(part) if isinstance(accumulation, Mapping) else None
         found = arrays(held, keys)
@@ -168,7 +171,7 @@ def _count(count: np.ndarray, leaves: Mapping[str, Any], shape: Sequence[int], f
         find("count", f"has shape {count.shape}, and should have one number for a state of {shape}")
     if np.any(count < 0):
         find("count", "is negative")
-    # A count of 0 beside other statistics is right: PyTorch's instance norm does not count.
+    # A count of 0 with other statistics is valid: PyTorch's instance norm does not count.
     first = (("mean", 0), ("var", 1))
     if np.any(count == 0) and all(
         np.all(np.asarray(leaves[key]) == value) for key, value in first if key in leaves
@@ -177,7 +180,7 @@ def _count(count: np.ndarray, leaves: Mapping[str, Any], shape: Sequence[int], f
 
 
 def _differences(found: Any, expected: Any) -> list[Finding]:
-    """Where the states differ from the expected ones in structure, shape or dtype."""
+    """The differences from the expected states in structure, shape or dtype."""
     findings = []
     expected = {path: node for path, node in expected.items() if arrays(node, ("mean", "var"))}
     for path in expected.keys() - found.keys():
@@ -195,6 +198,6 @@ def _differences(found: Any, expected: Any) -> list[Finding]:
 
 
 def _described(a: Any) -> str:
-    """The dtype and the shape of an array, of a description of one, or of a list of numbers."""
+    """The dtype and shape of an array, a ShapeDtypeStruct or a list of numbers."""
     a = a if hasattr(a, "dtype") else np.asarray(a)
     return f"{a.dtype}{list(a.shape)}"

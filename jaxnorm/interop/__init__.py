@@ -1,7 +1,7 @@
 """Converts the variables of whole models from and to PyTorch, Flax, Haiku and NNX.
 
-A model's variables are {"params": ..., "batch_stats": ...}, as Linen has them. PyTorch, Flax and
-Haiku are not imported: what is read are mappings of arrays.
+The variables of a model are {"params": ..., "batch_stats": ...}, as in Linen. PyTorch, Flax and
+Haiku are not imported: the functions read mappings of arrays.
 """
 
 from jaxnorm.interop._describe import NormRows as NormRows

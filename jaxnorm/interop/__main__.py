@@ -1,4 +1,4 @@
-"""The command line converts a file of weights, and shows what became of each array.
+"""The command line converts a file of weights, and prints a table of the converted arrays.
 
 python -m jaxnorm.interop convert IN OUT.safetensors [--names MAP.json]
 """
@@ -53,23 +53,23 @@ def _parser() -> argparse.ArgumentParser:
         "--map",
         type=Path,
         metavar="MAP.json",
-        help='what modules are called here: {"layer1.0": "Block_0"}, from PyTorch, either way',
+        help='new names of modules, {"layer1.0": "Block_0"}; the same map in both directions',
     )
     convert.add_argument(
-        "--norm", action="append", metavar="NAME", help="a module that is a norm; all, if given"
+        "--norm", action="append", metavar="NAME", help="a norm; repeat it for all norms"
     )
-    convert.add_argument("--count", type=_count, help="of norms without num_batches_tracked")
+    convert.add_argument("--count", type=_count, help="count of norms without num_batches_tracked")
     convert.add_argument(
         "--no-running-stats", action="store_true", help="leave the running statistics out"
     )
-    convert.add_argument("--key", help="where the state dict is in a checkpoint: state_dict")
-    convert.add_argument("--prefix", help="taken from the front of every name: module.")
+    convert.add_argument("--key", help="key of the state dict in a checkpoint, such as state_dict")
+    convert.add_argument("--prefix", help="prefix to remove from every name, such as module.")
     convert.add_argument(
         "--leave-out",
         action="append",
         default=[],
         metavar="NAME",
-        help="a name in the file that is left out; * stands for anything",
+        help="a name in the file to leave out; * matches any text",
     )
     convert.add_argument("--force", action="store_true", help="replace files that exist")
     convert.add_argument(

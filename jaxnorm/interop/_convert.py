@@ -1,4 +1,4 @@
-"""Converts a file of weights to another file, without losing an array."""
+"""Converts a file of weights to another file, and keeps every array."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ COLLECTIONS = ("params/", "batch_stats/")
 
 
 def convert_file(options: Any) -> str:
-    """Reads, converts and writes; the table of what was done."""
+    """Reads, converts and writes a file, and returns a table of the conversion."""
     _files.check_target("convert", options.target, replace=options.force)
     names = _names(options.names) if options.names else None
     source = _files.read("convert", options.source)
@@ -57,7 +57,7 @@ def _from_torch(
         count=options.count,
     )
     warn_of_scales(entries)
-    variables_of(entries)  # no two arrays have one name, and none is inside another
+    variables_of(entries)  # raises if two arrays have one name, or one is inside another
     return entries, [(e.theirs, _file_name(e), e.value) for e in entries]
 
 
@@ -98,7 +98,7 @@ def _to_torch(
 
 
 def _moved(arrays: Iterable[str], moves: list[Move]) -> dict[str, Any]:
-    """What is written by name, in the order of the source; nothing that was read is lost."""
+    """The arrays to write by name, in the order of the source; raises if one would be lost."""
     order = {name: i for i, name in enumerate(arrays)}
     lost = sorted(order.keys() - {source for source, _, _ in moves})
     if lost:
@@ -120,7 +120,7 @@ def _moved(arrays: Iterable[str], moves: list[Move]) -> dict[str, Any]:
 
 
 def _same_shards(shards: Any, prefix: str, moves: list[Move]) -> list[list[str]]:
-    """The shards of the source, by the new names; what is new, such as a count, is in the last."""
+    """The shards of the source, with the new names; new arrays, such as counts, are in the last."""
     shard_of = {name.removeprefix(prefix): i for i, names in enumerate(shards) for name in names}
     new: list[list[str]] = [[] for _ in shards] or [[]]
     for source, target, _ in moves:
@@ -140,7 +140,7 @@ def _names(path: Path) -> dict[str, str]:
 
 
 def _file_name(entry: Entry) -> str | None:
-    """A variable's name in a file: its parts between slashes, which they cannot have themselves."""
+    """The name of a variable in a file: its parts, encoded and joined by slashes."""
     if entry.ours is None:
         return None
     parts = [entry.collection, *entry.ours.split(".")]
@@ -152,7 +152,7 @@ def _decoded(part: str) -> str:
 
 
 def table(entries: list[Entry]) -> str:
-    """A row for each array: its names there and here, its shape and dtype, what became of it."""
+    """A table with a row for each array: both names, the shape, the dtype and a note."""
     rows = [("PyTorch", "here", "shape", "dtype", "")]
     for entry in entries:
         shape = "x".join(map(str, entry.value.shape)) or "()"

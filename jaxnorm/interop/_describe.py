@@ -1,4 +1,4 @@
-"""Lists the norms of a PyTorch model as a table, for which a state dict is not enough."""
+"""Lists the norms of a PyTorch model as a table, with information that a state dict lacks."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jaxnorm.interop._torch_norms import NormRow, norm_row
 
 
 class NormRows(tuple[NormRow, ...]):
-    """The rows of `describe_torch`: a tuple that is printed as a table.
+    """The result of `describe_torch`: a tuple of rows that is printed as a table.
 
     Example:
       >>> from jaxnorm import interop
@@ -35,25 +35,25 @@ class NormRows(tuple[NormRow, ...]):
 
 
 def describe_torch(module: Any) -> NormRows:
-    """Lists the norms of a PyTorch model, with the arguments for the same layers of jaxnorm.
+    """Lists the norms of a PyTorch model, with the arguments of the corresponding jaxnorm layers.
 
-    A state dict does not say epsilon, momentum, and whether a layer tracks running statistics. The
-    defaults of epsilon differ: in PyTorch it is 1e-5, and here, as in Flax, 1e-6 in all layers but
-    BatchNorm.
+    A state dict does not contain epsilon and momentum, nor whether a layer tracks running
+    statistics. The defaults of epsilon differ: 1e-5 in PyTorch; in jaxnorm, as in Flax, 1e-6 in all
+    layers except BatchNorm.
 
-    Modules are recognized by the name of their class or of one that it inherits from. A module that
-    looks like a norm and is not recognized is listed as "unknown". A call of
-    torch.nn.functional.layer_norm in a `forward` is no module, and cannot be listed.
+    A module is recognized by the name of its class or of a base class. A module that looks like a
+    norm but is not recognized is listed as "unknown". A call of torch.nn.functional.layer_norm in a
+    `forward` is not a module, and cannot be listed.
 
     Args:
       module: a torch.nn.Module.
 
     Returns:
-      A tuple with a `NormRow` for each norm, in the model's order; str() makes a table of it. A
-      norm that has two names is listed twice.
+      A tuple with a `NormRow` for each norm, in the order of the model; str() formats it as a
+      table. A norm with two names is listed twice.
 
     Raises:
-      ValueError: if this is no model.
+      ValueError: if module is not a model.
 
     Example:
       >>> import torch
@@ -81,7 +81,7 @@ def describe_torch(module: Any) -> NormRows:
 
 
 def _cells(row: NormRow) -> tuple[str, ...]:
-    """What the table says of a norm; the note is a comment after the code."""
+    """The cells of one row; the note is a comment after the code."""
     epsilon = "-" if row.epsilon is None else f"{row.epsilon:g}"
     momentum = "-" if row.momentum is None else f"{row.momentum:g}"
     if row.tracks and row.arguments.get("momentum", 0) is None:

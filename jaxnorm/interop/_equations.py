@@ -1,4 +1,4 @@
-"""Reads a jaxpr as one list of equations: which parameter is used first, and what is computed."""
+"""Reads a jaxpr as one list of equations, to find the order of parameters and the results."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-# The equation computes what the jaxpr in this parameter computes, of the same operands.
+# Primitives that call a jaxpr with the same operands, and the parameter that contains it.
 CALLS = {
     "pjit": "jaxpr",
     "jit": "jaxpr",
@@ -37,14 +37,14 @@ REARRANGEMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A value that is known while the function is traced."""
+    """A value that is known at trace time."""
 
     value: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Equation:
-    """One equation; values are numbered, since a jaxpr that is called twice has the same variables.
+    """One equation. Its values are numbered, because two calls of a jaxpr share its variables.
 
     Attributes:
       eqn: the equation of the jaxpr.
@@ -58,7 +58,7 @@ class Equation:
 
 
 class Equations:
-    """The equations of a function of named arrays, with those of the functions that it calls."""
+    """The equations of a function of named arrays, including those of the functions it calls."""
 
     def __init__(self, function: Callable[[Mapping[str, Any]], Any], arrays: Mapping[str, Any]):
         closed = jax.make_jaxpr(function)(dict(arrays))
@@ -68,7 +68,7 @@ class Equations:
         self._inline(closed, tuple(self.inputs.values()))
 
     def first_uses(self) -> dict[str, int]:
-        """The number of the equation that first computes with each array, if there is one."""
+        """The index of the first equation that computes with each array, if there is one."""
         alias = {number: name for name, number in self.inputs.items()}
         uses: dict[str, int] = {}
         for place, equation in enumerate(self.equations):

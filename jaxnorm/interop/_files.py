@@ -1,6 +1,6 @@
-"""Reads and writes files of arrays: .safetensors, also in shards, and reads those of torch.save.
+"""Reads and writes .safetensors files, also in shards, and reads files of torch.save.
 
-What is read are views of the mapped file, so that arrays take memory only where they are changed.
+The arrays are views of the memory-mapped file, so only arrays that are changed take memory.
 """
 
 import json
@@ -15,15 +15,15 @@ from jaxnorm.interop._replace import check_place, put
 
 OF_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 SINGLE, INDEX = ".safetensors", ".index.json"
-SHARD_SIZE = 5 * 10**9  # Hugging Face's, for an index where nothing else is said
+SHARD_SIZE = 5 * 10**9  # the default of Hugging Face's libraries
 
 
 class Contents(NamedTuple):
-    """What a file holds, and what it says about that."""
+    """The arrays and the metadata of a file."""
 
-    arrays: Any  # a dict of arrays by name; of a file of torch.save, whatever was saved
+    arrays: Any  # a dict of arrays by name; from torch.save, any object
     metadata: Mapping[str, str] = {}  # of the header
-    about: Mapping[str, Any] = {}  # of the index
+    about: Mapping[str, Any] = {}  # metadata of the index
     shards: Sequence[Sequence[str]] | None = None  # the names in each; None for a single file
 
 
@@ -45,7 +45,7 @@ def read(function: str, path: str | os.PathLike[str]) -> Contents:
 
 
 def read_json(function: str, path: Path) -> Any:
-    """What a JSON file holds."""
+    """Reads a JSON file."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -53,7 +53,7 @@ def read_json(function: str, path: Path) -> Any:
 
 
 def _read_shards(function: str, path: Path) -> Contents:
-    """The arrays of all the files that an index names."""
+    """Reads the arrays of all files that an index names."""
     index = read_json(function, path)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -65,7 +65,7 @@ def _read_shards(function: str, path: Path) -> Contents:
     metadata: dict[str, str] = {}
     shards = []
     for file in sorted({*files.values()}):  # an index may be in alphabetical order of the arrays
-        if Path(file).name != file or file.endswith(INDEX):  # it stays in its own folder
+        if Path(file).name != file or file.endswith(INDEX):  # only files in the same folder
             raise ValueError(f"{function}: {path} should name files beside it, but names {file!r}")
         shard = read(function, path.parent / file)
         found = shard.arrays if isinstance(shard.arrays, Mapping) else {}
@@ -83,7 +83,7 @@ def _read_shards(function: str, path: Path) -> Contents:
 
 
 def _read_torch(function: str, path: Path) -> Any:
-    """What torch.save wrote; nothing but tensors and plain containers is ever unpickled."""
+    """Reads a file of torch.save; only tensors and plain containers are unpickled."""
     try:
         import torch
     except ImportError as error:
@@ -96,7 +96,7 @@ def _read_torch(function: str, path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
-        # PyTorch's own text says how to run the file's code, which is never the way out here.
+        # PyTorch's message suggests running the code in the file, which is unsafe.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{function}: {path} should hold tensors in dicts, but "
@@ -109,7 +109,7 @@ def _read_torch(function: str, path: Path) -> Any:
 
 
 def check_target(function: str, path: Path, *, replace: bool) -> None:
-    """The path has the name of a file that can be written, and may be replaced if it exists."""
+    """Checks that the path names a file that can be written, and replaced if it exists."""
     if path.suffix in OF_TORCH:
         raise ValueError(
             f"{function}: {path} should be a .safetensors file, but is one of torch.save; write "
@@ -129,8 +129,8 @@ def write(
 ) -> list[Path]:
     """Writes a .safetensors file, or shards and their index.
 
-    All files are complete before the first is moved to its place: the arrays may be views of files
-    that are replaced.
+    All files are complete before the first one is renamed, because the arrays may be views of
+    files that are replaced.
     """
     path = Path(path)
     check_target(function, path, replace=replace)
@@ -162,7 +162,7 @@ def write(
 
 
 def shards_of(arrays: Mapping[str, Any], most: int) -> list[list[str]]:
-    """The names, in order, in shards of at most this many bytes; a larger array has its own."""
+    """Divides the names, in order, into shards of at most `most` bytes or of a single array."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, a in arrays.items():
@@ -175,7 +175,7 @@ def shards_of(arrays: Mapping[str, Any], most: int) -> list[list[str]]:
 
 
 def _named(single: Path, shards: Sequence[Sequence[str]]) -> dict[Path, Sequence[str]]:
-    """The shards by the names of their files, as Hugging Face's programs give them."""
+    """The shards by file name, in the pattern of Hugging Face's libraries."""
     stem = single.name.removesuffix(SINGLE)
     return {
         single.with_name(f"{stem}-{i:05d}-of-{len(shards):05d}{SINGLE}"): names

@@ -1,4 +1,4 @@
-"""Converts the variables of Flax's norms, whose batch_stats have no count."""
+"""Converts the variables of Flax's norms, in which batch_stats have no count."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,19 +12,20 @@ from jaxnorm.interop._trees import Tree
 
 
 def from_flax(variables: Mapping[str, Any], *, count: ArrayLike | None = None) -> Tree:
-    """Gives the batch_stats of flax.linen.BatchNorm the count that they lack.
+    """Adds a count to the batch_stats of flax.linen.BatchNorm.
 
-    Everything else stays as it is. Flax's running variance is the biased one; what it would have
-    been cannot be told from it, and new batches move it towards the unbiased.
+    Nothing else changes. Flax's running variance is biased, and the unbiased one cannot be computed
+    from it; updates with new batches move it towards the unbiased variance.
 
     Args:
       variables: {"params": ..., "batch_stats": ...} of a Flax model.
-      count: how many batches the statistics stand for; for layers under nn.scan or nn.vmap one
-        number each, of shape (L,). None is 0, with a warning, unless the statistics are first ones:
-        with momentum=None, a count of 0 lets the next batch replace them.
+      count: the number of batches that the statistics represent. For layers under nn.scan or
+        nn.vmap, an array of shape (L,) with one number each. None means 0, with a warning unless
+        the statistics are the initial ones: with momentum=None and count 0, the next batch replaces
+        the statistics.
 
     Returns:
-      The variables, in which every state has a count; those that had one keep it.
+      The variables with a count in every state. States that have a count keep it.
 
     Raises:
       ValueError: if there are no running statistics.
@@ -61,13 +62,13 @@ def from_flax(variables: Mapping[str, Any], *, count: ArrayLike | None = None) -
 
 
 def to_flax(variables: Mapping[str, Any]) -> Tree:
-    """Takes the count out of batch_stats again, for flax.linen.BatchNorm.
+    """Removes the count from batch_stats, for flax.linen.BatchNorm.
 
     Args:
       variables: {"params": ..., "batch_stats": ...} of a model with layers of jaxnorm.
 
     Returns:
-      The variables, without counts and without what accumulates.
+      The variables, without counts and without the entries of `begin_accumulation`.
 
     Raises:
       ValueError: if there are no running statistics.

@@ -42,56 +42,59 @@ def from_torch(
     prefix: str | None = None,
     leave_out: Collection[str] = (),
 ) -> Tree:
-    r"""Turns a PyTorch state dict into variables.
+    r"""Converts a PyTorch state dict to variables.
 
-    Of a norm, `weight`, `bias`, `running_mean`, `running_var` and `num_batches_tracked` become
-    scale and bias in "params", and mean, var and count in "batch_stats". A norm is a module with a
-    `running_mean`, or with a `weight` of one axis. Names are split at their dots:
-    `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. What is not a norm's goes
-    to "params" under its own name, untouched, unless `convert` says otherwise.
+    For each norm, `weight` and `bias` become scale and bias in "params", and `running_mean`,
+    `running_var` and `num_batches_tracked` become mean, var and count in "batch_stats". A norm is a
+    module with a `running_mean`, or with a `weight` of one axis. Names are split at the dots:
+    `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. All other arrays are
+    copied to "params" unchanged, under their own names, unless `convert` changes them.
 
-    Running statistics in half precision are widened to float32. A count beyond int32 becomes the
-    largest int32, with a warning. Nothing else is changed: `to_torch` gives back every bit. The
-    arrays are copies, but for those of a file: training the PyTorch model on does not change them.
+    Running statistics in half precision are widened to float32. A count that exceeds int32 becomes
+    the largest int32, with a warning. Nothing else changes, so `to_torch` restores every bit. The
+    arrays are copies, except those of a file: further training of the PyTorch model does not change
+    them.
 
-    A state dict does not hold epsilon, which differs between PyTorch's layers and Flax's.
+    A state dict does not contain epsilon, whose defaults differ between PyTorch and Flax.
 
     Args:
-      state_dict: a mapping of arrays, such as model.state_dict(); a module that has one; or the
-        path of a file: a .safetensors file, an .index.json of several, or a .pt, .pth, .bin or
-        .ckpt file of torch.save, which needs PyTorch and is read with weights_only=True.
-      names: what modules are called here, as {"layer1.0": "Block_0", "layer1.0.bn1":
-        "Block_0.BatchNorm_0"}; the longest front of a name that it knows is replaced. Each is a
-        module of the state dict; "" is the whole model.
-      norms: the names, in PyTorch, of the modules that are norms; None finds them. For layer norms
-        over several axes, or where a `weight` of one axis is no norm's (PReLU).
-      convert: `convert(name, array)` for each array that is no norm's, after `names`: its new
-        dotted name and array, such as a kernel in Flax's order; or None to leave it out.
-      track_running_stats: None: as in the file. False leaves the running statistics out. True
-        gives the norms that have none first ones: mean 0, variance 1, count 0.
-      count: what a norm counts whose `num_batches_tracked` is missing, as before PyTorch 0.4.1.
-        None is 0 as in PyTorch, with a warning: with momentum=None, a count of 0 lets the next
-        batch replace the statistics; write how many batches they stand for.
-      like: variables of the new model, or their `jax.eval_shape`: what comes out is to have the
-        same names and shapes.
-      key: where the state dict is in a checkpoint that holds more, such as "state_dict" or
-        "ema.model". None is at the top.
-      prefix: what is taken from the front of every name, such as "module." of
-        DistributedDataParallel or "_orig_mod." of torch.compile. A name without it is an error.
-      leave_out: names in the state dict that are left out, prefix and all, where * stands for
-        anything, such as "n_averaged" or "*_extra_state". One that matches nothing is an error.
+      state_dict: a mapping of arrays, such as model.state_dict(); a module; or the path of a file.
+        The file is a .safetensors file, an .index.json of several, or a .pt, .pth, .bin or .ckpt
+        file of torch.save, which needs PyTorch and is read with weights_only=True.
+      names: maps the names of modules in PyTorch to the new names, as {"layer1.0": "Block_0",
+        "layer1.0.bn1": "Block_0.BatchNorm_0"}; the longest matching prefix is replaced. Each key
+        must be a module of the state dict; "" is the whole model.
+      norms: the names in PyTorch of all modules that are norms. Use it for layer norms over several
+        axes, or if a `weight` of one axis does not belong to a norm (PReLU). None finds the norms.
+      convert: `convert(name, array)` is called, after `names` is applied, for each array that does
+        not belong to a norm. It returns the new dotted name and array, such as a kernel in Flax's
+        order, or None to leave the array out.
+      track_running_stats: None keeps the running statistics of the state dict. False leaves them
+        out. True adds initial ones to norms without: mean 0, variance 1, count 0.
+      count: the count of norms without `num_batches_tracked`, as before PyTorch 0.4.1: the number
+        of batches that the statistics represent. None means 0, as in PyTorch, with a warning: with
+        momentum=None and count 0, the next batch replaces the statistics.
+      like: the variables of the new model, or their `jax.eval_shape`. The result must have the same
+        names and shapes.
+      key: the key of the state dict in a checkpoint that contains more, such as "state_dict" or
+        "ema.model". None means that the checkpoint is the state dict.
+      prefix: a prefix that is removed from every name, such as "module." of DistributedDataParallel
+        or "_orig_mod." of torch.compile. A name without it is an error.
+      leave_out: names in the state dict to leave out, including the prefix, such as "n_averaged" or
+        "*_extra_state". * matches any text. A pattern that matches nothing is an error.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays. Those of a file are
-      read-only views of the mapped file, where nothing had to be changed.
+      {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays. Arrays of a file that did
+      not have to be changed are read-only views of the memory-mapped file.
 
     Raises:
-      ImportError: if a file needs PyTorch or safetensors, and that is missing.
-      ValueError: if a file cannot be read, or holds more than arrays by name; if count is no whole
-        number, or negative; naming the keys, if a norm lacks one half of its statistics, its
-        arrays are of different shapes or its statistics no floats; if `names` or `norms` names
-        what is not there, or `names` is not the map that was given to `kernels`; if two arrays get
-        one name; if anything is missing, unexpected or of another shape than in `like`.
+      ImportError: if a file needs PyTorch or safetensors, and the package is not installed.
+      ValueError: if a file cannot be read, or contains anything but arrays by name; if count is not
+        a whole number, or negative; if a norm lacks one of its statistics, its arrays have
+        different shapes, or its statistics are not floats; if `names` or `norms` contains a name
+        that does not exist, or `names` is not the map that was given to `kernels`; if two arrays
+        get the same name; if an array is missing, unexpected or has another shape than in `like`.
+        The errors name the keys.
 
     Example:
       >>> import numpy as np
@@ -136,7 +139,7 @@ def _copied(value: Any) -> Any:
 
 
 def warn_of_scales(entries: list[Entry]) -> None:
-    """Names that `to_torch` takes for those of norms, where nothing else is said."""
+    """Warns of names that `to_torch` would by default treat as those of norms."""
     kept = [e.theirs for e in entries if e.theirs is not None and e.theirs == e.ours]
     own = [name for name in kept if split(name)[1] == "scale"]
     if own:
@@ -156,7 +159,7 @@ def read_torch(
     track_running_stats: bool | None,
     count: int | None,
 ) -> list[Entry]:
-    """Every array of the state dict, with what it is here."""
+    """Every array of the state dict, with its new name and value."""
     arrays = {name: array("from_torch", name, value) for name, value in state_dict.items()}
     found = _norms(arrays) if norms is None else _named(arrays, norms)
     _check_parts(arrays)
@@ -238,7 +241,7 @@ def _read_norm(
     count: int | None,
     uncounted: list[str],
 ) -> list[Entry]:
-    """The entries of one norm, checked; its name is added to `uncounted` if it has no count."""
+    """Checks one norm and returns its entries; adds its name to `uncounted` if it has no count."""
 
     def key(leaf: str) -> str:
         return join(module, leaf)
@@ -308,7 +311,7 @@ def _count(key: str, value: np.ndarray | None, count: int | None) -> tuple[np.nd
 
 
 def variables_of(entries: list[Entry]) -> Tree:
-    """The collections, nested."""
+    """The collections as nested dicts."""
     flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     for entry in entries:
         if entry.ours is None:

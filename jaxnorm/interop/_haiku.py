@@ -1,4 +1,4 @@
-"""Converts the state of Haiku's norms: its averages become running statistics."""
+"""Converts the state of Haiku's norms: their averages become running statistics."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,26 +16,29 @@ def from_haiku(
     *,
     names: Mapping[str, str] | None = None,
 ) -> Tree:
-    """Turns a Haiku model's params and state into variables.
+    """Converts the params and the state of a Haiku model to variables.
 
-    Of hk.BatchNorm, `scale` and `offset` become scale and bias, and the exponential moving averages
-    `mean_ema` and `var_ema` the running mean and var: their `average`, which evaluation uses, with
-    the bias of the first steps already taken out, not `hidden`. Haiku's variance is the biased one.
-    The `counter` becomes the count. The sizes of 1 that Haiku keeps are dropped: (1, 1, C) is (C,).
-    Every other module's arrays go to "params" as they are, under their own names; names are split
-    at "/": "net/batch_norm" is `params["net"]["batch_norm"]`.
+    For hk.BatchNorm, `scale` and `offset` become scale and bias, and the exponential moving
+    averages `mean_ema` and `var_ema` become the running mean and var. The values are those of
+    `average`, which Haiku uses in evaluation and in which the bias of the first steps is corrected,
+    not those of `hidden`. Haiku's variance is biased. `counter` becomes the count. Axes of size 1
+    are removed: (1, 1, C) becomes (C,).
+
+    The arrays of all other modules are copied to "params" unchanged. Names are split at "/":
+    "net/batch_norm" becomes `params["net"]["batch_norm"]`.
 
     Args:
-      params: what hk.transform_with_state's init returned first.
-      state: what it returned second, or training did; None if there is none.
-      names: what modules are called here, with dots for slashes: {"net.~.batch_norm": "norm"}.
+      params: the parameters, the first result of init of hk.transform_with_state.
+      state: the state, the second result of init, or the state after training. None if there is no
+        state.
+      names: maps names of modules to new ones, with dots for slashes: {"net.~.batch_norm": "norm"}.
 
     Returns:
       {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays.
 
     Raises:
-      ValueError: if one of a norm's two averages is missing, or its arrays have more than one axis
-        that is not 1.
+      ValueError: if one of the two averages of a norm is missing, or an array of a norm has more
+        than one axis whose size is not 1.
 
     Example:
       >>> import numpy as np
@@ -87,7 +90,7 @@ def _name(module: str, names: Mapping[str, str]) -> str:
 
 
 def _channels(key: str, a: np.ndarray) -> np.ndarray:
-    """Of shape (C,); Haiku keeps the reduced axes, with size 1."""
+    """Reshapes to (C,): Haiku keeps the reduced axes, with size 1."""
     if max(a.shape, default=1) != a.size:
         raise ValueError(
             f"from_haiku: {key!r} should have one axis of the channels, and others of size 1, but "

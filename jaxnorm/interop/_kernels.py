@@ -1,4 +1,4 @@
-"""Makes the `convert` of `from_torch` and `to_torch` from the kinds of a model's modules."""
+"""Creates the `convert` of `from_torch` and `to_torch` from the kinds of a model's modules."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ WEIGHTS = ("weight", "kernel", "embedding")
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What `kernels` and `kernels_of` return: a `convert` for `from_torch`, and its inverse.
+    """The result of `kernels` and `kernels_of`: a `convert` for `from_torch`, and its inverse.
 
     Attributes:
-      kinds: the kind of each module that has one of its own, by the module's name in PyTorch.
-      names: what modules are called here, from PyTorch's names, as given to `from_torch`.
+      kinds: the kinds of modules that do not use the default, by the module's name in PyTorch.
+      names: maps names of modules in PyTorch to the new names, as given to `from_torch`.
 
     Example:
       >>> import numpy as np
@@ -46,11 +46,11 @@ class Kernels:
             _check_key(module, self.names, theirs)
             if kind is not None:
                 rule_of(module, kind)
-        for field in ("kinds", "names"):  # what the user changes later is not checked
+        for field in ("kinds", "names"):  # copies, because later changes would not be checked
             object.__setattr__(self, field, MappingProxyType(dict(getattr(self, field))))
 
     def __call__(self, name: str, value: Any) -> tuple[str, Any] | None:
-        """Converts one array, by its name here, from PyTorch's layout to that of Flax."""
+        """Converts one array from PyTorch's layout to Flax's, given its new name."""
         module, leaf = split(name)
         theirs = renamed(module, inverted("kernels", self.names))
         _check_array(name, value)
@@ -67,7 +67,7 @@ class Kernels:
 
     @property
     def inverse(self) -> Convert:
-        """The `convert` for `to_torch`, which gets the names in PyTorch: it restores every bit."""
+        """The `convert` for `to_torch`, which is given names in PyTorch. It restores every bit."""
         return self._to_torch
 
     def _to_torch(self, name: str, value: Any) -> tuple[str, Any] | None:
@@ -75,7 +75,7 @@ class Kernels:
         _check_array(name, value)
         kind = self._kind(module, value)
         if leaf == "embedding" and value.ndim == 2 and module not in self.kinds:
-            kind = "embedding"  # the leaf says so
+            kind = "embedding"  # known from the name of the array
         if kind is None or kind == "unchanged":
             return None if kind is None else (name, value)
         rule = rule_of(name, kind)
@@ -87,7 +87,7 @@ class Kernels:
         return name, rule.bias_to_torch(value) if leaf == "bias" else value
 
     def _kind(self, module: str, value: Any) -> Kind:
-        """What the user says, or else what the number of axes says."""
+        """The kind that the user specified, or else the default for the number of axes."""
         if module in self.kinds:
             return self.kinds[module]
         return "unchanged" if value.ndim < 2 else "linear" if value.ndim == 2 else "conv"
@@ -96,37 +96,38 @@ class Kernels:
 def kernels(
     kinds: Mapping[str, Kind] | None = None, *, names: Mapping[str, str] | None = None
 ) -> Kernels:
-    r"""Makes a `convert` for `from_torch`: weights become Flax's kernels and embeddings.
+    r"""Creates a `convert` for `from_torch`: weights become Flax's kernels and embeddings.
 
-    An array called `weight` becomes `kernel`, with its axes in the order of Flax's layers, in Linen
-    and NNX alike; `bias` and all others stay as they are. A state dict does not say which layer a
-    weight is of. Where `kinds` does not say it either, 2 axes are those of a Linear and 3 to 5
-    those of a convolution; one axis or none stays as it is. What is neither is to be named:
+    An array named `weight` becomes `kernel`, with its axes in the order of Flax's layers (the same
+    in Linen and NNX). `bias` and all other arrays do not change. A state dict does not say what
+    type of layer a weight belongs to. By default, a weight with 2 axes belongs to a Linear and one
+    with 3 to 5 axes to a convolution; weights with one axis or none do not change. Specify all
+    other kinds in `kinds`:
 
-    - "conv_transpose": a ConvTranspose of Flax with `transpose_kernel=False`, the default; with
-      `transpose_kernel=True`, write "conv". Flax has no groups in transposed convolutions.
-    - "embedding": becomes `embedding`, for nn.Embed.
-    - "transposed_linear": has (I, O) in PyTorch too, such as Conv1D of Hugging Face's GPT-2.
-    - `Flattened(C, H, W)`: a Linear behind a flatten of (C, H, W).
-    - `Unflattened(C, H, W)`: a Linear whose outputs become (C, H, W).
-    - "norm": a layer norm over several axes, which `from_torch` does not find by itself.
+    - "conv_transpose": a ConvTranspose of Flax with `transpose_kernel=False`, the default. With
+      `transpose_kernel=True`, use "conv". Flax has no groups in transposed convolutions.
+    - "embedding": the weight becomes `embedding`, for nn.Embed.
+    - "transposed_linear": the weight is (I, O) in PyTorch, as in Conv1D of Hugging Face's GPT-2.
+    - `Flattened(C, H, W)`: a Linear after a flatten of (C, H, W).
+    - `Unflattened(C, H, W)`: a Linear whose outputs are unflattened to (C, H, W).
+    - "norm": a layer norm over several axes, which `from_torch` does not find by default.
     - "unchanged": neither the names nor the arrays change.
-    - None: the module's arrays are left out, for a weight that is another one's; the inverse cannot
-      restore it.
+    - None: the module's arrays are left out, for a weight that is shared with another module. The
+      inverse cannot restore it.
 
-    `kernels_of` finds them in a PyTorch model.
+    `kernels_of` finds the kinds of a PyTorch model.
 
     Args:
-      kinds: what the modules are, by their names in PyTorch, such as {"encoder.up":
-        "conv_transpose"}; "linear" and "conv" may be said too.
-      names: the same map as for `from_torch`, where one is given there.
+      kinds: the kinds of modules, by their names in PyTorch, such as {"encoder.up":
+        "conv_transpose"}; "linear" and "conv" are allowed too.
+      names: the same map as for `from_torch`, if it is given there.
 
     Returns:
       A `convert` for `from_torch`; its `inverse` is the `convert` for `to_torch`.
 
     Raises:
-      ValueError: if a kind is not one of these, or a key is not a name in PyTorch; in the call, if
-        an array has not the axes of its kind, or its name could not be restored.
+      ValueError: if a kind does not exist, or a key is not a name in PyTorch. The `convert` raises
+        it if an array does not have the axes of its kind, or its name could not be restored.
 
     Example:
       >>> import numpy as np
@@ -156,8 +157,8 @@ def kernels(
 def check_names_of_kernels(
     function: str, convert: Convert | None, names: Mapping[str, str] | None
 ) -> None:
-    """Kernels with kinds have the map that is given, or they would not find the kinds."""
-    convert = getattr(convert, "__self__", convert)  # of an inverse
+    """Checks that kernels with kinds have the same map, which they need to find the kinds."""
+    convert = getattr(convert, "__self__", convert)  # an inverse is a bound method
     if isinstance(convert, Kernels) and convert.kinds and dict(convert.names) != dict(names or {}):
         raise ValueError(
             f"{function}: names should be the map that kernels was given, because the kinds are "

@@ -10,7 +10,7 @@ from jaxnorm.interop._layouts import Kind
 from jaxnorm.interop._torch_modules import class_names, is_uninitialized, named_modules, own_arrays
 from jaxnorm.interop._torch_norms import norm_row
 
-# By the name of the class, or of one that it inherits from.
+# The kind by the name of the class or of a base class.
 KINDS: dict[str, str] = {
     **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), "conv"),
     **dict.fromkeys((f"ConvTranspose{n}d" for n in (1, 2, 3)), "conv_transpose"),
@@ -27,27 +27,27 @@ def kernels_of(
     kinds: Mapping[str, Kind] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Kernels:
-    """Makes a `convert` for `from_torch` from the classes of a PyTorch model's modules.
+    """Creates a `convert` for `from_torch` from the classes of a PyTorch model's modules.
 
-    Convolutions, transposed convolutions, Linear, Embedding, Conv1D of Hugging Face's GPT-2 and the
-    classes that inherit from them are recognized, and norms over several axes. What the classes do
-    not say is to be given in `kinds`: a Linear behind a flatten (with a warning where it looks as
-    if there were one), modules of other classes, and weights that are shared. The arrays of
-    attention and of recurrent cells, which are not called `weight`, stay as they are.
+    The function recognizes convolutions, transposed convolutions, Linear, Embedding, Conv1D of
+    Hugging Face's GPT-2, subclasses of these, and norms over several axes. Specify in `kinds` what
+    the classes do not show: a Linear after a flatten (there is a warning if this seems likely),
+    modules of other classes, and shared weights. The arrays of attention and of recurrent cells,
+    which are not named `weight`, do not change.
 
     Args:
       module: a torch.nn.Module.
-      kinds: as for `kernels`, by names in PyTorch; they take precedence.
-      names: the same map as for `from_torch`, where one is given there.
+      kinds: as for `kernels`, by names in PyTorch; they take precedence over the classes.
+      names: the same map as for `from_torch`, if it is given there.
 
     Returns:
       A `convert` for `from_torch`; its `inverse` is the `convert` for `to_torch`.
 
     Raises:
-      ValueError: naming the modules, if one is not initialized or has groups in a transposed
-        convolution; if two share one weight, or the class of one with a weight of several axes is
-        not known, and `kinds` does not say what becomes of them; if `kinds` names none of the
-        model's.
+      ValueError: if a module is not initialized, or is a transposed convolution with groups; if
+        `kinds` lacks modules that share a weight, or a module of an unknown class whose weight has
+        several axes; if `kinds` contains a name that is not a module of the model. The errors name
+        the modules.
 
     Example:
       >>> import torch
@@ -84,7 +84,7 @@ def kernels_of(
 
 
 def _kind(name: str, module: Any) -> Kind:
-    """The kind by the class; None if the module has no weight that is to be converted."""
+    """The kind of a module by its class; None if it has no weight to convert."""
     arrays = own_arrays(module)
     axes = getattr(arrays.get("weight"), "ndim", 0)
     if norm_row(name, module) is not None:
@@ -99,13 +99,13 @@ def _kind(name: str, module: Any) -> Kind:
             )
         return None
     if not arrays and not hasattr(module, "parametrizations"):
-        return None  # somebody else's class of that name, which holds modules
+        return None  # another class of the same name, which contains modules
     _check(name, module, arrays)
     return kind
 
 
 def _check(name: str, module: Any, arrays: dict[str, Any]) -> None:
-    """The weight is there, and Flax has such a layer."""
+    """Checks that the module has a weight, and that Flax has such a layer."""
     if "weight" not in arrays:
         raise ValueError(
             f"kernels_of: {name!r} should have a parameter weight, but it is computed from others; "
@@ -128,7 +128,7 @@ def _check(name: str, module: Any, arrays: dict[str, Any]) -> None:
 def _check_shared(
     modules: Mapping[str, Any], kinds: Mapping[str, Kind], given: Mapping[str, Kind]
 ) -> None:
-    """A weight that is another's would become two arrays, which training moves apart."""
+    """Raises for shared weights: they would become two arrays, which training makes different."""
     first: dict[int, str] = {}
     shared = {}
     for name, kind in kinds.items():
@@ -148,7 +148,7 @@ def _check_shared(
 
 
 def _warn_of_flattened(modules: Mapping[str, Any], given: Mapping[str, Kind]) -> None:
-    """The first Linear after a convolution has several inputs for each of its channels."""
+    """Warns if the first Linear after a convolution has several inputs for each channel."""
     convolution = None
     for name, m in modules.items():
         classes = class_names(m)

@@ -1,21 +1,22 @@
-"""Reorders the axes of weights that belong to no norm, from PyTorch to Flax and back.
+"""Reorders the axes of weights that do not belong to norms, from PyTorch to Flax and back.
 
-| kind | PyTorch's `weight` | in Flax |
+| kind | `weight` in PyTorch | in Flax |
 |---|---|---|
-| "conv", groups and depthwise too | (O, I / groups, *space) | `kernel`, (*space, I / groups, O) |
-| "conv_transpose" | (I, O, *space) | `kernel`, (*space, I, O), its space reversed |
+| "conv", also grouped or depthwise | (O, I / groups, *space) | `kernel`, (*space, I / groups, O) |
+| "conv_transpose" | (I, O, *space) | `kernel`, (*space, I, O), reversed along space |
 | "linear" | (O, I) | `kernel`, (I, O) |
 | "transposed_linear" | (I, O) | `kernel`, (I, O) |
 | "embedding" | (V, D) | `embedding`, (V, D) |
 | Flattened(C, *space) | (O, C * space) | `kernel`, (space * C, O) |
-| Unflattened(C, *space) | (C * space, I) | `kernel`, (I, space * C), and the bias likewise |
-| "norm" | any | `scale`, as it is |
-| "unchanged" | any | `weight`, as it is |
+| Unflattened(C, *space) | (C * space, I) | `kernel`, (I, space * C); the bias is reordered too |
+| "norm" | any | `scale`, unchanged |
+| "unchanged" | any | `weight`, unchanged |
 
-Linen and NNX have the same layouts. PyTorch's transposed convolution is the gradient of a
-convolution, and that of Flax, with `transpose_kernel=False`, is a convolution of the dilated input:
-hence the reversal. With `transpose_kernel=True` Flax reverses space and exchanges I and O itself,
-so that the kernel is (*space, O, I), which is what "conv" makes of (I, O, *space).
+Linen and NNX have the same layouts. The spatial axes of "conv_transpose" are reversed because
+PyTorch's transposed convolution is the gradient of a convolution, and Flax's, with
+`transpose_kernel=False`, is a convolution of the dilated input. With `transpose_kernel=True`, Flax
+itself reverses the spatial axes and exchanges I and O, so its kernel is (*space, O, I), which is
+the result of "conv" for (I, O, *space).
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, init=False)
 class _Shape:
-    """The channels and the sizes in space of one sample, as PyTorch orders them."""
+    """The number of channels and the spatial sizes of one sample, in PyTorch's order."""
 
     shape: tuple[int, ...]
 
@@ -41,16 +42,16 @@ class _Shape:
 
 
 class Flattened(_Shape):
-    """A Linear behind a flatten: its inputs in the order that channels last have.
+    """The kind of a Linear after a flatten, whose inputs are reordered for channels last.
 
-    PyTorch flattens `(C, *space)`, and a model with channels last `(*space, C)`; the inputs of the
-    Linear change their places accordingly.
+    PyTorch flattens `(C, *space)`, a model with channels last `(*space, C)`. The inputs
+    of the Linear are reordered accordingly.
 
     Args:
-      *shape: of what PyTorch flattens, without the batch: the channels, then the space.
+      *shape: the shape that PyTorch flattens, without the batch axis: channels, then spatial sizes.
 
     Raises:
-      ValueError: if the sizes are not positive whole numbers, or not two at least.
+      ValueError: if the sizes are not positive whole numbers, or there are fewer than two.
 
     Example:
       >>> import numpy as np
@@ -66,16 +67,16 @@ class Flattened(_Shape):
 
 
 class Unflattened(_Shape):
-    """A Linear before an unflatten: its outputs in the order that channels last have.
+    """The kind of a Linear before an unflatten, whose outputs are reordered for channels last.
 
-    For decoders, whose first Linear makes all entries of `(C, *space)`; the bias changes its order
-    too.
+    Use it for decoders, whose first Linear computes all entries of `(C, *space)`. The bias is
+    reordered too.
 
     Args:
-      *shape: of what PyTorch makes of the outputs, without the batch: the channels, then the space.
+      *shape: the unflattened shape in PyTorch, without the batch axis: channels, then space.
 
     Raises:
-      ValueError: if the sizes are not positive whole numbers, or not two at least.
+      ValueError: if the sizes are not positive whole numbers, or there are fewer than two.
 
     Example:
       >>> import numpy as np
@@ -106,7 +107,7 @@ def _transposed(value: Any) -> Any:
 
 
 class Rule(NamedTuple):
-    """How a weight and a bias go to Flax and come back, and how many axes the weight has."""
+    """The conversions of a weight and a bias to Flax and back, and the weight's numbers of axes."""
 
     leaf: str
     to_flax: Map
@@ -167,7 +168,7 @@ def rule_of(name: str, kind: Kind) -> Rule:
 
 
 def _channels_last(name: str, shape: tuple[int, ...]) -> Map:
-    """Of what has the entries of (C, *space) along its last axis: those of (*space, C)."""
+    """Reorders the last axis from the entries of (C, *space) to those of (*space, C)."""
 
     def to_flax(value: Any) -> Any:
         _check_size(name, value, shape)

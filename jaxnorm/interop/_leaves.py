@@ -1,11 +1,11 @@
-"""The names of a norm's arrays in PyTorch and here, and checks of what was converted."""
+"""The names of a norm's arrays in PyTorch and jaxnorm, and checks of converted arrays."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-# PyTorch's leaf, our collection and our leaf.
+# The leaf in PyTorch: the collection and the leaf in jaxnorm.
 LEAVES = {
     "weight": ("params", "scale"),
     "bias": ("params", "bias"),
@@ -20,7 +20,7 @@ Convert = Callable[[str, np.ndarray], tuple[str, Any] | None]
 
 
 class Entry(NamedTuple):
-    """One array on its way: what it is called there and here, and what became of it."""
+    """One converted array: its name in PyTorch (theirs), its new name (ours), and a note."""
 
     theirs: str | None
     collection: str
@@ -36,7 +36,7 @@ def check(
     origin: Mapping[str, str],
     hint: str = "",
 ) -> None:
-    """Both have the same names and shapes."""
+    """Checks that both have the same names and shapes."""
 
     def named(name: str) -> str:
         return f"{name!r} (from {origin[name]!r})" if name in origin else repr(name)

@@ -1,4 +1,4 @@
-"""Proposes which module of a Flax model takes the arrays of which module of a PyTorch model."""
+"""Proposes a map from the modules of a PyTorch model to those of a Flax model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ from jaxnorm.interop._torch_calls import TorchCalls
 from jaxnorm.interop._trees import Tree, split
 from jaxnorm.interop._verify import Twins
 
-# The module that is the whole model.
+# Printed for the module that is the whole model.
 NO_NAME = '""'
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """What `match` and `match_variables` return: pairs of modules, printed as a table.
+    """The result of `match` and `match_variables`: pairs of modules, printed as a table.
 
     Attributes:
-      pairs: a `Pair` for each module of the PyTorch model that was matched.
-      only_torch: the modules of the PyTorch model that have no partner, with their shapes here.
-      only_here: the modules here that have no partner, with their shapes.
+      pairs: a `Pair` for each matched module of the PyTorch model.
+      only_torch: the modules of the PyTorch model without a partner, with their converted shapes.
+      only_here: the modules of the Flax model without a partner, with their shapes.
       kinds: the kinds of the kernels, by names in PyTorch.
-      twins: both models on their example inputs; None if they are not known.
+      twins: both models with their example inputs; None if the models are not known.
 
     Example:
       >>> import numpy as np
@@ -58,16 +58,16 @@ class Proposal:
 
     @property
     def names(self) -> dict[str, str]:
-        """The `names` for `from_torch` and `to_torch`, of the pairs that there are."""
+        """The `names` for `from_torch` and `to_torch`, from the pairs."""
         return names_of(self.pairs)
 
     @property
     def kernels(self) -> Kernels:
-        """The `convert` for `from_torch`; its `inverse` is the one for `to_torch`."""
+        """The `convert` for `from_torch`; its `inverse` is the `convert` for `to_torch`."""
         return Kernels(self.kinds, self.names)
 
     def variables(self) -> Tree:
-        """The PyTorch model's arrays as variables of the model here.
+        """Converts the arrays of the PyTorch model to variables of the Flax model.
 
         Returns:
           {"params": ..., "batch_stats": ...}, as from `from_torch`.
@@ -82,22 +82,22 @@ class Proposal:
     ) -> float:
         """Compares the outputs of both models in evaluation.
 
-        Modules that are initialized alike can be exchanged without any change of the output. So
-        the outputs are compared twice: with the values as they are, and with values that differ
-        between all modules, in a copy of the PyTorch model. With `variables`, which cannot have
-        other values, they are compared once.
+        Modules with the same initial values can be exchanged without changing the output. The
+        outputs are therefore compared twice: with the current values, and with values that differ
+        between all modules, in a copy of the PyTorch model. If `variables` is given, they are
+        compared once.
 
         Args:
-          variables: what is evaluated in place of `variables()`.
-          tolerance: how far an output may be off, relative to the largest of its values.
+          variables: the variables to evaluate. Defaults to `variables()`.
+          tolerance: the largest difference allowed, relative to the largest value of the output.
 
         Returns:
-          The largest difference, relative to the largest value of its output.
+          The largest difference, relative to the largest value of the output.
 
         Raises:
-          ValueError: if an output is off by more, naming the first module of the PyTorch model
-            whose output the model here does not compute; if the outputs have other shapes; if a
-            module has no partner.
+          ValueError: if the difference exceeds the tolerance; the error names the first module of
+            the PyTorch model whose output the Flax model does not compute. Also if the shapes of
+            the outputs differ, or a module has no partner.
         """
         return self._complete().verify(variables, tolerance=tolerance)
 
@@ -124,7 +124,7 @@ class Proposal:
 
     @property
     def by_order_only(self) -> int:
-        """How many of PyTorch's modules without a partner could be paired by their order."""
+        """The number of PyTorch's modules without a partner that could be paired by order."""
         return len(pairs(list(self.only_torch), list(self.only_here), {}, allow_order=True))
 
     def _complete(self) -> Twins:
@@ -155,35 +155,36 @@ def match(
 ) -> Proposal:
     """Proposes the `names` for `from_torch` from a PyTorch model and the same model in Flax.
 
-    Both models are called once on an example, in evaluation, which does not change them. Modules
-    are paired whose arrays have the same names and shapes, after the kernels are in Flax's layout:
+    Both models are called once on an example, in evaluation mode, which does not change them.
+    Modules are paired if their arrays have the same names and shapes after the kernels are
+    converted to Flax's layout. The criteria are, in this order:
 
-    1. by `names`, where they are given;
-    2. by their name, if it is the same in both models;
-    3. by their shapes, if no other module of either model has the same;
-    4. with `allow_order=True`, by the order in which the two models call those that are left.
+    1. `names`, if it contains the pair;
+    2. the name of the module, if it is the same in both models;
+    3. the shapes, if no other module of either model has the same shapes;
+    4. with `allow_order=True`, the order in which the two models call the remaining modules.
 
-    A pair of the second to fourth sort can be wrong: `Proposal.verify` compares the outputs.
+    Pairs by criteria 2 to 4 can be wrong: `Proposal.verify` compares the outputs.
 
     Args:
       model: a Module of flax.linen, or one of flax.nnx, which is evaluated after `.eval()`.
       example_input: its input, an array; or a tuple of its positional arguments.
       module: the torch.nn.Module.
-      torch_input: the same input for it, a tensor; or a tuple of its positional arguments.
-      kwargs: keyword arguments of the model, such as {"train": False}, by which it evaluates.
+      torch_input: the same input as a tensor; or a tuple of the positional arguments of module.
+      kwargs: keyword arguments of the model for evaluation, such as {"train": False}.
       torch_kwargs: keyword arguments of the PyTorch model.
-      names: pairs that are known, PyTorch's names to those here.
+      names: the known pairs, from names in PyTorch to names in Flax.
       kinds: the kinds of kernels that `kernels_of` cannot find, as given to it.
-      allow_order: whether modules are paired by their order alone.
+      allow_order: whether to pair modules by order alone. Defaults to False.
 
     Returns:
-      A `Proposal`: str() makes a table of it, `names` is the map, `kernels` the `convert`,
-      `variables()` the variables of the model, and `verify()` compares the outputs.
+      A `Proposal`. str() formats it as a table, `names` is the map, `kernels` is the `convert`,
+      `variables()` returns the variables of the model, and `verify()` compares the outputs.
 
     Raises:
-      TypeError: if the model is none of Flax's, or the PyTorch model returns no tensors.
-      ValueError: if module is no PyTorch model; if `names` names modules that are not there, or
-        pairs two of different shapes; whatever `kernels_of` raises.
+      TypeError: if the model is not a Flax model, or the PyTorch model does not return tensors.
+      ValueError: if module is not a PyTorch model; if `names` contains modules that do not exist,
+        or pairs modules of different shapes; in the same cases as `kernels_of`.
 
     Example:
       >>> import flax.linen as nn, numpy as np, torch
@@ -225,24 +226,24 @@ def match_variables(
     kinds: Mapping[str, Kind] | None = None,
     allow_order: bool = False,
 ) -> Proposal:
-    """Proposes the `names` for `from_torch` from arrays alone, without either model.
+    """Proposes the `names` for `from_torch` from arrays only, without the models.
 
-    Modules are paired as by `match`, but the order is that of their names, in which 2 comes before
-    10, since nobody knows which module is called first. Neither can the outputs be compared, so
-    that `match` is to be preferred where both models are at hand.
+    Modules are paired as by `match`, but by the natural order of their names, in which 2 comes
+    before 10, because the order of the calls is not known. The outputs cannot be compared either.
+    Prefer `match` if you have both models.
 
     Args:
       variables: variables of the new model, or their `jax.eval_shape`.
       state_dict: as for `from_torch`.
-      names: pairs that are known, PyTorch's names to those here.
+      names: the known pairs, from names in PyTorch to names in Flax.
       kinds: the kinds of the kernels, as for `kernels`.
-      allow_order: whether modules are paired by the order of their names alone.
+      allow_order: whether to pair modules by the order of their names alone. Defaults to False.
 
     Returns:
-      A `Proposal`; its `variables()` and `verify()` need the models.
+      A `Proposal`. Its `variables()` and `verify()` raise an error, because they need the models.
 
     Raises:
-      ValueError: as from `match`.
+      ValueError: in the same cases as `match`.
 
     Example:
       >>> import numpy as np

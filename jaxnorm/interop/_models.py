@@ -1,4 +1,4 @@
-"""Calls a Linen or an NNX model in evaluation with variables that are given."""
+"""Calls a Linen or NNX model in evaluation mode with given variables."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ class Model:
 
     @property
     def shapes(self) -> dict[str, Any]:
-        """The shapes and dtypes by dotted name, which begins with the collection's."""
+        """The shapes and dtypes by dotted name, which begins with the collection."""
         return flatten("match", self.like)
 
     def call_flat(self, arrays: Mapping[str, Any]) -> Any:
@@ -33,7 +33,7 @@ class Model:
 
 
 def model_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Model:
-    """The function that a Linen or an NNX model computes in evaluation.
+    """The function that a Linen or NNX model computes in evaluation mode.
 
     Raises:
       TypeError: if it is neither.

@@ -12,17 +12,17 @@ STATE = ("mean", "var", "count")
 
 
 def to_nnx(variables: Mapping[str, Any]) -> Tree:
-    """Puts params and batch_stats into one tree, as NNX has them.
+    """Merges params and batch_stats into one tree, as in NNX.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}.
 
     Returns:
-      One tree of nested dicts, for `nnx.replace_by_pure_dict(state, tree)`, which takes the digits
-      of lists as strings.
+      One tree of nested dicts, for `nnx.replace_by_pure_dict(state, tree)`, which accepts the
+      indices of lists as strings.
 
     Raises:
-      ValueError: if both collections have an array of one name.
+      ValueError: if both collections contain an array of the same name.
 
     Example:
       >>> import jaxnorm
@@ -45,15 +45,15 @@ def to_nnx(variables: Mapping[str, Any]) -> Tree:
 
 
 def from_nnx(tree: Mapping[Any, Any]) -> Tree:
-    """Parts an NNX model's tree into params and batch_stats.
+    """Splits the tree of an NNX model into params and batch_stats.
 
     Args:
-      tree: `nnx.to_pure_dict(nnx.state(model))`. Batches that accumulate and the random streams of
+      tree: `nnx.to_pure_dict(nnx.state(model))`. Accumulated moments and the random streams of
         Dropout (a key and its counter) are left out.
 
     Returns:
-      {"params": ..., "batch_stats": ...}: the mean, var and count of a module that has the first
-      two are its batch_stats.
+      {"params": ..., "batch_stats": ...}. If a module has a mean and a var, its mean, var and count
+      are in batch_stats.
 
     Example:
       >>> from flax import nnx

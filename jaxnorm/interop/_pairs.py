@@ -16,14 +16,14 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Pair(NamedTuple):
-    """One module of a PyTorch model, and the module here that is proposed for it.
+    """A module of a PyTorch model, and the module of the Flax model that is proposed for it.
 
     Attributes:
-      torch: the module's name in PyTorch.
-      here: its name here; the parts are joined by dots.
-      shapes: the names and shapes that its arrays have here.
-      by: what they were matched by: "given", "name", "unique shape" or "order".
-      note: what speaks against it.
+      torch: the name of the module in PyTorch.
+      here: the name of the module in the Flax model; the parts are joined by dots.
+      shapes: the names and shapes of the arrays in the Flax model.
+      by: the criterion: "given", "name", "unique shape" or "order".
+      note: a reason why the pair may be wrong.
 
     Example:
       >>> from jaxnorm import interop
@@ -44,12 +44,12 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A module that holds arrays.
+    """A module that contains arrays.
 
     Attributes:
-      name: the module's dotted name.
+      name: the dotted name of the module.
       shapes: the collection, name and shape of each of its arrays, sorted, parameters first.
-      place: where it comes in the order of the model.
+      place: a sort key for its position in the order of the model.
     """
 
     name: str
@@ -58,9 +58,9 @@ class Unit:
 
 
 def units(variables: Mapping[str, Any], order: Mapping[str, int] | None = None) -> list[Unit]:
-    """The modules that hold arrays, in the order of their places.
+    """The modules that contain arrays, in the given order.
 
-    Without an order, or where a module has no place in it, names are in their natural order, in
+    Without an order, or for modules that are not in it, the names are in their natural order, in
     which 2 comes before 10.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = collections.defaultdict(dict)
@@ -84,7 +84,7 @@ def units(variables: Mapping[str, Any], order: Mapping[str, int] | None = None) 
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
-    """A key for sorting names, in which numbers are sorted by their value."""
+    """A sort key for names that sorts numbers by value."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
@@ -94,7 +94,7 @@ def pairs(
 ) -> list[Pair]:
     """The pairs, in the order of PyTorch's modules.
 
-    Modules are paired only where their arrays have the same names and shapes.
+    Modules are paired only if their arrays have the same names and shapes.
     """
     _check_given(theirs, ours, given)
     here = {unit.name: unit for unit in ours}
@@ -124,7 +124,7 @@ def pairs(
 
 
 def with_notes(found: list[Pair], theirs: list[Unit], ours: list[Unit]) -> list[Pair]:
-    """Notes which modules of the same shapes the two models call in different orders."""
+    """Adds a note to pairs of the same shapes that the models call in different orders."""
     partner = {pair.torch: pair.here for pair in found}
     crossed = set()
     for left, right in _by_shapes(theirs, ours):
@@ -141,7 +141,7 @@ def names_of(found: Iterable[Pair]) -> dict[str, str]:
     complete = {pair.torch: pair.here for pair in found}
     names = {name: here for name, here in complete.items() if name != here}
     back = inverted("match", names)
-    # The front of a name may be in the map, although the name itself does not change.
+    # A prefix of a name may be in the map although the name itself does not change.
     for name, here in complete.items():
         if renamed(name, names) != here or renamed(here, back) != name:
             names[name] = here

@@ -1,6 +1,6 @@
-"""Replaces files atomically: a new file is either complete or not there.
+"""Replaces files atomically: a new file is either complete or does not exist.
 
-They are written to temporary files beside their places, flushed, and moved when all are complete.
+Files are written to temporary files in the same folder, flushed, and renamed when all are complete.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _ONE = threading.Lock()  # two threads would give their temporary files the same
 
 
 def check_place(function: str, file: Path, *, replace: bool) -> None:
-    """A file may be put there."""
+    """Checks that a file may be written to this path."""
     if not file.parent.is_dir():
         raise ValueError(
             f"{function}: {file} should be in a folder, but {str(file.parent)!r} is none; make it"
@@ -33,8 +33,8 @@ def check_place(function: str, file: Path, *, replace: bool) -> None:
 
 @contextlib.contextmanager
 def put(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """Gives a path to write to for each file, and moves what was written when the block ends."""
-    places = [Path(os.path.realpath(file)) for file in files]  # a link stays a link
+    """Yields a temporary path for each file, and renames the files when the block ends."""
+    places = [Path(os.path.realpath(file)) for file in files]  # replaces the target of a link
     written = [_temporary(place) for place in places]
     with _ONE:
         for folder in {place.parent for place in places}:
@@ -56,7 +56,7 @@ def _temporary(place: Path) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of processes of this machine that have ended."""
+    """Removes the temporary files of processes on this machine that have ended."""
     for path in folder.glob(f".*{SUFFIX}"):
         rest, _, process = path.name.removesuffix(SUFFIX).rpartition(".")
         if rest.endswith(f".{platform.node()}") and process.isdecimal() and _ended(int(process)):
@@ -64,7 +64,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _ended(process: int) -> bool:
-    if os.name != "posix":  # elsewhere, os.kill would end it
+    if os.name != "posix":  # on other systems, os.kill would end the process
         return False
     try:
         os.kill(process, 0)

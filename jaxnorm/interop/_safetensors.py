@@ -1,4 +1,4 @@
-"""Reads one .safetensors file as views of the mapped file, and writes one array by array."""
+"""Reads a .safetensors file as views of the memory-mapped file, and writes one array by array."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# What the format calls the dtypes. The library's functions for NumPy cannot read 8-bit floats.
+# The names of the dtypes in the format. The library's NumPy functions cannot read 8-bit floats.
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     **{f"{kind.upper()}{8 * n}": np.dtype(f"<{kind}{n}") for kind in "iu" for n in (1, 2, 4, 8)},
@@ -24,7 +24,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def safetensors(function: str) -> ModuleType:
-    """The library for files, which only they need."""
+    """Imports the safetensors library, which only files need."""
     try:
         import safetensors
     except ImportError as error:
@@ -35,7 +35,7 @@ def safetensors(function: str) -> ModuleType:
 
 
 def read(function: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Views of the mapped file, which the library has checked, and the metadata of its header."""
+    """Returns views of the mapped file, which the library has checked, and its metadata."""
     try:
         with safetensors(function).safe_open(path, framework="np"):
             pass
@@ -45,7 +45,7 @@ def read(function: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, st
         raise ValueError(
             f"{function}: {path} should be a .safetensors file, but {error}"
         ) from error
-    # Read-only: a mapping that could be written to may be no larger than the machine's memory.
+    # Read-only, because a writable mapping must not be larger than the machine's memory.
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
@@ -64,7 +64,7 @@ def _view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def writable(function: str, path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays in little-endian order, if the format has their dtypes."""
+    """The arrays in little-endian order; raises if the format does not support their dtypes."""
     found = {name: np.asarray(a, a.dtype.newbyteorder("<")) for name, a in arrays.items()}
     unknown = {name: str(a.dtype) for name, a in found.items() if a.dtype not in CODES}
     if unknown:
@@ -76,8 +76,8 @@ def writable(function: str, path: Path, arrays: Mapping[str, np.ndarray]) -> dic
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes the arrays one by one: only one that is not contiguous is copied for it."""
-    # The widest come first: so all are aligned, as the library does it.
+    """Writes the arrays one by one; an array is copied only if it is not contiguous."""
+    # As in the library, the widest dtypes come first, so that all arrays are aligned.
     order = sorted(arrays, key=lambda name: -arrays[name].itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

@@ -1,11 +1,11 @@
-"""Extracts a state dict from what PyTorch saved: below a key, behind a prefix."""
+"""Extracts a state dict from a PyTorch checkpoint, by key and prefix."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-EXTRA_STATE = "_extra_state"  # the last part of the names under which PyTorch saves get_extra_state
+EXTRA_STATE = "_extra_state"  # the suffix of the names under which PyTorch saves get_extra_state
 
 
 def state_dict_of(
@@ -16,7 +16,7 @@ def state_dict_of(
     prefix: str | None = None,
     leave_out: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The arrays by name: below the key, without what is left out, without the prefix."""
+    """The arrays below the key by name, without the prefix and without the names to leave out."""
     found = _kept(function, _below(function, given, key), leave_out)
     unnamed = [name for name in found if not isinstance(name, str)]
     if unnamed:
@@ -30,14 +30,14 @@ def state_dict_of(
 
 
 def common_front(names: Collection[str]) -> str:
-    """The parts with which all the names begin, such as 'module.'; the last part is not one."""
+    """The longest common prefix of the names in whole parts, such as 'module.', without leaves."""
     parts = [name.split(".")[:-1] for name in names]
     same = itertools.takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
     return "".join(f"{column[0]}." for column in same)
 
 
 def _below(function: str, given: Any, key: str | None) -> Mapping[str, Any]:
-    """What the key leads to."""
+    """The mapping that the key selects."""
     node = given
     for part in key.split(".") if key is not None else ():
         if not isinstance(node, Mapping) or part not in node:
@@ -55,7 +55,7 @@ def _below(function: str, given: Any, key: str | None) -> Mapping[str, Any]:
 
 
 def _kept(function: str, given: Mapping[str, Any], leave_out: Collection[str]) -> dict[str, Any]:
-    """What matches none of the patterns, each of which has to match something."""
+    """The entries that match no pattern; raises if a pattern matches nothing."""
     patterns = [leave_out] if isinstance(leave_out, str) else [*leave_out]
     unused = [p for p in patterns if not any(fnmatchcase(str(name), p) for name in given)]
     if unused:
@@ -68,7 +68,7 @@ def _kept(function: str, given: Mapping[str, Any], leave_out: Collection[str]) -
 
 
 def _what_they_are(found: Mapping[str, Any], others: Mapping[str, Any], key: str | None) -> str:
-    """What is there besides arrays, and what to write."""
+    """The text of an error: the entries that are not arrays, and what to write."""
     extra = [name for name in others if str(name).endswith(EXTRA_STATE)]
     mappings = [".".join([*([key] if key else []), name]) for name in _mappings(found)]
     if mappings and not extra:
@@ -103,13 +103,13 @@ def _without_prefix(function: str, found: Mapping[str, Any], prefix: str) -> dic
 
 
 def _is_array(value: Any) -> bool:
-    """Whether it is an array of any library; NumPy's of objects and of text are not."""
+    """Whether this is an array of any library, except NumPy arrays of objects and of text."""
     kind = getattr(getattr(value, "dtype", None), "kind", "")
     return hasattr(value, "__array__") and kind not in ("O", "S", "U")
 
 
 def _mappings(node: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """The dotted keys of the mappings that hold arrays."""
+    """The dotted keys of the mappings that contain arrays."""
     for name, value in node.items() if isinstance(node, Mapping) else ():
         if isinstance(value, Mapping) and isinstance(name, str) and "." not in name:
             if any(map(_is_array, value.values())):
@@ -118,7 +118,7 @@ def _mappings(node: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def _listed(names: Any) -> str:
-    """At most eight of them, and how many there are besides."""
+    """At most eight of the names, and the number of the others."""
     names = [name if isinstance(name, str) else repr(name) for name in names]
     more = len(names) - 8
     return ", ".join(names[:8]) + (f" and {more} more" if more > 0 else "")

@@ -33,34 +33,35 @@ def to_torch(
     like: Mapping[str, Any] | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Turns variables into a PyTorch state dict: the inverse of `from_torch`.
+    """Converts variables to a PyTorch state dict: the inverse of `from_torch`.
 
     A norm is a module with a scale, or with running statistics. For PyTorch, write
     `model.load_state_dict(interop.tensors(state_dict))`.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}; the second may be missing.
-      names: the same map as for `from_torch`, from PyTorch's names to those here.
-      norms: the names, in PyTorch, of the modules that are norms. None takes every module that has
-        a scale or running statistics, but for those with a `scale` of their own in `like`.
-      convert: `convert(name, array)` for each array that is no norm's, after `names`: its new
-        dotted name in PyTorch and array; or None to leave it out.
-      track_running_stats: None: as they are. False leaves the running statistics out. True gives
-        the norms that have none first ones.
-      like: the state dict of the PyTorch model: the same names and shapes are to come out, and its
-        dtypes do; half-precision statistics, say, that `from_torch` had widened. Counts are left
-        out of norms that have none there, such as FrozenBatchNorm2d.
-      file: the path of a .safetensors file that is written too, or replaced; an
-        .safetensors.index.json writes it in shards of at most 5 GB.
+      names: the same map as for `from_torch`, with names in PyTorch as keys.
+      norms: the names in PyTorch of the modules that are norms. None selects every module with a
+        scale or running statistics, except those that have a `scale` in `like`.
+      convert: `convert(name, array)` is called, after `names` is applied, for each array that does
+        not belong to a norm. It returns the dotted name in PyTorch and the array, or None to leave
+        the array out.
+      track_running_stats: None keeps the running statistics. False leaves them out. True adds
+        initial ones to norms without.
+      like: the state dict of the PyTorch model. The result must have its names and shapes, and is
+        cast to its dtypes; this restores half-precision statistics, which `from_torch` widens. If a
+        norm has no count there, as FrozenBatchNorm2d, the count is left out.
+      file: the path of a .safetensors file to write, or to replace. With .safetensors.index.json,
+        it is written in shards of at most 5 GB.
 
     Returns:
-      A dict of NumPy arrays, writable copies, by dotted names; counts are int64.
+      A dict of NumPy arrays by dotted names, which are writable copies. Counts are int64.
 
     Raises:
-      ValueError: naming the keys, if a state lacks a part, a count is not a whole number or two
-        arrays get one name; if `names` or `norms` names what is not there, or `names` is not the
-        map that was given to `kernels`; if anything is missing, unexpected or of another shape than
-        in `like`.
+      ValueError: if a state is incomplete, a count is not a whole number or two arrays get the same
+        name; if `names` or `norms` contains a name that does not exist, or `names` is not the map
+        that was given to `kernels`; if an array is missing, unexpected or has another shape than in
+        `like`. The errors name the keys.
 
     Example:
       >>> import jaxnorm
@@ -108,7 +109,7 @@ def write_torch(
     track_running_stats: bool | None,
     like: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
-    """Every array of the variables, with what it is in PyTorch: no copies, where none is needed."""
+    """Every array of the variables, with its name in PyTorch; copied only if necessary."""
     check_names_of_kernels("to_torch", convert, names)
     theirs = inverted("to_torch", names or {})
     params, stats = (
@@ -176,7 +177,7 @@ def _write_norm(
     track_running_stats: bool | None,
     uncounted: bool,
 ) -> list[Entry]:
-    """The entries of one norm; without its count if it is not counted in PyTorch."""
+    """The entries of one norm, without the count if PyTorch's norm has none."""
     leaves = {
         ours: (params if ours[0] == "params" else stats)[join(module, ours[1])]
         for ours in THEIRS
@@ -215,7 +216,7 @@ def _write_norm(
 
 
 def _count(module: str, count: np.ndarray) -> np.ndarray:
-    """The count in int64, as PyTorch has it; an average over devices is a whole number in float."""
+    """The count in int64, as in PyTorch; an average over devices is a whole number in float."""
     whole = np.issubdtype(count.dtype, np.number) and np.all(count == np.round(count))
     if not whole or np.any(count < 0):
         raise ValueError(
@@ -226,16 +227,16 @@ def _count(module: str, count: np.ndarray) -> np.ndarray:
 
 
 def tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Turns the arrays of a state dict into PyTorch tensors, which needs PyTorch.
+    """Converts the arrays of a state dict to PyTorch tensors; requires PyTorch.
 
-    As torch.from_numpy does, which takes neither bfloat16 nor float8. The tensors share the arrays'
-    memory.
+    Unlike torch.from_numpy, it supports bfloat16 and float8. The tensors share the memory of the
+    arrays.
 
     Args:
-      state_dict: NumPy arrays by name, as `to_torch` gives them.
+      state_dict: NumPy arrays by name, as returned by `to_torch`.
 
     Returns:
-      Tensors of the same names, shapes and dtypes, for `model.load_state_dict`.
+      Tensors with the same names, shapes and dtypes, for `model.load_state_dict`.
 
     Example:
       >>> import torch

@@ -1,4 +1,4 @@
-"""Calls a PyTorch model in evaluation, and notes when each module is called and what it returns."""
+"""Calls a PyTorch model in evaluation, and records the order and the outputs of its modules."""
 
 import contextlib
 import copy
@@ -16,9 +16,9 @@ class TorchCalls:
     """One call of a PyTorch model.
 
     Attributes:
-      output: what the model returned.
-      order: the place of each module in the order of the calls, by name. One that is not called,
-        such as the projection of an attention layer, comes right after the module it belongs to.
+      output: the output of the model.
+      order: the position of each module in the order of the calls, by name. A module that is not
+        called, such as the projection of an attention layer, comes right after its parent.
       outputs: the first tensor that each module in `keep` returned, as a NumPy array.
     """
 
@@ -50,7 +50,7 @@ class TorchCalls:
 def with_distinct_values(module: Any) -> Any:
     """A copy of the model in which no two parameters or running statistics are equal.
 
-    Where two norms are initialized alike, no output shows that they were exchanged.
+    If two norms have the same values, exchanging them does not change the output.
     """
     import torch
 
@@ -72,7 +72,7 @@ def with_distinct_values(module: Any) -> Any:
 
 
 def _moved(name: str, a: Any, noise: Any) -> Any:
-    """A tensor that is moved by a tenth of what its values are like."""
+    """The tensor plus noise of a tenth of the size of its values."""
     if name.endswith(RUNNING[1]):
         return a * (0.2 * noise).exp()
     if a.ndim < 2:
@@ -83,7 +83,7 @@ def _moved(name: str, a: Any, noise: Any) -> Any:
 
 @contextlib.contextmanager
 def _evaluating(module: Any) -> Iterator[None]:
-    """In evaluation, and without gradients; afterwards every module is in the mode it was in."""
+    """Evaluation mode without gradients; restores the mode of every module afterwards."""
     import torch
 
     modes = [(m, m.training) for m in module.modules()]
@@ -104,13 +104,13 @@ def _order(modules: list[tuple[str, Any]], called: Mapping[int, int]) -> dict[st
         return called.get(id(m), len(called))
 
     by_name = dict(modules)
-    # Sorting is stable: what is called at one time stays in the order of registration.
+    # Sorting is stable: modules with the same position stay in the order of registration.
     names = sorted(by_name, key=lambda name: first_call(name, by_name[name]))
     return {name: place for place, name in enumerate(names)}
 
 
 def tensors_of(output: Any) -> list[np.ndarray]:
-    """The tensors in what a PyTorch model returns: one, or a tuple, list or mapping of them."""
+    """The tensors in the output of a PyTorch model: one, or a tuple, list or mapping of them."""
     if hasattr(output, "detach"):
         return [array("match", "output", output.detach().cpu())]
     if isinstance(output, Mapping):

@@ -4,10 +4,10 @@ from typing import Any
 
 
 def named_modules(function: str, module: Any) -> list[tuple[str, Any]]:
-    """The modules by their dotted names; a module that has two names, as in the state dict, twice.
+    """The modules by their dotted names; a module with two names is listed twice.
 
     Raises:
-      ValueError: if this is no PyTorch model, but its state dict, say.
+      ValueError: if this is not a PyTorch model, but a state dict, for example.
     """
     if not hasattr(module, "named_modules") or isinstance(module, type):
         found = module.__name__ if isinstance(module, type) else type(module).__name__
@@ -19,9 +19,9 @@ def named_modules(function: str, module: Any) -> list[tuple[str, Any]]:
 
 
 def class_names(module: Any) -> list[str]:
-    """The names of the module's class and of those that it inherits from, the nearest first.
+    """The names of the module's class and of its base classes, in method resolution order.
 
-    A scripted module (torch.jit.script) has the name of the class that it was made from.
+    For a scripted module (torch.jit.script), the name of the original class comes first.
     """
     names = [base.__name__ for base in type(module).__mro__]
     original = getattr(module, "original_name", None)
@@ -29,7 +29,7 @@ def class_names(module: Any) -> list[str]:
 
 
 def own_arrays(module: Any) -> dict[str, Any]:
-    """The parameters and buffers that the module itself holds, and its children do not."""
+    """The parameters and buffers of the module itself, without those of its children."""
     return {
         **dict(module.named_parameters(recurse=False, remove_duplicate=False)),
         **dict(module.named_buffers(recurse=False, remove_duplicate=False)),
@@ -37,5 +37,5 @@ def own_arrays(module: Any) -> dict[str, Any]:
 
 
 def is_uninitialized(array: Any) -> bool:
-    """Whether a lazy module has yet to see the input that gives this array its shape."""
+    """Whether this array of a lazy module does not have a shape yet."""
     return type(array).__name__.startswith("Uninitialized")

@@ -1,4 +1,4 @@
-"""Recognizes a PyTorch module as a norm, and gives the arguments of the layer that computes it."""
+"""Recognizes PyTorch modules as norms, and finds the arguments of the corresponding layers."""
 
 import dataclasses
 import re
@@ -12,19 +12,19 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class NormRow:
-    """One norm of a PyTorch model, and the layer of jaxnorm that computes the same.
+    """A norm of a PyTorch model, and the layer of jaxnorm that computes the same.
 
     Attributes:
-      name: the module's dotted name in PyTorch, as the keys of the state dict begin.
+      name: the dotted name of the module in PyTorch, the prefix of its keys in the state dict.
       torch_class: the name of its class.
       layer: the name of the layer in `jaxnorm.linen` and `jaxnorm.nnx`, or "unknown".
-      arguments: the layer's arguments where they are not the defaults, and epsilon always. NNX
-        needs `num_features` and `rngs` besides.
-      epsilon: what PyTorch adds to the variance; None if the module does not say it.
-      momentum: how much a batch weighs in the running statistics, in PyTorch and jaxnorm alike;
-        None for a cumulative average, and for norms that do not move running statistics.
-      tracks: whether there are running statistics, by which evaluation normalizes.
-      note: what the arguments do not say.
+      arguments: epsilon, and the arguments of the layer that differ from the defaults. NNX also
+        needs `num_features` and `rngs`.
+      epsilon: the number that PyTorch adds to the variance; None if the module does not define it.
+      momentum: weight of the new batch in the running statistics, the same in PyTorch and jaxnorm.
+        None for a cumulative average, and for norms that do not update running statistics.
+      tracks: whether the norm has running statistics, which it uses in evaluation.
+      note: information that the arguments do not contain.
 
     Example:
       >>> from jaxnorm import interop
@@ -47,19 +47,19 @@ class NormRow:
 
     @property
     def code(self) -> str:
-        """The call that makes the layer in Linen."""
+        """The call that creates the layer in Linen."""
         if self.layer == UNKNOWN:
             return UNKNOWN
         written = (f"{name}={value!r}" for name, value in self.arguments.items())
         return f"{self.layer}({', '.join(written)})"
 
     def with_note(self, note: str) -> "NormRow":
-        """The row with one more note, if it is not empty."""
+        """The row with a further note, if it is not empty."""
         return dataclasses.replace(self, note="; ".join(filter(None, (self.note, note))))
 
 
 def norm_row(name: str, module: Any) -> NormRow | None:
-    """The row of one module; None if it is no norm."""
+    """The row of one module; None if it is not a norm."""
     for class_name in class_names(module):
         if class_name in OF_ANOTHER_KIND:
             return _unknown(name, module, OF_ANOTHER_KIND[class_name])
@@ -72,7 +72,7 @@ def _known(name: str, module: Any, kind: Callable[[str, Any], NormRow]) -> NormR
     """The row of a module whose class has the name of a norm."""
     try:
         row = kind(name, module)
-    except AttributeError as error:  # somebody else's class of the same name
+    except AttributeError as error:  # another class of the same name
         if _holds_norms(module):
             return None
         return _unknown(name, module, str(error))
@@ -91,7 +91,7 @@ def _unknown(name: str, module: Any, note: str = "") -> NormRow:
 
 
 def _batch_norm(name: str, module: Any) -> NormRow:
-    # PyTorch evaluates by running statistics if there are any, whatever the attribute says.
+    # In evaluation, PyTorch uses running statistics if there are any, whatever the attribute is.
     tracks = module.running_mean is not None
     moves = tracks and bool(module.track_running_stats)
     arguments = {"epsilon": _epsilon(module), **_affine(module)}
@@ -125,7 +125,7 @@ def _frozen_batch_norm(name: str, module: Any) -> NormRow:
 def _instance_norm(name: str, module: Any) -> NormRow:
     tracks = bool(module.track_running_stats)
     arguments = {"epsilon": _epsilon(module), **_affine(module)}
-    # PyTorch takes None as 0 here, and not as a cumulative average.
+    # For PyTorch's instance norm, None means 0, not a cumulative average.
     momentum = 0.0 if module.momentum is None else module.momentum
     if tracks:
         arguments |= {"track_running_stats": True, **_momentum(momentum)}
@@ -167,8 +167,8 @@ def _row(name: str, module: Any, layer: str, arguments: dict[str, Any], **others
     return NormRow(name, class_names(module)[0], layer, arguments, epsilon, **others)
 
 
-# By the name of the class. The private names are those that all of PyTorch's batch norms, and all
-# of its instance norms, inherit from; scripted modules have the public ones alone.
+# By the name of the class. The private names are the base classes of all of PyTorch's batch norms
+# and instance norms; scripted modules only have the public names.
 CLASSES: dict[str, Callable[[str, Any], NormRow]] = {
     "SyncBatchNorm": _sync_batch_norm,
     **dict.fromkeys(("_BatchNorm", *(f"BatchNorm{n}d" for n in (1, 2, 3))), _batch_norm),
@@ -178,7 +178,7 @@ CLASSES: dict[str, Callable[[str, Any], NormRow]] = {
     **dict.fromkeys(("LayerNorm", "LayerNorm2d", "FusedLayerNorm"), _layer_norm),
     **dict.fromkeys(("RMSNorm", "RmsNorm", "FusedRMSNorm"), _rms_norm),
 }
-# Of Hugging Face's transformers: those whose forward is that of LlamaRMSNorm or T5LayerNorm.
+# Classes of Hugging Face's transformers with the forward of LlamaRMSNorm or T5LayerNorm.
 COPIES = (
     *("T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm", "LongT5LayerNorm", "Pix2StructLayerNorm"),
     *("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Phi3RMSNorm", "Qwen2RMSNorm"),
@@ -186,17 +186,17 @@ COPIES = (
     *("GraniteRMSNorm", "OlmoeRMSNorm"),
 )
 CLASSES |= dict.fromkeys(COPIES, _rms_norm)
-# What is not these layers, though its name or its parameters are alike.
+# Classes with similar names or parameters that compute something else.
 ONE_ADDED = "an RMSNorm that multiplies by 1 + weight: add 1 to the scale"
 OF_ANOTHER_KIND = dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), ONE_ADDED)
 
-# ---- What the attributes say ----
+# ---- Reading the attributes ----
 
 EPSILONS = ("eps", "epsilon", "variance_epsilon")
 
 
 def _epsilon(module: Any) -> Any:
-    """Raises AttributeError if the module does not say it."""
+    """The epsilon of the module; raises AttributeError if it does not define one."""
     name = next((name for name in EPSILONS if hasattr(module, name)), "eps")
     return getattr(module, name)
 
@@ -208,14 +208,14 @@ def _affine(module: Any) -> dict[str, Any]:
 
 
 def _momentum(momentum: float | None) -> dict[str, Any]:
-    """0.1 is the default here too; jaxnorm refuses what may be Flax's momentum."""
+    """The momentum argument, or decay for values that jaxnorm's layers reject."""
     if momentum is None or not 0.5 < momentum < 1:
         return {} if momentum == 0.1 else {"momentum": momentum}
     return {"decay": round(1 - momentum, 12)}
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    """Of what a layer norm normalizes over."""
+    """The shape of the axes that a layer norm normalizes over."""
     shape = getattr(module, "normalized_shape", None)
     if shape is None:
         shape = module.weight.shape
@@ -228,7 +228,7 @@ def _axes(module: Any) -> dict[str, Any]:
     return {} if axes == (-1,) else {"reduction_axes": axes, "feature_axes": axes}
 
 
-# ---- What is recognized, and what only looks like a norm ----
+# ---- Recognizing norms, and modules that look like norms ----
 
 AFFINE = {"weight", "bias"}
 TRACKED = AFFINE | {"running_mean", "running_var", "num_batches_tracked"}
@@ -236,7 +236,7 @@ LEAVES = {"BatchNorm": TRACKED, "InstanceNorm": TRACKED, "RMSNorm": {"weight"}}
 # Norms of weights, such as those of torch.nn.utils.parametrizations.
 OF_WEIGHTS = re.compile(r"(weight|spectral)_?norm", re.IGNORECASE)
 LOOKS_LIKE = re.compile(r"(?i:norm)|Abn|ABN|LRN")
-# Of these packages, a class in CLASSES computes what its name says.
+# In these packages, the classes in CLASSES compute the norm of their name.
 PACKAGES = ("torch", "torchvision", "transformers", "apex")
 
 
@@ -246,14 +246,14 @@ def _state(module: Any) -> str:
 
 
 def _forward(module: Any) -> str:
-    """Whether somebody else's class computes more, such as an activation, or something else."""
+    """A note if the forward is from another package, which may compute something else."""
     defined_in = getattr(getattr(type(module), "forward", None), "__module__", "torch")
     known = defined_in.partition(".")[0] in PACKAGES
     return "" if known else "has a forward of its own: compare the outputs"
 
 
 def _looks_like_a_norm(module: Any) -> bool:
-    """By its class or its buffers; not if it holds norms, since these are listed."""
+    """Whether class or buffers suggest a norm; not if it contains norms, which are listed."""
     names = class_names(module)
     if any(OF_WEIGHTS.search(name) for name in names):
         return False

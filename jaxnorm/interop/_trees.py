@@ -1,4 +1,4 @@
-"""Nested dicts and dotted names of arrays, and the user's map of names."""
+"""Converts between nested dicts and dotted names, and applies the user's map of names."""
 
 import difflib
 import sys
@@ -15,7 +15,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def flatten(function: str, tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their dotted names; the parts of a list are called "0", "1", ..."""
+    """The leaves of a tree by their dotted names; the items of a list are "0", "1", ..."""
     flat: dict[str, Any] = {}
     for parts, leaf in leaves(tree):
         name = ".".join(parts)
@@ -34,12 +34,12 @@ def flatten(function: str, tree: Any) -> dict[str, Any]:
 
 
 def without_accumulation(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves without those that a state accumulates, which are nobody else's business."""
+    """The leaves without accumulated moments, which other frameworks do not have."""
     return {name: value for name, value in flat.items() if ".accumulation." not in f".{name}"}
 
 
 def nest(function: str, flat: Mapping[str, Any]) -> Tree:
-    """Nested dicts of the leaves that have these dotted names."""
+    """The leaves as nested dicts, from their dotted names."""
     tree: Tree = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -67,12 +67,12 @@ def split(name: str) -> tuple[str, str]:
 
 
 def join(*names: str) -> str:
-    """The dotted name, of those parts that are not empty."""
+    """Joins the names that are not empty by dots."""
     return ".".join(name for name in names if name)
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str:
-    """The name, with its longest part that the map knows, from the front, replaced."""
+    """The name with its longest prefix in the map replaced."""
     parts = name.split(".") if name else []
     for end in range(len(parts), -1, -1):
         front = ".".join(parts[:end])
@@ -82,7 +82,7 @@ def renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def check_names(function: str, names: Iterable[str], found: Iterable[str], whose: str) -> None:
-    """Every name in the user's map is that of a module that holds arrays; "" is the whole model."""
+    """Checks that every name is a module that contains arrays; "" is the whole model."""
     modules: set[str] = set()
     for name in found:
         parts = name.split(".")
@@ -98,7 +98,7 @@ def check_names(function: str, names: Iterable[str], found: Iterable[str], whose
 
 
 def inverted(function: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The map the other way round."""
+    """The inverse map; raises if two modules have the same new name."""
     back = {ours: theirs for theirs, ours in names.items()}
     if len(back) != len(names):
         twice = sorted(o for o in back if list(names.values()).count(o) > 1)
@@ -110,7 +110,7 @@ def inverted(function: str, names: Mapping[str, str]) -> dict[str, str]:
 
 
 def array(function: str, name: str, value: Any) -> np.ndarray:
-    """Whatever holds an array, as NumPy's, in its dtype: JAX would narrow 64 bits to 32."""
+    """Converts an array to NumPy and keeps its dtype; JAX would narrow 64 bits to 32."""
     try:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
@@ -124,7 +124,7 @@ def array(function: str, name: str, value: Any) -> np.ndarray:
 
 
 def _of_tensor(torch: Any, tensor: Any) -> np.ndarray:
-    """The array of a PyTorch tensor; NumPy itself does not have bfloat16 and float8."""
+    """The array of a PyTorch tensor, with ml_dtypes for bfloat16 and float8."""
     dtype = getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch."), None)
     if dtype is None:
         return np.asarray(tensor.resolve_conj().resolve_neg().numpy())

@@ -1,4 +1,4 @@
-"""Compares what a PyTorch model and a Flax model with its arrays compute."""
+"""Compares the outputs of a PyTorch model and of a Flax model with its arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ HINT = (
 
 @dataclasses.dataclass(frozen=True)
 class Twins:
-    """A PyTorch model and the same model here, each with an example input.
+    """A PyTorch model and the same model in Flax, each with an example input.
 
     Attributes:
-      model: the model here, as a function of its variables.
+      model: the Flax model, as a function of its variables.
       module: the torch.nn.Module.
       args: its positional arguments.
       kwargs: its keyword arguments.
       kernels: the `convert` and the `names` of the conversion.
-      pairs: the modules that belong together.
+      pairs: the pairs of modules.
     """
 
     model: Model
@@ -43,7 +43,7 @@ class Twins:
     pairs: tuple[Pair, ...] = ()
 
     def variables(self, module: Any = None) -> Tree:
-        """The arrays of the PyTorch model, or of one like it, as variables."""
+        """The arrays of the PyTorch model, or of a modified copy, as variables."""
         return from_torch(
             self.module if module is None else module,
             names=self.kernels.names,
@@ -52,7 +52,7 @@ class Twins:
         )
 
     def verify(self, variables: Mapping[str, Any] | None, *, tolerance: float) -> float:
-        """The largest difference of the outputs, with these values and with distinct ones."""
+        """The largest difference of the outputs, with the current values and with distinct ones."""
         given = self.variables() if variables is None else variables
         difference = self._compare(self.module, given, tolerance, "")
         if variables is not None:
@@ -101,7 +101,7 @@ class Twins:
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference relative to the largest value, whichever axis has the channels."""
+    """The largest difference relative to the largest value, with channels first or last."""
     layouts = [expected]
     if expected.ndim > 2:
         layouts.append(np.moveaxis(expected, 1, -1))
@@ -119,7 +119,7 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _same_values(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
-    """Whether two arrays hold the same values, in whatever order and shape."""
+    """Whether two arrays contain the same values, in any order and shape."""
     if found.size != expected.size:
         return False
     largest = np.abs(expected).max(initial=0)

@@ -22,42 +22,42 @@ def to_onnx(
     output_path: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> onnx.ModelProto:
-    """Exports a function or a Flax model in evaluation, each norm as one ONNX operator.
+    """Exports a function or a Flax model in evaluation, with one ONNX operator for each norm.
 
-    By `jax2onnx.to_onnx`, which knows the norms of this package once this file is imported. It
-    leaves what it has traced in JAX's caches, where later calls of jitted functions find it, and
-    takes from there what it should trace: all of them are emptied before and after.
+    This calls `jax2onnx.to_onnx`, which supports the norms of this package once this module is
+    imported. jax2onnx leaves its traces in JAX's caches, where later calls of jitted functions find
+    them, and reuses earlier traces from there. The caches are therefore cleared before and after.
 
-    A norm by running statistics becomes BatchNormalization, with the statistics in the graph; a
-    mask on it becomes a Where. Parameters of x's rank that vary over more than the channels follow
-    their operator as Mul and Add, and so does the bias of an RMS norm. What no operator computes
-    becomes ordinary operators: any other mask, batch renorm and virtual batches by the batch, an
-    epsilon that is computed, features without a fixed number.
+    A norm with running statistics becomes BatchNormalization, with the statistics in the graph; a
+    mask on it becomes a Where. Parameters with the rank of x that vary over more axes than the
+    channels become Mul and Add after the operator, and so does the bias of an RMS norm. Ordinary
+    operators are used for any other mask, for batch renorm and virtual batches that normalize by
+    the batch, for a computed epsilon, and for a symbolic number of features.
 
-    How accurate an operator is, is up to the runtime: see docs/onnx.md for data far from zero.
+    The accuracy of an operator depends on the runtime: see docs/onnx.md for data far from zero.
 
     Args:
-      fn: a function of arrays that closes over parameters and state: of `jaxnorm.batch_norm` and
-        the others, of `model.apply` in Linen; or an NNX model in evaluation.
-      inputs: for each argument its shape, with names for the sizes that vary, as in
+      fn: a function of arrays that closes over parameters and state, for example one that calls
+        `jaxnorm.batch_norm`, or `model.apply` in Linen; or an NNX model in evaluation mode.
+      inputs: the shape of each argument, with names for the sizes that vary, as in
         ("B", 28, 28, 3); or a jax.ShapeDtypeStruct, or an array.
-      opset: the version of ONNX's operators; GroupNormalization needs 21, RMSNormalization 23.
-      native: whether norms become ONNX's operators; False: ordinary operators, which compute as
-        the norms of this package do, and need no newer opset.
-      update_stats: False: every norm of this package is called with update_stats=False, whatever
-        the model says, so that a norm in training mode normalizes by the batch, or by each sample,
-        and leaves its running statistics. None: as the model says, and running statistics that
-        would move are an error, because the model may have been left in training mode by mistake.
-      output_path: a file to write the model to, too.
-      **options: the other options of `jax2onnx.to_onnx`, such as input_names or inputs_as_nchw.
+      opset: the version of ONNX's operators. GroupNormalization needs 21, RMSNormalization 23.
+      native: whether norms become ONNX's norm operators. With False they become ordinary operators,
+        which do the same computation as this package and do not need a recent opset.
+      update_stats: False calls every norm of this package with update_stats=False, so that a norm
+        in training mode normalizes by the batch, or by each sample, and does not update its running
+        statistics. None keeps the setting of the model; running statistics that would be updated
+        are then an error, because the model may be in training mode by mistake.
+      output_path: a file to which the model is also written.
+      **options: further options of `jax2onnx.to_onnx`, such as input_names or inputs_as_nchw.
 
     Returns:
-      The model.
+      The ONNX model.
 
     Raises:
-      ValueError: if a norm would move its running statistics; if update_stats is True; if a norm
-        asks other devices (axis_name) for statistics of x; if the opset is older than a norm's
-        operator.
+      ValueError: if a norm would update its running statistics; if update_stats is True; if a norm
+        needs statistics of x from other devices (axis_name); if the opset is older than the
+        operator of a norm.
 
     Example:
       >>> import jaxnorm
@@ -75,12 +75,12 @@ def to_onnx(
     """
     token = OPTIONS.set(Options(native, _never_true(update_stats)))
     try:
-        # A GPU's formulation has neither a loop nor a choice of platforms. It clears the caches.
+        # The formulation for GPU has no loop and no choice of platforms. This clears the caches.
         with platforms.formulated_for("cuda"):
             model = jax2onnx.to_onnx(fn, inputs, opset=opset, return_mode="proto", **options)
     finally:
         OPTIONS.reset(token)
-    # Where it moves transposes, jax2onnx leaves some sizes between the nodes as they were before.
+    # jax2onnx does not update some shapes between nodes when it moves transposes.
     del model.graph.value_info[:]
     model = onnx.shape_inference.infer_shapes(model)
     if output_path is not None:
@@ -89,7 +89,7 @@ def to_onnx(
 
 
 def _never_true(update_stats: bool | None) -> bool | None:
-    """The argument of `to_onnx`, checked."""
+    """Checks the argument of `to_onnx`."""
     if update_stats is None or not arguments.boolean("to_onnx", "update_stats", update_stats):
         return update_stats
     raise ValueError(

@@ -1,8 +1,8 @@
-"""The norms as they are traced for an export: as the primitive of one operator, or as JAX's own.
+"""The norms as traced for an export: as the primitive of one operator, or as JAX primitives.
 
 While jax2onnx traces, `tracked_norm` and `untracked_norm` replace the two functions of these names
-that every norm runs through. What no operator computes is left to the two functions, and becomes as
-many nodes as they take.
+that every norm calls. Norms that no operator computes still call the original functions, and become
+several nodes.
 """
 
 import contextvars
@@ -29,25 +29,25 @@ from jaxnorm.onnx._primitive import norm_p
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The arguments of `to_onnx` that the norms ask for while they are traced."""
+    """The arguments of `to_onnx` that the norms use at trace time."""
 
     native: bool = True
     update_stats: bool | None = None
 
 
-# The default holds for `jax2onnx.to_onnx` itself; it is frozen.
+# The default applies to direct calls of `jax2onnx.to_onnx`; it is frozen.
 OPTIONS = contextvars.ContextVar("options", default=Options())  # noqa: B039
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """One of ONNX's operators, and how a norm's x and parameters lie in it.
+    """An ONNX operator, and the layout of its inputs.
 
     Attributes:
-      name: the operator's name.
-      parts: for each axis of its input, the axes of x that it is made of: none, one, or several.
+      name: the name of the operator.
+      parts: for each axis of its input, the axes of x that form it: none, one, or several.
       shape: the shape of its scale and bias.
-      num_groups: that of GroupNormalization.
+      num_groups: the attribute of GroupNormalization.
     """
 
     name: str
@@ -57,11 +57,11 @@ class Operator:
 
     @property
     def of_rows(self) -> bool:
-        """Whether it normalizes the last axes, whatever axes are in front; or (N, C, *space)."""
+        """Whether it normalizes the last axes; otherwise the input is (N, C, *space)."""
         return self.name in ("LayerNormalization", "RMSNormalization")
 
     def attributes(self, dtype: Any) -> dict[str, Any]:
-        """Its attributes, but for epsilon."""
+        """Its attributes, except epsilon."""
         if self.name in ("BatchNormalization", "InstanceNormalization"):
             return {}
         if self.of_rows:
@@ -70,7 +70,7 @@ class Operator:
 
 
 def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for `tracked_norm`: y by the state, which stays as it is, or by x itself."""
+    """Replaces `tracked_norm`: normalizes by the state or by x, without updating the state."""
 
     @functools.wraps(original)
     def norm(
@@ -90,7 +90,7 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
             state = checks.batch_stats(function, batch_stats, layout.shape(x))
             statistics = {key: state[key] for key in ("mean", "var")}
             mask = checks.mask(function, options.mask, x.shape)
-            # By the state, all axes but the channels' are alike: any can be the first.
+            # With the state, any axis except the channels can be the first.
             operator = _of_channels("BatchNormalization", layout, first or layout.reduced[:1], x)
         else:
             # Without a batch axis, as in batch norm, x is one sample.
@@ -114,7 +114,7 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for `untracked_norm`."""
+    """Replaces `untracked_norm`."""
 
     @functools.wraps(original)
     def norm(
@@ -142,7 +142,7 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _by_state(function: str, batch_stats: Any, tracking: Tracking) -> bool:
-    """Whether the running statistics normalize; they do not move."""
+    """Whether to normalize by the running statistics; raises if they would be updated."""
     by_state, moves = tracking.mode(function, batch_stats is not None)
     if moves:
         raise ValueError(
@@ -156,7 +156,7 @@ def _by_state(function: str, batch_stats: Any, tracking: Tracking) -> bool:
 
 
 def _alone(function: str, mapped_axes: MappedAxes) -> None:
-    """The statistics of x need no other device."""
+    """Checks that the statistics of x do not need other devices."""
     if mapped_axes != LOCAL:
         raise ValueError(
             f"{function}: axis_name should be None in an export, because a graph runs on one "
@@ -167,7 +167,7 @@ def _alone(function: str, mapped_axes: MappedAxes) -> None:
 def _of_channels(
     name: str, layout: Layout, first: Sequence[int], x: jax.Array, num_groups: int | None = None
 ) -> Operator:
-    """An operator on (N, C, *space), where N is made of the first axes."""
+    """An operator on (N, C, *space), in which the first axes form N."""
     rest = (a for a in range(x.ndim) if a not in (*first, *layout.channels))
     parts = (tuple(first), layout.channels, *((a,) for a in rest))
     return Operator(name, parts, (math.prod(layout.shape(x)),), num_groups)
@@ -186,7 +186,7 @@ def _by_operator(
     statistics: dict[str, Any],
     mask: jax.Array | None,
 ) -> jax.Array:
-    """y by the operator, or plainly: where there is none, or where a graph could not name it."""
+    """y by the operator, or by ordinary operators if there is none or it cannot be used."""
     function, epsilon, dtype = options.function, cast(Any, options.epsilon), options.dtype
     scale, bias = checks.params(function, params, x.shape, layout.shape(x))
     params = {key: a for key, a in (("scale", scale), ("bias", bias)) if a is not None}
@@ -214,21 +214,21 @@ def _by_operator(
         y = affine(y, *(None if a is None else layout.expand(a) for a in after))
         return select(mask, y).astype(x.dtype if dtype is None else dtype)
 
-    # No operator has a derivative: a function that asks for one gets what JAX makes of the norm's.
+    # Operators have no derivative: a function that differentiates uses the ordinary operators.
     by_operator.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     y: jax.Array = by_operator(x, params, statistics)
     return y
 
 
 def _constant(epsilon: Any, *sizes: Any) -> bool:
-    """Whether the attributes and the shape of the parameters are known now."""
+    """Whether the attributes and the shape of the parameters are known at trace time."""
     return not isinstance(epsilon, jax.core.Tracer) and all(isinstance(n, int) for n in sizes)
 
 
 def _split(
     operator: Operator, layout: Layout, params: dict[str, jax.Array], x: jax.Array
 ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Scale and bias for the operator, and those that follow it; None for neither."""
+    """Scale and bias for the operator, and those to apply after it; None if there is none."""
     scale, bias = params.get("scale"), params.get("bias")
     if scale is not None and not _along(layout, scale, x):
         return (None, None), (scale, bias)

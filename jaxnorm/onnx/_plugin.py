@@ -1,4 +1,4 @@
-"""The plugin of jax2onnx: what it replaces while it traces, and the node of the primitive."""
+"""The plugin of jax2onnx: the functions to replace while it traces, and the primitive's node."""
 
 import sys
 import types
@@ -14,30 +14,30 @@ from jaxnorm import functional
 from jaxnorm.onnx._operators import tracked_norm, untracked_norm
 from jaxnorm.onnx._primitive import norm_p
 
-# Operator -> the opset from which on it is what is written here.
+# The first opset in which each operator has the definition that is used here.
 OPSETS = {
     "InstanceNormalization": 6,
     "BatchNormalization": 15,
     "LayerNormalization": 17,
-    "GroupNormalization": 21,  # that of opset 18 has one scale for a whole group
+    "GroupNormalization": 21,  # in opset 18 it has one scale per group
     "RMSNormalization": 23,
 }
 # jax2onnx replaces functions of jax.numpy while it traces: jnp.shape then gives a traced array.
 JNP = types.SimpleNamespace(**vars(jnp))
-# A graph is for no platform, and jax2onnx knows no choice among them.
+# A graph has no platform, and jax2onnx does not support a choice of platforms.
 LAX = types.SimpleNamespace(**vars(lax))
 LAX.platform_dependent = lambda *args, default, **platforms: default(*args)
 
 
 @register_primitive(jaxpr_primitive=norm_p.name)
 class NormPlugin(PrimitiveLeafPlugin):
-    """What jax2onnx asks: what to replace while it traces, and what becomes of the primitive."""
+    """The interface to jax2onnx: the replacements at trace time, and the conversion to a node."""
 
     _PRIM = norm_p
 
     @classmethod
     def binding_specs(cls) -> list[AssignSpec | MonkeyPatchSpec]:
-        """The norms' two functions, and jax.numpy and jax.lax for this package alone."""
+        """The two functions of the norms, and jax.numpy and jax.lax in this package only."""
         files = [m for name, m in list(sys.modules.items()) if name.startswith("jaxnorm.")]
         return [
             *(AssignSpec(file, "jnp", JNP) for file in files if hasattr(file, "jnp")),
@@ -68,7 +68,7 @@ class NormPlugin(PrimitiveLeafPlugin):
 
 
 def _operand(ctx: Any, var: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A parameter in the operator's shape and in x's dtype, an initializer if it is a constant."""
+    """A parameter in the operator's shape and x's dtype, as an initializer if it is constant."""
     value = ctx.get_value_for_var(var)
     if value.const_value is not None:
         a = value.const_value.numpy()

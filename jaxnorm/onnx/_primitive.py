@@ -1,4 +1,4 @@
-"""The JAX primitive that stands for one operator of ONNX, and its batching rule."""
+"""The JAX primitive for an ONNX operator, and its batching rule."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ norm_p.def_abstract_eval(lambda x, *operands, **params: x)
 def _batched(
     args: Sequence[jax.Array], dims: Sequence[Any], **params: Any
 ) -> tuple[jax.Array, int]:
-    """Members of a vmap are more samples for one node; with their own parameters, a node each."""
+    """Batches into one node as further samples; batched parameters need one node per member."""
     (x, *operands), (axis, *others) = args, dims
     if any(d is not None for d in others):
         size = next(a.shape[d] for a, d in zip(operands, others, strict=True) if d is not None)
