@@ -167,8 +167,8 @@ def batch_norm(
 
 
 def batch_renorm(
-    layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats | None, **call: Any
-) -> tuple[jax.Array, BatchStats | None]:
+    layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats, **call: Any
+) -> tuple[jax.Array, BatchStats]:
     """`jaxnorm.batch_renorm` as the layer's attributes and the call say."""
     limits = {"r_max": layer.r_max, "d_max": layer.d_max}
     options = _batch_options(layer, x, **call)

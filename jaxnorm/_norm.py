@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core import arguments, checks
 from jaxnorm._core.collectives import LOCAL, MappedAxes, number_of_shards
@@ -15,6 +16,7 @@ from jaxnorm._core.layout import Layout
 from jaxnorm._core.moments import Moments, shifted_moments, unshift
 from jaxnorm._core.normalize import infinite_for_zero, normalize, renormalize
 from jaxnorm._core.sample import Sample, widen
+from jaxnorm._core.variables import Affine
 from jaxnorm._stats.update import Update, update_running_stats
 
 # Traced and differentiated once for all layers of one shape. Inlined, since the compiler for TPU
@@ -52,9 +54,9 @@ class Options:
     """
 
     function: str
-    epsilon: Any
-    mask: Any
-    dtype: Any
+    epsilon: ArrayLike
+    mask: ArrayLike | None
+    dtype: DTypeLike | None
 
     def checked(self, x: jax.Array) -> "Options":
         """The same after checks, with the dtype of y."""
@@ -78,13 +80,13 @@ class Tracking:
       limits: r_max and d_max of batch renorm; None for other norms.
     """
 
-    use_running_average: Any
-    update_stats: Any
-    momentum: Any
-    skip_nonfinite: Any
+    use_running_average: bool
+    update_stats: bool | None
+    momentum: ArrayLike | None
+    skip_nonfinite: bool
     stats_axes: MappedAxes = LOCAL
     update_axes: MappedAxes = LOCAL
-    virtual_batch_size: Any = None
+    virtual_batch_size: int | None = None
     limits: tuple[Any, Any] | None = None
 
     def mode(self, function: str, tracked: bool) -> tuple[bool, bool]:
@@ -95,7 +97,7 @@ class Tracking:
 
 
 def untracked_norm(
-    x: jax.Array, params: Any, layout: Layout, sample: Sample, options: Options
+    x: jax.Array, params: Affine | None, layout: Layout, sample: Sample, options: Options
 ) -> jax.Array:
     """y of a norm without a state, whose parameters lie along the layout's channels."""
     operands, options = _operands(x, params, layout, options), options.checked(x)
@@ -106,7 +108,7 @@ def untracked_norm(
 
 def tracked_norm(
     x: jax.Array,
-    params: Any,
+    params: Affine | None,
     batch_stats: Any,
     layout: Layout,
     options: Options,
@@ -152,7 +154,7 @@ def tracked_norm(
 
 
 def _operands(
-    x: jax.Array, params: Any, layout: Layout, options: Options, state: Any = None
+    x: jax.Array, params: Affine | None, layout: Layout, options: Options, state: Any = None
 ) -> _Operands:
     """x and what is laid against it, all checked. The state is a constant for the derivative."""
     mask = checks.mask(options.function, options.mask, x.shape)
@@ -168,24 +170,32 @@ def _operands(
 
 
 def _normalized(
-    sample: Sample | None, operands: _Operands, options: Options, measured: Any
+    sample: Sample | None,
+    operands: _Operands,
+    options: Options,
+    measured: tuple[jax.Array, Moments],
 ) -> jax.Array:
     """y by the moments that were measured, or by constants, for which the sample is None."""
     (shift, moments), number = measured, jnp.asarray(options.epsilon, float)
     if not isinstance(options.epsilon, float) or options.epsilon == 0:
         moments = dataclasses.replace(moments, var=infinite_for_zero(moments.var, number))
     x, mask, scale, bias, *_ = operands
-    return _normalize(options.dtype, sample, x, scale, bias, number, mask, shift, moments)
+    y: jax.Array = _normalize(options.dtype, sample, x, scale, bias, number, mask, shift, moments)
+    return y
 
 
-def _constants(operands: _Operands) -> tuple[Any, Moments]:
+def _constants(operands: _Operands) -> tuple[jax.Array, Moments]:
     """The running statistics as a shift and moments; they count no entries."""
     zero = jnp.zeros_like(operands.mean)
     return operands.mean, Moments(zero, zero, operands.var)
 
 
 def _corrected(
-    operands: _Operands, measured: Any, options: Options, limits: Any, state: Any
+    operands: _Operands,
+    measured: tuple[jax.Array, Moments],
+    options: Options,
+    limits: tuple[Any, Any] | None,
+    state: Any,
 ) -> _Operands:
     """The operands with the scale and the bias of batch renorm; without limits as they are."""
     if limits is None:
@@ -214,7 +224,7 @@ def _zero_where_masked(mask: jax.Array | None, a: jax.Array, of_x_rank: bool) ->
 
 
 def _in_virtual_batches(
-    function: str, size: Any, operands: _Operands, layout: Layout
+    function: str, size: int, operands: _Operands, layout: Layout
 ) -> tuple[_Operands, tuple[int, ...]]:
     """The operands with the virtual batches as a first axis, and the shape of one of them."""
     x = operands.x

@@ -1,6 +1,7 @@
 """The norms as pure functions, which differ in the entries of x that share one mean."""
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack, overload
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
@@ -9,7 +10,7 @@ from jaxnorm._core import arguments, checks
 from jaxnorm._core.collectives import AxisName, mapped_axes
 from jaxnorm._core.layout import Layout
 from jaxnorm._core.sample import Sample
-from jaxnorm._core.variables import Affine, BatchStats
+from jaxnorm._core.variables import Affine, BatchStats, State
 from jaxnorm._norm import Options, Tracking, tracked_norm, untracked_norm
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
@@ -18,7 +19,7 @@ Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 def batch_norm(
     x: ArrayLike,
     params: Affine | None = None,
-    batch_stats: BatchStats | None = None,
+    batch_stats: State = None,  # type: ignore[assignment]  # without a state, State is None
     *,
     use_running_average: bool = False,
     update_stats: bool | None = None,
@@ -31,7 +32,7 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     skip_nonfinite: bool = True,
     dtype: DTypeLike | None = None,
-) -> tuple[jax.Array, BatchStats | None]:
+) -> tuple[jax.Array, State]:
     r"""Normalizes each channel over the batch and all other axes.
 
     .. math:: y = scale \cdot \frac{x - E[x]}{\sqrt{Var[x] + \epsilon}} + bias
@@ -116,6 +117,44 @@ def batch_norm(
         virtual_batch_size=virtual_batch_size,
     )
     return tracked_norm(x, params, batch_stats, layout, options, tracking)
+
+
+class _RenormOptions(TypedDict, total=False):
+    """The options of `batch_renorm`, for its overloads."""
+
+    r_max: Limit
+    d_max: Limit
+    use_running_average: bool
+    update_stats: bool | None
+    momentum: ArrayLike | None
+    epsilon: ArrayLike
+    channel_axis: int | Sequence[int]
+    mask: ArrayLike | None
+    axis_name: AxisName | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+    virtual_batch_size: int | None
+    skip_nonfinite: bool
+    dtype: DTypeLike | None
+
+
+# The state is needed, though params in front of it are not.
+@overload
+def batch_renorm(
+    x: ArrayLike,
+    params: Affine | None,
+    batch_stats: BatchStats,
+    **options: Unpack[_RenormOptions],
+) -> tuple[jax.Array, BatchStats]: ...
+
+
+@overload
+def batch_renorm(
+    x: ArrayLike,
+    params: Affine | None = None,
+    *,
+    batch_stats: BatchStats,
+    **options: Unpack[_RenormOptions],
+) -> tuple[jax.Array, BatchStats]: ...
 
 
 def batch_renorm(
@@ -218,7 +257,7 @@ def batch_renorm(
 def instance_norm(
     x: ArrayLike,
     params: Affine | None = None,
-    batch_stats: BatchStats | None = None,
+    batch_stats: State = None,  # type: ignore[assignment]  # without a state, State is None
     *,
     use_running_average: bool = False,
     update_stats: bool | None = None,
@@ -231,7 +270,7 @@ def instance_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     skip_nonfinite: bool = True,
     dtype: DTypeLike | None = None,
-) -> tuple[jax.Array, BatchStats | None]:
+) -> tuple[jax.Array, State]:
     r"""Normalizes each channel of each sample over the other axes of the sample.
 
     .. math:: y_n = scale \cdot \frac{x_n - E[x_n]}{\sqrt{Var[x_n] + \epsilon}} + bias

@@ -637,7 +637,7 @@ def recalibrate(
       As `jaxnorm.recalibrate`.
     """
 
-    def step(batch_stats, batch, others):
+    def step(batch_stats: Any, batch: Any, others: dict[str, Any]) -> Any:
         variables = {**others, "batch_stats": batch_stats}
         _, updates = model.apply(variables, batch, mutable=["batch_stats"], **call)
         return updates["batch_stats"]
@@ -649,7 +649,15 @@ def recalibrate(
     return {**others, "batch_stats": batch_stats}
 
 
-def _tracked_norm(module, norm, x, axes, use_running_average, update_stats, mask):
+def _tracked_norm(
+    module: BatchNorm | InstanceNorm,
+    norm: Norm,
+    x: ArrayLike,
+    axes: tuple[int, ...],
+    use_running_average: bool | None,
+    update_stats: bool | None,
+    mask: ArrayLike | None,
+) -> jax.Array:
     """Declares the variables, calls the norm, and writes the state back if it moved."""
     shape = tuple(jnp.shape(x)[a] for a in axes)
     batch_stats = None
@@ -668,12 +676,17 @@ def _tracked_norm(module, norm, x, axes, use_running_average, update_stats, mask
         mask=mask,
         initializing=module.is_initializing(),
     )
-    if new_batch_stats is not batch_stats:
+    if new_batch_stats is not None and new_batch_stats is not batch_stats:
         _write_back(module, new_batch_stats)
     return y
 
 
-def _feature_norm(module, norm, x, mask):
+def _feature_norm(
+    module: LayerNorm | RMSNorm,
+    norm: Callable[..., jax.Array],
+    x: ArrayLike,
+    mask: ArrayLike | None,
+) -> jax.Array:
     """Declares the parameters and calls the norm."""
     axes = _layers.feature_axes(module, jnp.ndim(x))
     params = _params(module, tuple(jnp.shape(x)[a] for a in axes), jnp.shape(x))

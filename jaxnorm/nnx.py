@@ -1,8 +1,4 @@
-"""The layers of flax.nnx: declare variables, call a function, write the state back.
-
-An argument that is not described here means what it means in the layer of that name in
-`jaxnorm.linen`, and `promote_dtype` is accepted without effect: nothing needs to be promoted.
-"""
+"""The layers of flax.nnx: declare variables, call a function, write the state back."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -19,7 +15,7 @@ import jaxnorm
 from jaxnorm import _layers
 from jaxnorm._core import arguments
 from jaxnorm._core.collectives import AxisName
-from jaxnorm._core.variables import BatchStats, init_batch_stats
+from jaxnorm._core.variables import Affine, BatchStats, init_batch_stats
 from jaxnorm.functional import Limit
 
 Axes = int | Sequence[int]
@@ -30,18 +26,82 @@ NONE: Metadata = MappingProxyType({})
 ZEROS, ONES = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
 
 
-class BatchNorm(nnx.Module):
+class _Norm(nnx.Module):
+    """The attributes of every layer: the constructor's arguments, and the parameters."""
+
+    num_features: Axes
+    epsilon: float
+    dtype: Dtype | None
+    param_dtype: Dtype
+    use_scale: bool
+    axis_name: AxisName | None
+    axis_index_groups: Groups | None
+    use_fast_variance: bool
+    promote_dtype: Callable[..., Any]
+    scale: nnx.Param[jax.Array] | None
+    bias: nnx.Param[jax.Array] | None
+
+
+class _Tracked(_Norm):
+    """The attributes of the layers that may have running statistics, which are none otherwise."""
+
+    use_bias: bool
+    use_running_average: bool | None
+    momentum: float | None
+    decay: float | None
+    update_stats: bool | None
+    track_running_stats: bool
+    skip_nonfinite: bool
+    mean: nnx.BatchStat[jax.Array]
+    var: nnx.BatchStat[jax.Array]
+    count: nnx.BatchStat[jax.Array]
+    accumulation: nnx.BatchStat[Any] | None
+
+    ranks: ClassVar[tuple[int, ...] | None] = None
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Serves nnx.view, which gives the statistics that normalize in the view.
+
+        Args:
+          use_running_average: as the attribute; None leaves it.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class BatchNorm(_Tracked):
     """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` in NNX.
 
     Takes the place of flax.nnx.BatchNorm: the same arguments, parameters and state, and a `count`
     beside `mean` and `var`. `model.train()` and `model.eval()` choose the statistics. What differs
-    is said, and the other arguments are described, in `jaxnorm.linen.BatchNorm`.
+    is said in `jaxnorm.linen.BatchNorm`.
 
     Args:
       num_features: the number of channels, or x's shape over the channel axes.
+      use_running_average: normalize by the running statistics (evaluation), not by the batch's
+        (training); train() and eval() set it, and the call overrides it.
+      axis: the channel axis or axes of x.
+      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread.
+      axis_index_groups: lists of indices along axis_name that are one batch each.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
+      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
+      update_stats: whether the running statistics move; None means: in training.
+      track_running_stats: False: no running statistics; the batch's own always normalize.
+      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its running statistics.
+      virtual_batch_size: normalize every so many consecutive samples by their own statistics
+        (ghost batch norm); the running statistics move once, by the whole batch.
 
     Raises:
       ValueError: as `jaxnorm.linen.BatchNorm`.
@@ -63,7 +123,8 @@ class BatchNorm(nnx.Module):
     """
 
     norm: ClassVar[Norm] = staticmethod(_layers.batch_norm)
-    ranks: ClassVar[tuple[int, ...] | None] = None
+    axis: Axes
+    virtual_batch_size: int | None
 
     def __init__(
         self,
@@ -116,24 +177,39 @@ class BatchNorm(nnx.Module):
         """
         return _tracked_norm(self, self.norm, x, use_running_average, update_stats, mask)
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Serves nnx.view, which gives the statistics that normalize in the view.
-
-        Args:
-          use_running_average: as the attribute; None leaves it.
-        """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-
 
 class BatchRenorm(BatchNorm):
     """Batch norm, corrected towards the running statistics: `jaxnorm.batch_renorm` in NNX.
 
     Args:
       num_features: the number of channels, or x's shape over the channel axes.
-      r_max: as in `jaxnorm.linen.BatchRenorm`, which says what it is for.
-      d_max: likewise.
-      **batch_norm: the other arguments of `BatchNorm`.
+      r_max: the largest correction of the scale, at least 1; a number, or a function of the count.
+      d_max: the largest correction of the mean, in running standard deviations, at least 0; a
+        number, or a function of the count.
+      use_running_average: normalize by the running statistics (evaluation), not by the batch's
+        (training); train() and eval() set it, and the call overrides it.
+      axis: the channel axis or axes of x.
+      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread.
+      axis_index_groups: lists of indices along axis_name that are one batch each.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      promote_dtype: accepted, without effect: nothing needs to be promoted.
+      rngs: where the initializers' keys come from.
+      bias_metadata: metadata of the bias, an nnx.Param.
+      scale_metadata: metadata of the scale, an nnx.Param.
+      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
+      update_stats: whether the running statistics move; None means: in training.
+      track_running_stats: always True: there is no correction without running statistics.
+      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its running statistics.
+      virtual_batch_size: normalize every so many consecutive samples by their own statistics
+        (ghost batch norm); the running statistics move once, by the whole batch.
 
     Raises:
       ValueError: as `jaxnorm.linen.BatchRenorm`.
@@ -152,26 +228,74 @@ class BatchRenorm(BatchNorm):
 
     norm = staticmethod(_layers.batch_renorm)
 
+    r_max: Limit
+    d_max: Limit
+
     def __init__(
-        self, num_features: Axes, *, r_max: Limit = 3.0, d_max: Limit = 5.0, **batch_norm: Any
+        self,
+        num_features: Axes,
+        *,
+        r_max: Limit = 3.0,
+        d_max: Limit = 5.0,
+        use_running_average: bool | None = False,
+        axis: Axes = -1,
+        momentum: float | None = _layers.MOMENTUM,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+        decay: float | None = None,
+        update_stats: bool | None = None,
+        track_running_stats: bool = True,
+        skip_nonfinite: bool = True,
+        virtual_batch_size: int | None = None,
     ) -> None:
-        super().__init__(num_features, **batch_norm)
-        self.r_max, self.d_max = r_max, d_max
+        _declare(self, locals())
+        _declare_batch_stats(self)
         _layers.check_limits(self)
 
 
-class InstanceNorm(nnx.Module):
+class InstanceNorm(_Tracked):
     """Normalizes each channel of each sample: `jaxnorm.instance_norm` in NNX.
 
     Takes the place of flax.nnx.InstanceNorm: the same arguments and parameters, and, with
-    `track_running_stats=True`, the state and the calls of `BatchNorm`. What differs is said, and
-    the other arguments are described, in `jaxnorm.linen.InstanceNorm`.
+    `track_running_stats=True`, the state and the calls of `BatchNorm`. What differs is said in
+    `jaxnorm.linen.InstanceNorm`.
 
     Args:
       num_features: the number of channels, or x's shape over the channel axes.
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      feature_axes: the channel axis or axes of x; axis 0 is the samples'.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are spread.
+      axis_index_groups: lists of indices along axis_name that move one state together.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
+      use_running_average: normalize by the running statistics (evaluation), not by the samples'
+        own, where the layer tracks them; train() and eval() set it, and the call overrides it.
+      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
+      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
+      update_stats: whether the running statistics move; None means: in training.
+      track_running_stats: whether there are running statistics.
+      skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its running statistics.
 
     Raises:
       ValueError: as `jaxnorm.linen.InstanceNorm`.
@@ -189,7 +313,7 @@ class InstanceNorm(nnx.Module):
       flax.nnx.InstanceNorm, flax 0.12; torch.nn.InstanceNorm2d, PyTorch 2.13.
     """
 
-    ranks: ClassVar[tuple[int, ...] | None] = None
+    feature_axes: Axes
 
     def __init__(
         self,
@@ -243,19 +367,29 @@ class InstanceNorm(nnx.Module):
             self, _layers.instance_norm, x, use_running_average, update_stats, mask
         )
 
-    set_view = BatchNorm.set_view
 
-
-class GroupNorm(nnx.Module):
+class GroupNorm(_Norm):
     """Normalizes each group of channels of each sample: `jaxnorm.group_norm` in NNX.
 
-    Takes the place of flax.nnx.GroupNorm: the same arguments and parameters. What differs is said,
-    and the other arguments are described, in `jaxnorm.linen.GroupNorm`.
+    Takes the place of flax.nnx.GroupNorm: the same arguments and parameters. What differs is said
+    in `jaxnorm.linen.GroupNorm`.
 
     Args:
       num_features: the number of channels.
       num_groups: into how many groups the channels are divided; None where group_size says it.
       group_size: how many channels a group has; instead of num_groups.
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that share one mean, the last among them; None: all but the first.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is spread.
+      axis_index_groups: lists of indices along axis_name that hold one sample together.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
@@ -274,6 +408,12 @@ class GroupNorm(nnx.Module):
     References:
       flax.nnx.GroupNorm, flax 0.12; torch.nn.GroupNorm, PyTorch 2.13.
     """
+
+    num_features: int
+    num_groups: int | None
+    group_size: int | None
+    use_bias: bool
+    reduction_axes: Axes | None
 
     def __init__(
         self,
@@ -313,14 +453,27 @@ class GroupNorm(nnx.Module):
         return _layers.group_norm(self, x, _params(self), mask=mask)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(_Norm):
     """Normalizes over the features: `jaxnorm.layer_norm` in NNX.
 
-    Takes the place of flax.nnx.LayerNorm: the same arguments and parameters. What differs is said,
-    and the other arguments are described, in `jaxnorm.linen.LayerNorm`.
+    Takes the place of flax.nnx.LayerNorm: the same arguments and parameters. What differs is said
+    in `jaxnorm.linen.LayerNorm`.
 
     Args:
       num_features: the number of features, or x's shape over feature_axes.
+      epsilon: added to the variance, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that share one mean and variance.
+      feature_axes: the axes that the parameters lie along.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
@@ -340,6 +493,10 @@ class LayerNorm(nnx.Module):
     References:
       flax.nnx.LayerNorm, flax 0.12; torch.nn.LayerNorm, PyTorch 2.13.
     """
+
+    use_bias: bool
+    reduction_axes: Axes
+    feature_axes: Axes
 
     def __init__(
         self,
@@ -377,14 +534,25 @@ class LayerNorm(nnx.Module):
         return _layers.layer_norm(self, x, _params(self), mask=mask)
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(_Norm):
     """Divides by the root mean square of the features: `jaxnorm.rms_norm` in NNX.
 
-    Takes the place of flax.nnx.RMSNorm: the same arguments and parameters. What differs is said,
-    and the other arguments are described, in `jaxnorm.linen.RMSNorm`.
+    Takes the place of flax.nnx.RMSNorm: the same arguments and parameters. What differs is said
+    in `jaxnorm.linen.RMSNorm`.
 
     Args:
       num_features: the number of features, or x's shape over feature_axes.
+      epsilon: added to the mean square, in units of x squared.
+      dtype: y's dtype; None is x's.
+      param_dtype: the dtype of the scale.
+      use_scale: whether there is a scale.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that share one mean square.
+      feature_axes: the axes that the scale lies along.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      use_fast_variance: accepted, without effect: there is only one way.
+      promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       scale_metadata: metadata of the scale, an nnx.Param.
 
@@ -401,6 +569,9 @@ class RMSNorm(nnx.Module):
     References:
       flax.nnx.RMSNorm, flax 0.12; torch.nn.RMSNorm, PyTorch 2.13.
     """
+
+    reduction_axes: Axes
+    feature_axes: Axes
 
     def __init__(
         self,
@@ -436,7 +607,7 @@ class RMSNorm(nnx.Module):
 
 
 class BatchNorm1d(BatchNorm):
-    """`BatchNorm` for (N, C) and (N, L, C) alone.
+    """`BatchNorm` for (N, C) and (N, L, C) alone, with the same arguments.
 
     Raises:
       ValueError: if x has another rank; else as `BatchNorm`.
@@ -458,7 +629,7 @@ class BatchNorm1d(BatchNorm):
 
 
 class BatchNorm2d(BatchNorm):
-    """`BatchNorm` for (N, H, W, C) alone.
+    """`BatchNorm` for (N, H, W, C) alone, with the same arguments.
 
     Raises:
       ValueError: if x has another rank; else as `BatchNorm`.
@@ -480,7 +651,7 @@ class BatchNorm2d(BatchNorm):
 
 
 class BatchNorm3d(BatchNorm):
-    """`BatchNorm` for (N, D, H, W, C) alone.
+    """`BatchNorm` for (N, D, H, W, C) alone, with the same arguments.
 
     Raises:
       ValueError: if x has another rank; else as `BatchNorm`.
@@ -502,7 +673,7 @@ class BatchNorm3d(BatchNorm):
 
 
 class InstanceNorm1d(InstanceNorm):
-    """`InstanceNorm` for (N, L, C), and for one sample (L, C).
+    """`InstanceNorm` for (N, L, C), and for one sample (L, C), with the same arguments.
 
     Raises:
       ValueError: if x has another rank; else as `InstanceNorm`.
@@ -524,7 +695,7 @@ class InstanceNorm1d(InstanceNorm):
 
 
 class InstanceNorm2d(InstanceNorm):
-    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C).
+    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C), with the same arguments.
 
     Raises:
       ValueError: if x has another rank; else as `InstanceNorm`.
@@ -546,7 +717,7 @@ class InstanceNorm2d(InstanceNorm):
 
 
 class InstanceNorm3d(InstanceNorm):
-    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C).
+    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C), with the same arguments.
 
     Raises:
       ValueError: if x has another rank; else as `InstanceNorm`.
@@ -657,7 +828,7 @@ def recalibrate(
     """
     graph, variables = nnx.split(model)
 
-    def step(batch_stats, batch, variables):
+    def step(batch_stats: dict[str, Any], batch: Any, variables: Any) -> dict[str, BatchStats]:
         copy = nnx.merge(graph, variables, copy=True)
         layers = dict(_tracking(copy))
         for name, layer in layers.items():
@@ -675,16 +846,16 @@ def recalibrate(
         _write_back(layer, new[name])
 
 
-def _tracking(model: nnx.Module) -> list[tuple[str, Any]]:
+def _tracking(model: nnx.Module) -> list[tuple[str, _Tracked]]:
     """The layers that have running statistics, by their paths in the model."""
     return [
         (".".join(map(str, path)), module)
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, BatchNorm | InstanceNorm) and hasattr(module, "mean")
+        if isinstance(module, _Tracked) and hasattr(module, "mean")
     ]
 
 
-def _declare(module: Any, given: dict[str, Any]) -> None:
+def _declare(module: _Norm, given: dict[str, Any]) -> None:
     """Keeps the constructor's arguments as attributes, as Flax does, and makes the parameters."""
     making = ("self", "rngs", "scale_init", "bias_init", "scale_metadata", "bias_metadata")
     for name, value in given.items():
@@ -702,7 +873,7 @@ def _declare(module: Any, given: dict[str, Any]) -> None:
             setattr(module, name, nnx.data(None))
 
 
-def _declare_batch_stats(module: Any) -> None:
+def _declare_batch_stats(module: _Tracked) -> None:
     module.accumulation = nnx.data(None)
     if module.track_running_stats:
         first = init_batch_stats(_shape(module), dtype=module.param_dtype)
@@ -710,21 +881,38 @@ def _declare_batch_stats(module: Any) -> None:
             setattr(module, key, nnx.BatchStat(value))
 
 
-def _batch_stats(module: Any) -> Any:
-    variables = {key: getattr(module, key) for key in ("mean", "var", "count", "accumulation")}
-    return {key: v.get_value() for key, v in variables.items() if v is not None}
+def _batch_stats(module: _Tracked) -> BatchStats:
+    batch_stats: BatchStats = {
+        "mean": module.mean.get_value(),
+        "var": module.var.get_value(),
+        "count": module.count.get_value(),
+    }
+    if module.accumulation is not None:
+        batch_stats["accumulation"] = module.accumulation.get_value()
+    return batch_stats
 
 
-def _shape(module: Any) -> tuple[int, ...]:
+def _shape(module: _Norm) -> tuple[int, ...]:
     return arguments.channels(type(module).__name__, module.num_features)
 
 
-def _params(module: Any) -> Any:
-    variables = {name: getattr(module, name) for name in ("scale", "bias")}
-    return {name: v[...] for name, v in variables.items() if v is not None}
+def _params(module: _Norm) -> Affine:
+    params: Affine = {}
+    if module.scale is not None:
+        params["scale"] = module.scale[...]
+    if module.bias is not None:
+        params["bias"] = module.bias[...]
+    return params
 
 
-def _tracked_norm(module, norm, x, use_running_average, update_stats, mask):
+def _tracked_norm(
+    module: _Tracked,
+    norm: Norm,
+    x: ArrayLike,
+    use_running_average: bool | None,
+    update_stats: bool | None,
+    mask: ArrayLike | None,
+) -> jax.Array:
     """Calls the norm on the variables, and writes the state back if it moved."""
     if use_running_average is None:
         use_running_average = module.use_running_average
@@ -746,11 +934,11 @@ def _tracked_norm(module, norm, x, use_running_average, update_stats, mask):
         update_stats=update_stats,
         mask=mask,
     )
-    if new_batch_stats is not batch_stats:
+    if new_batch_stats is not None and new_batch_stats is not batch_stats:
         _write_back(module, new_batch_stats)
     return y
 
 
-def _write_back(module: Any, batch_stats: BatchStats) -> None:
+def _write_back(module: _Tracked, batch_stats: BatchStats) -> None:
     for key, value in batch_stats.items():
         getattr(module, key).set_value(value)  # not [...] =, which keeps a half's dtype

@@ -36,6 +36,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_every_library_computes_the_norm_that_is_measured():
     if not all(map(importlib.util.find_spec, ("equinox", "haiku", "keras", "torch"))):
         pytest.skip("not all libraries are there")

@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = re.compile(r"(?:^\|.*\n)+", re.M)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_benchmark_s_tables():
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(

@@ -54,7 +54,7 @@ def trained_statistics(tree):
     )
 
 
-@pytest.mark.parametrize("frontend", ["Linen", "NNX"])
+@pytest.mark.parametrize("frontend", [pytest.param("Linen", marks=pytest.mark.slow), "NNX"])
 def test_an_exported_model_with_symbolic_sizes_runs_in_another_process(frontend, tmp_path):
     if frontend == "Linen":
         variables = Linen().init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))

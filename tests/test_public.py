@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -84,6 +85,48 @@ def test_every_layer_documents_its_attributes(layer):
     inherited = {name for base in layer.__bases__ for name in inspect.signature(base).parameters}
     fields = [f.name for f in dataclasses.fields(layer) if f.name not in inherited]
     assert documented == [name for name in fields if name not in ("parent", "name")]
+
+
+def constructor(layer):
+    return list(inspect.signature(layer.__init__).parameters)[1:]
+
+
+@pytest.mark.parametrize("layer", NNX_LAYERS, ids=lambda c: c.__name__)
+def test_every_layer_of_nnx_documents_its_arguments(layer):
+    """A class for one rank has the arguments of the class that it names, and of that alone."""
+    doc = inspect.getdoc(layer)
+    if "__init__" not in vars(layer):
+        first, *_ = doc.splitlines()
+        (base,) = layer.__bases__
+        assert first.startswith(f"`{base.__name__}` for ")
+        assert first.endswith("with the same arguments.")
+        return
+    documented = re.findall(r"^  (\w+): ", doc[doc.index("Args:") : doc.index("Raises:")], re.M)
+    assert documented == constructor(layer)
+
+
+@pytest.mark.parametrize("layer", NNX_LAYERS, ids=lambda c: c.__name__)
+def test_every_layer_of_nnx_declares_its_arguments(layer):
+    making = {"rngs", "scale_init", "bias_init", "scale_metadata", "bias_metadata"}
+    declared = {name for c in layer.__mro__ for name in vars(c).get("__annotations__", {})}
+    assert set(constructor(layer)) - making <= declared
+
+
+def test_batch_renorm_of_nnx_takes_the_arguments_of_batch_norm_and_its_limits():
+    """Their defaults, too, which are written twice."""
+    batch, renorm = (
+        inspect.signature(layer.__init__).parameters
+        for layer in (jaxnorm.nnx.BatchNorm, jaxnorm.nnx.BatchRenorm)
+    )
+    assert {n: p for n, p in renorm.items() if n not in ("r_max", "d_max")} == dict(batch)
+
+
+def test_the_overloads_of_batch_renorm_take_its_options():
+    first, *_ = typing.get_overloads(jaxnorm.batch_renorm)
+    options = inspect.signature(first).parameters["options"].annotation.__args__[0]
+    parameters = inspect.signature(jaxnorm.batch_renorm).parameters
+    expected = {n: p.annotation for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert typing.get_type_hints(options) == expected
 
 
 def test_one_argument_has_one_default_everywhere():

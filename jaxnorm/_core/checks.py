@@ -11,6 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxnorm._core import arguments
 from jaxnorm._core.arguments import Shape
@@ -18,7 +19,7 @@ from jaxnorm._core.layout import Layout
 from jaxnorm._core.variables import BatchStats
 
 
-def float_array(function: str, x: Any) -> jax.Array:
+def float_array(function: str, x: ArrayLike) -> jax.Array:
     """Converts x to an array and checks that its dtype is a float dtype."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -92,7 +93,7 @@ def group_layout(
     return found, batch, num_groups
 
 
-def mask(function: str, mask: Any, shape: Shape) -> jax.Array | None:
+def mask(function: str, mask: ArrayLike | None, shape: Shape) -> jax.Array | None:
     """Checks that the mask is bool, has the rank of x, and broadcasts against x."""
     if mask is None:
         return None
@@ -270,7 +271,7 @@ def _count(function: str, count: jax.Array) -> jax.Array:
     return jnp.round(count).astype(jnp.int32)
 
 
-def weights(function: str, counts: Any, shape: Shape) -> jax.Array:
+def weights(function: str, counts: ArrayLike, shape: Shape) -> jax.Array:
     """Checks the weights of states."""
     counts = jnp.asarray(counts)
     if not any(jnp.issubdtype(counts.dtype, kind) for kind in (jnp.floating, jnp.integer)):
@@ -317,7 +318,7 @@ def same_moments(function: str, a: Shape, b: Shape) -> None:
         )
 
 
-def virtual_batches(function: str, size: Any, shape: Shape, layout: Layout, devices: int) -> int:
+def virtual_batches(function: str, size: int, shape: Shape, layout: Layout, devices: int) -> int:
     """Checks that the samples of each device divide into virtual batches."""
     if layout.batch is None and 0 in layout.channels:
         raise ValueError(

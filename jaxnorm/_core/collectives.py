@@ -48,13 +48,16 @@ class MappedAxes:
         With groups, each device writes x to its row of a table with one row per group, and the
         table is summed, because psum does not support groups under shard_map and vmap.
         """
+        total: jax.Array
         if self.groups is None:
-            return lax.psum(x, self.axis_name)
+            total = lax.psum(x, self.axis_name)
+            return total
         size, k = lax.axis_size(self.axis_name), lax.axis_index(self.axis_name)
         group_of = {i: g for g, group in enumerate(self.groups) for i in group}
         group = jnp.asarray([group_of[i] for i in range(size)])[k]
         table = jnp.zeros((len(self.groups), *x.shape), x.dtype).at[group].set(x)
-        return lax.psum(table, self.axis_name)[group]
+        total = lax.psum(table, self.axis_name)[group]
+        return total
 
 
 LOCAL = MappedAxes()
@@ -95,7 +98,8 @@ def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
     mesh = found.mesh if wanted.mesh.empty else wanted.mesh
     if mesh.empty or found.spec == wanted.spec:
         return a
-    return jax.sharding.reshard(a, jax.sharding.NamedSharding(mesh, wanted.spec))
+    resharded: jax.Array = jax.sharding.reshard(a, jax.sharding.NamedSharding(mesh, wanted.spec))
+    return resharded
 
 
 def number_of_shards(x: jax.Array, axis: int) -> int:

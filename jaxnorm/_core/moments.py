@@ -100,7 +100,8 @@ def moments(
     mask = checks.mask("moments", mask, x.shape)
     sample = Sample(axes, mapped_axes=mapped_axes("moments", axis_name, axis_index_groups))
     shift, about_shift = shifted_moments(sample, x, mask)
-    return jax.tree.map(lambda a: jnp.squeeze(a, axes), unshift(shift, about_shift))
+    found: Moments = jax.tree.map(lambda a: jnp.squeeze(a, axes), unshift(shift, about_shift))
+    return found
 
 
 def unshift(shift: jax.Array, about_shift: Moments) -> Moments:
@@ -124,7 +125,13 @@ def shifted_moments(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _measure(sample, differentiated, x, mask, guess):
+def _measure(
+    sample: Sample,
+    differentiated: bool,
+    x: jax.Array,
+    mask: jax.Array | None,
+    guess: jax.Array | None,
+) -> tuple[jax.Array, Moments]:
     shift, *moments = platforms.shifted_moments(
         sample, x, mask, guess, differentiated=differentiated
     )
@@ -132,14 +139,16 @@ def _measure(sample, differentiated, x, mask, guess):
 
 
 @_measure.defjvp
-def _measure_jvp(sample, _, primals, tangents):
+def _measure_jvp(
+    sample: Sample, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, Moments]]:
     x, mask, guess = primals
-    x_dot, *_ = tangents
+    x_dot = tangents[0]
     shift, moments = _measure(sample, True, x, mask, guess)
 
     # Checkpointed, so that the residual is x in its own dtype, not x - mean in float32.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def linear(x, shift, moments, x_dot):
+    def linear(x: jax.Array, shift: jax.Array, moments: Moments, x_dot: jax.Array) -> Moments:
         x, shift, moments = platforms.apart_on_cpu((x, shift, moments))
         x, x_dot, laid_out = map(sample.laid_out, (x, x_dot, mask))
         return moments_dot(sample, x, laid_out, shift, moments, x_dot)
@@ -171,7 +180,8 @@ def moments_dot(
 
 def center(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments) -> jax.Array:
     """x - mean, computed as (x - shift) - moments.mean: x - shift is exact, the mean is small."""
-    return (select(mask, widen(x, shift)) - shift) - moments.mean
+    difference: jax.Array = (select(mask, widen(x, shift)) - shift) - moments.mean
+    return difference
 
 
 # ---- moments -> merged moments ----

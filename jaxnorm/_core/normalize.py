@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core import platforms
 from jaxnorm._core.moments import Moments, center, moments_dot
@@ -68,7 +68,9 @@ def normalize(
 
 
 @functools.partial(normalize.defjvp, symbolic_zeros=True)
-def _normalize_jvp(dtype, sample, primals, tangents):
+def _normalize_jvp(
+    dtype: DTypeLike, sample: Sample | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
     """The tangent of normalize, written so that its transpose is an efficient backward pass.
 
     With r = 1 / sqrt(var + epsilon), the tangent of y = scale * x_hat + bias is
@@ -93,7 +95,12 @@ def _normalize_jvp(dtype, sample, primals, tangents):
     # Checkpointed: x_hat is recomputed from x, so that the residual is x itself, in its own dtype,
     # and the two passes do not share x_hat.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def linear(x_dot, scale_dot, bias_dot, epsilon_dot):
+    def linear(
+        x_dot: jax.Array | None,
+        scale_dot: jax.Array | None,
+        bias_dot: jax.Array | None,
+        epsilon_dot: jax.Array | None,
+    ) -> jax.Array:
         shift, moments = platforms.apart_on_cpu(tuple(measured))
         again, r = platforms.apart_on_cpu(x), rstd(moments.var, epsilon)
         mean_dot = var_dot = None
@@ -116,11 +123,11 @@ def _normalize_jvp(dtype, sample, primals, tangents):
     return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in moving))
 
 
-def _along(w, t, x):
+def _along(w: jax.Array, t: jax.Array | None, x: jax.Array) -> jax.Array | None:
     return None if t is None else platforms.multiply_along(w, t, x)
 
 
-def _combine(*terms):
+def _combine(*terms: tuple[jax.Array, jax.Array | None]) -> jax.Array | None:
     """The sum of factor * tangent over the tangents that are not zero; None if all are."""
     products = [factor * t.astype(factor.dtype) for factor, t in terms if t is not None]
     return functools.reduce(jnp.add, products) if products else None

@@ -90,13 +90,14 @@ def shifted_moments(
         order=_order_on_tpu(sample, x),
         one_number=rows and half,
     )
-    return choose(
+    measured: Measured = choose(
         *(x, mask, guess),
         tpu=about_guess,
         cuda=about_part,
         rocm=about_part,
         default=lambda x, mask, guess: about_zero(x, mask, None),
     )
+    return measured
 
 
 def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
@@ -210,10 +211,11 @@ def _measure_again(
         return sample.mapped_axes.max(some)
 
     # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
-    packed, unpacked = (
-        lambda *arrays, change=change: [change(a, sample.axes) for a in arrays]
-        for change in (lax.squeeze, lax.expand_dims)
-    )
+    def packed(*arrays: jax.Array) -> list[jax.Array]:
+        return [lax.squeeze(a, sample.axes) for a in arrays]
+
+    def unpacked(*arrays: jax.Array) -> list[jax.Array]:
+        return [lax.expand_dims(a, sample.axes) for a in arrays]
 
     def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.any(carry[0] > 0)
@@ -353,4 +355,5 @@ def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
     def plain(t: jax.Array, along: jax.Array) -> jax.Array:
         return along.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in behind)) * t
 
-    return choose(t, along, cpu=product, default=plain)
+    y: jax.Array = choose(t, along, cpu=product, default=plain)
+    return y

@@ -1,7 +1,7 @@
 """Types and initial values of parameters and running statistics."""
 
 from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,16 @@ class BatchStats(TypedDict):
     var: jax.Array
     count: jax.Array
     accumulation: NotRequired[Any]
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # which every type checker has; at run time 3.13 has it
+
+    State = TypeVar("State", bound=BatchStats | None, default=None)
+else:
+    from typing import TypeVar
+
+    State = TypeVar("State", bound=BatchStats | None)
 
 
 def init_params(
@@ -127,4 +137,5 @@ def init_batch_stats(
 
 def statistics_dtype(*dtypes: DTypeLike) -> DTypeLike:
     """The dtype of statistics: the widest of the given dtypes and float32."""
-    return max((jnp.float32, *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
+    widest: DTypeLike = max((jnp.float32, *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
+    return widest

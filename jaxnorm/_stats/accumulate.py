@@ -1,6 +1,6 @@
 """Accumulation of running statistics: one update for several batches."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core import checks
 from jaxnorm._core.variables import statistics_dtype
-from jaxnorm._stats.trees import map_states
-
-Tree = TypeVar("Tree")
+from jaxnorm._stats.trees import Tree, map_states
 
 
 def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:

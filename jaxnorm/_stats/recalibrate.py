@@ -1,15 +1,13 @@
 """Recomputes running statistics in one pass over the data."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxnorm._stats.accumulate import end_accumulation, fresh_accumulation
-from jaxnorm._stats.trees import map_states, states
-
-Tree = TypeVar("Tree")
+from jaxnorm._stats.trees import Tree, map_states, states
 
 
 def recalibrate(
@@ -65,7 +63,7 @@ def recalibrate(
     state = map_states("recalibrate", fresh_accumulation, batch_stats)
 
     @jax.jit
-    def run(state, batch, args):
+    def run(state: Any, batch: Any, args: tuple[Any, ...]) -> tuple[Any, dict[str, jax.Array]]:
         new = step(state, batch, *args)
         given: Any = jax.tree.structure(state)
         if jax.tree.structure(new) != given:
@@ -97,16 +95,16 @@ def recalibrate(
     return map_states("recalibrate", lambda _, s: _counted(s, number), end_accumulation(state))
 
 
-def _finite(moments):
+def _finite(moments: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.all(jnp.isfinite(moments["mean"]) & jnp.isfinite(moments["var"]))
 
 
-def _moved_everywhere(state):
+def _moved_everywhere(state: Mapping[str, Any]) -> bool:
     """Whether each channel has the measured mean; a channel with a single value does not."""
     seen = state["accumulation"]["moments"]
     return bool(jnp.all((seen["count"] > 0) & (state["mean"] == seen["mean"])))
 
 
-def _counted(state, number):
+def _counted(state: Mapping[str, Any], number: int) -> dict[str, Any]:
     most = jnp.iinfo(state["count"].dtype).max
     return {**state, "count": jnp.full_like(state["count"], min(number, most))}

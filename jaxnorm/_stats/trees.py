@@ -5,7 +5,7 @@ A tree is any pytree, such as dicts, lists, tuples, `FrozenDict`, dataclasses of
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.tree_util import DictKey, keystr
@@ -13,6 +13,7 @@ from jax.tree_util import DictKey, keystr
 STATE = ("mean", "var", "count", "accumulation")
 
 Path = tuple[Any, ...]
+Tree = TypeVar("Tree")
 
 
 def is_state(node: Any) -> bool:
@@ -56,7 +57,7 @@ def states(tree: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(keystr(path), _state(node)) for path, node in find(tree)]
 
 
-def map_states(function: str, change: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_states(function: str, change: Callable[[str, Any], Any], tree: Tree) -> Tree:
     """The tree with `change` applied to every state; raises an error if there is none.
 
     The types of the containers are kept. In a mapping that contains a state, only the entries of
@@ -83,7 +84,8 @@ def map_states(function: str, change: Callable[[str, Any], Any], tree: Any) -> A
             new |= {k: _boxed(parts.get(k), value) for k, value in changed.items()}
         return _like(node, {key: new[key] for key in parts if key in new} | new)
 
-    return walk((), tree)
+    new: Tree = walk((), tree)
+    return new
 
 
 def names(path: Path) -> tuple[str, ...]:

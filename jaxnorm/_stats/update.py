@@ -199,7 +199,7 @@ def update_running_stats(
     return moved
 
 
-def _moved(stats, batch, update, between) -> BatchStats:
+def _moved(stats: BatchStats, batch: Moments, update: Update, between: bool) -> BatchStats:
     """The state after one step towards the batch, with the same sharding."""
     batch = jax.tree.map(lambda a: sharded_like(a, stats["mean"]), batch)
     # A sample of fewer than two entries has no unbiased variance. Averages are unbiased already.
@@ -214,7 +214,7 @@ def _moved(stats, batch, update, between) -> BatchStats:
         momentum = 1 / (stats["count"].astype(mean.dtype) + 1)
         moves = jnp.broadcast_to(jnp.all(moves), moves.shape)
 
-    def step(old, new):
+    def step(old: jax.Array, new: jax.Array) -> jax.Array:
         old, new = widen(old, new), widen(new, old)
         m = jnp.asarray(momentum).astype(old.dtype)
         return jnp.where(moves, interpolate(old, new, m), old)
@@ -230,14 +230,14 @@ def _moved(stats, batch, update, between) -> BatchStats:
     }
 
 
-def _pooled(rows, mapped_axes):
+def _pooled(rows: Moments, mapped_axes: MappedAxes) -> Moments:
     """The moments of the sample that the rows are parts of."""
     if rows.mean.shape[0] == 1 and mapped_axes.axis_name is None:
-        return jax.tree.map(lambda a: a[0], rows)
+        return Moments(rows.count[0], rows.mean[0], rows.var[0])
     return unshift(*pool_devices(mapped_axes, *pool(rows.mean, about_mean(rows))))
 
 
-def _averaged(rows, mapped_axes):
+def _averaged(rows: Moments, mapped_axes: MappedAxes) -> Moments:
     """The number of samples, and the averages of their means and of their unbiased variances.
 
     Samples of fewer than two entries have no unbiased variance and are excluded.

@@ -1,6 +1,6 @@
 """Checks the running statistics of a model before they are used."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jax.tree_util import keystr
 from jaxnorm._stats.trees import arrays, find, names
 
 KEYS = ("mean", "var", "count")
+
+Find = Callable[..., None]
 
 
 class Finding(NamedTuple):
@@ -108,7 +110,7 @@ def _state(path: str, node: Any, beside: Any) -> list[Finding]:
     """The findings in one state; `beside` contains the parameters of the same norm."""
     findings = []
 
-    def find(key, problem, below=""):
+    def find(key: str, problem: str, below: str = "") -> None:
         findings.append(Finding(f"{path}[{key!r}]{below}", problem))
 
     leaves = {k: a if hasattr(a, "shape") else np.asarray(a) for k, a in arrays(node, KEYS).items()}
@@ -133,7 +135,7 @@ def _state(path: str, node: Any, beside: Any) -> list[Finding]:
     return findings
 
 
-def _accumulation(accumulation, find):
+def _accumulation(accumulation: Any, find: Find) -> None:
     """The findings in the start of an accumulation and in the moments since."""
     for part, keys in (("start", KEYS), ("moments", ("count", "mean", "var"))):
         held = accumulation.get(part) if isinstance(accumulation, Mapping) else None
@@ -150,7 +152,7 @@ def _accumulation(accumulation, find):
                 find("accumulation", f"is not finite: {what[part]}", f"[{part!r}][{key!r}]")
 
 
-def _values(key, a, find):
+def _values(key: str, a: np.ndarray, find: Find) -> None:
     if not jnp.issubdtype(a.dtype, jnp.floating):
         find(key, f"has dtype {a.dtype}, and should have floats")
         return
@@ -162,7 +164,7 @@ def _values(key, a, find):
             find(key, f"is {what} in {np.sum(bad)} of {bad.size} channels")
 
 
-def _count(count, leaves, shape, find):
+def _count(count: np.ndarray, leaves: Mapping[str, Any], shape: Sequence[int], find: Find) -> None:
     if not jnp.issubdtype(count.dtype, jnp.integer):
         find("count", f"has dtype {count.dtype}, and should have integers: it counts updates")
     if count.shape != shape[: count.ndim] or (count.ndim and count.ndim == len(shape)):

@@ -86,7 +86,7 @@ class Equations:
         """Every floating-point array of one of these sizes that the function computes."""
 
         @jax.jit
-        def computed(arrays):
+        def computed(arrays: Mapping[str, Any]) -> list[jax.Array]:
             values = {number: arrays[name] for name, number in self.inputs.items()}
             kept = []
             for equation in self.equations:
@@ -95,7 +95,8 @@ class Equations:
                 kept += [a for a in results if a.size in sizes and _is_float(a)]
             return kept
 
-        return computed({name: arrays[name] for name in self.inputs})
+        found: list[jax.Array] = computed({name: arrays[name] for name in self.inputs})
+        return found
 
     def _inline(self, closed: Any, given: Sequence[int | Constant]) -> tuple[int | Constant, ...]:
         """Appends the equations of a jaxpr, and returns its results."""

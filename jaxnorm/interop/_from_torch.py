@@ -14,6 +14,7 @@ from jaxnorm.interop._kernels import check_names_of_kernels
 from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check
 from jaxnorm.interop._state_dict import common_front, state_dict_of
 from jaxnorm.interop._trees import (
+    Arrays,
     Tree,
     array,
     check_names,
@@ -133,13 +134,14 @@ def from_torch(
     return variables_of(entries)
 
 
-def _copied(value):
+def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def warn_of_scales(entries):
+def warn_of_scales(entries: list[Entry]) -> None:
     """Warns of names that `to_torch` would by default treat as those of norms."""
-    own = [e.theirs for e in entries if e.theirs == e.ours and split(e.theirs)[1] == "scale"]
+    kept = [e.theirs for e in entries if e.theirs is not None and e.theirs == e.ours]
+    own = [name for name in kept if split(name)[1] == "scale"]
     if own:
         warnings.warn(
             f"from_torch: {own} are called scale, as those of norms are here; write like= or "
@@ -192,7 +194,7 @@ def read_torch(
     return entries
 
 
-def _check_count(count):
+def _check_count(count: Any) -> None:
     whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
     if count is not None and not (whole and 0 <= count <= MOST):
         raise ValueError(
@@ -201,7 +203,7 @@ def _check_count(count):
         )
 
 
-def _check_parts(arrays):
+def _check_parts(arrays: Arrays) -> None:
     empty = [name for name in arrays if "" in name.split(".")]
     if empty:
         raise ValueError(
@@ -210,7 +212,7 @@ def _check_parts(arrays):
         )
 
 
-def _norms(arrays):
+def _norms(arrays: Arrays) -> set[str]:
     """The modules with a running_mean, or with a weight of one axis."""
     named = (split(name) for name in arrays)
     return {
@@ -220,7 +222,7 @@ def _norms(arrays):
     }
 
 
-def _named(arrays, norms):
+def _named(arrays: Arrays, norms: Collection[str]) -> set[str]:
     modules = {split(name)[0] for name in arrays if split(name)[1] in LEAVES}
     absent = sorted(set(norms) - modules)
     if absent:
@@ -231,10 +233,17 @@ def _named(arrays, norms):
     return set(norms)
 
 
-def _read_norm(module, ours, leaves, track_running_stats, count, uncounted):
+def _read_norm(
+    module: str,
+    ours: str,
+    leaves: dict[str, np.ndarray],
+    track_running_stats: bool | None,
+    count: int | None,
+    uncounted: list[str],
+) -> list[Entry]:
     """Checks one norm and returns its entries; adds its name to `uncounted` if it has no count."""
 
-    def key(leaf):
+    def key(leaf: str) -> str:
         return join(module, leaf)
 
     shapes = {leaf: a.shape for leaf, a in leaves.items() if leaf != "num_batches_tracked"}
@@ -262,9 +271,9 @@ def _read_norm(module, ours, leaves, track_running_stats, count, uncounted):
             uncounted.append(module)
         leaves[leaf], notes[leaf] = _count(key(leaf), leaves.get(leaf), count)
     elif track_running_stats:
-        shape = next(iter(shapes.values()))
-        first = np.zeros(shape, np.float32), np.ones(shape, np.float32), np.zeros((), np.int32)
-        leaves |= dict(zip(RUNNING, first, strict=True))
+        like = next(iter(shapes.values()))
+        new = np.zeros(like, np.float32), np.ones(like, np.float32), np.zeros((), np.int32)
+        leaves |= dict(zip(RUNNING, new, strict=True))
         notes |= dict.fromkeys(RUNNING, "a first one")
     return [
         Entry(
@@ -278,14 +287,14 @@ def _read_norm(module, ours, leaves, track_running_stats, count, uncounted):
     ]
 
 
-def _statistic(key, value):
+def _statistic(key: str, value: np.ndarray) -> tuple[np.ndarray, str]:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"from_torch: {key!r} should have a float dtype, but has {value.dtype}")
     wide = np.dtype(statistics_dtype(value.dtype))
     return value.astype(wide), "" if wide == value.dtype else f"widened from {value.dtype}"
 
 
-def _count(key, value, count):
+def _count(key: str, value: np.ndarray | None, count: int | None) -> tuple[np.ndarray, str]:
     if value is None:
         return np.asarray(count or 0, np.int32), "missing"
     if value.shape != () or not np.issubdtype(value.dtype, np.integer) or value < 0:
@@ -316,7 +325,7 @@ def variables_of(entries: list[Entry]) -> Tree:
     return {collection: nest("from_torch", leaves) for collection, leaves in flat.items()}
 
 
-def _check_variables(entries, like):
+def _check_variables(entries: list[Entry], like: Mapping[str, Any]) -> None:
     found = {f"{e.collection}.{e.ours}": np.shape(e.value) for e in entries if e.ours is not None}
     origin = {f"{e.collection}.{e.ours}": e.theirs for e in entries if e.ours and e.theirs}
     expected = {k: v for k, v in like.items() if k in ("params", "batch_stats")}

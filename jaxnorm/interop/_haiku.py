@@ -85,11 +85,11 @@ def from_haiku(
     }
 
 
-def _name(module, names):
+def _name(module: str, names: Mapping[str, str]) -> str:
     return renamed(module.replace("/", "."), names)
 
 
-def _channels(key, a):
+def _channels(key: str, a: np.ndarray) -> np.ndarray:
     """Reshapes to (C,): Haiku keeps the reduced axes, with size 1."""
     if max(a.shape, default=1) != a.size:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The names of a norm's arrays in PyTorch and jaxnorm, and checks of converted arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,10 +29,16 @@ class Entry(NamedTuple):
     note: str = ""
 
 
-def check(function, found, expected, origin, hint=""):
+def check(
+    function: str,
+    found: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int]],
+    origin: Mapping[str, str],
+    hint: str = "",
+) -> None:
     """Checks that both have the same names and shapes."""
 
-    def named(name):
+    def named(name: str) -> str:
         return f"{name!r} (from {origin[name]!r})" if name in origin else repr(name)
 
     problems = [f"{named(name)} is missing" for name in expected if name not in found]

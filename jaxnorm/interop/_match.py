@@ -77,7 +77,9 @@ class Proposal:
         """
         return self._complete().variables()
 
-    def verify(self, variables: Mapping[str, Any] | None = None, *, tolerance: float = 1e-5):
+    def verify(
+        self, variables: Mapping[str, Any] | None = None, *, tolerance: float = 1e-5
+    ) -> float:
         """Compares the outputs of both models in evaluation.
 
         Modules with the same initial values can be exchanged without changing the output. The

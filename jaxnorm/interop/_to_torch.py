@@ -11,6 +11,7 @@ from jaxnorm.interop._files import Contents, write
 from jaxnorm.interop._kernels import check_names_of_kernels
 from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check
 from jaxnorm.interop._trees import (
+    Arrays,
     array,
     check_names,
     flatten,
@@ -140,11 +141,17 @@ def write_torch(
     return entries
 
 
-def _flat(tree):
+def _flat(tree: Any) -> dict[str, Any]:
     return without_accumulation(flatten("to_torch", tree))
 
 
-def _norms(params, stats, theirs, norms, like):
+def _norms(
+    params: Arrays,
+    stats: Arrays,
+    theirs: Mapping[str, str],
+    norms: Collection[str] | None,
+    like: Mapping[str, Any] | None,
+) -> dict[str, str]:
     """The modules that are norms, with their names in PyTorch."""
     tracked = dict.fromkeys(split(name)[0] for name in stats)
     scaled = dict.fromkeys(split(name)[0] for name in params if split(name)[1] == "scale")
@@ -162,7 +169,14 @@ def _norms(params, stats, theirs, norms, like):
     return {module: known for module, known in found.items() if known in norms}
 
 
-def _write_norm(module, theirs, params, stats, track_running_stats, uncounted):
+def _write_norm(
+    module: str,
+    theirs: str,
+    params: Arrays,
+    stats: Arrays,
+    track_running_stats: bool | None,
+    uncounted: bool,
+) -> list[Entry]:
     """The entries of one norm, without the count if PyTorch's norm has none."""
     leaves = {
         ours: (params if ours[0] == "params" else stats)[join(module, ours[1])]
@@ -201,7 +215,7 @@ def _write_norm(module, theirs, params, stats, track_running_stats, uncounted):
     ]
 
 
-def _count(module, count):
+def _count(module: str, count: np.ndarray) -> np.ndarray:
     """The count in int64, as in PyTorch; an average over devices is a whole number in float."""
     whole = np.issubdtype(count.dtype, np.number) and np.all(count == np.round(count))
     if not whole or np.any(count < 0):

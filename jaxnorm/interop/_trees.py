@@ -11,6 +11,7 @@ import numpy as np
 from jaxnorm._stats.trees import leaves
 
 Tree = dict[str, Any]
+Arrays = Mapping[str, np.ndarray]
 
 
 def flatten(function: str, tree: Any) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def array(function: str, name: str, value: Any) -> np.ndarray:
     try:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
-            return _of_tensor(torch, value.detach())
+            value = _of_tensor(torch, value.detach())
         return np.asarray(value)
     except (TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
@@ -126,6 +127,6 @@ def _of_tensor(torch: Any, tensor: Any) -> np.ndarray:
     """The array of a PyTorch tensor, with ml_dtypes for bfloat16 and float8."""
     dtype = getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch."), None)
     if dtype is None:
-        return tensor.resolve_conj().resolve_neg().numpy()
+        return np.asarray(tensor.resolve_conj().resolve_neg().numpy())
     of_the_size = {1: torch.uint8, 2: torch.int16}[tensor.element_size()]
-    return tensor.view(of_the_size).numpy().view(dtype)
+    return np.asarray(tensor.view(of_the_size).numpy()).view(dtype)

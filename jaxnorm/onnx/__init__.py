@@ -88,7 +88,7 @@ def to_onnx(
     return model
 
 
-def _never_true(update_stats: Any) -> bool | None:
+def _never_true(update_stats: bool | None) -> bool | None:
     """Checks the argument of `to_onnx`."""
     if update_stats is None or not arguments.boolean("to_onnx", "update_stats", update_stats):
         return update_stats

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -20,8 +20,9 @@ from jaxnorm._core import checks
 from jaxnorm._core.collectives import LOCAL, MappedAxes
 from jaxnorm._core.layout import Layout
 from jaxnorm._core.normalize import affine
-from jaxnorm._core.sample import select
+from jaxnorm._core.sample import Sample, select
 from jaxnorm._core.variables import statistics_dtype
+from jaxnorm._norm import Options as NormOptions
 from jaxnorm._norm import Tracking
 from jaxnorm.onnx._primitive import norm_p
 
@@ -72,7 +73,14 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces `tracked_norm`: normalizes by the state or by x, without updating the state."""
 
     @functools.wraps(original)
-    def norm(x, params, batch_stats, layout, options, tracking):
+    def norm(
+        x: jax.Array,
+        params: Any,
+        batch_stats: Any,
+        layout: Layout,
+        options: NormOptions,
+        tracking: Tracking,
+    ) -> tuple[jax.Array, Any]:
         function = options.function
         first = () if layout.batch is None else (layout.batch,)
         statistics, mask = {}, None
@@ -94,9 +102,10 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 checks.more_than_one_value(function, x.shape, layout, 1)
 
-        def plain(x, params, statistics):
+        def plain(x: jax.Array, params: Any, statistics: dict[str, Any]) -> jax.Array:
             state = {**batch_stats, **statistics} if statistics else batch_stats
-            return original(x, params, state, layout, options, tracking)[0]
+            y: jax.Array = original(x, params, state, layout, options, tracking)[0]
+            return y
 
         run = functools.partial(_by_operator, options, operator, plain, layout)
         return run(x, params, statistics, mask), batch_stats
@@ -108,7 +117,9 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces `untracked_norm`."""
 
     @functools.wraps(original)
-    def norm(x, params, layout, sample, options):
+    def norm(
+        x: jax.Array, params: Any, layout: Layout, sample: Sample, options: NormOptions
+    ) -> jax.Array:
         _alone(options.function, sample.mapped_axes)
         groups = sample.groups or sample.split
         reduced = () if sample.split else sample.axes  # or they count the split axis as two
@@ -121,8 +132,9 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
             parts = tuple((a,) for a in (*kept, *layout.channels))
             operator = Operator(name, parts, layout.shape(x))
 
-        def plain(x, params, _):
-            return original(x, params, layout, sample, options)
+        def plain(x: jax.Array, params: Any, _: Any) -> jax.Array:
+            y: jax.Array = original(x, params, layout, sample, options)
+            return y
 
         return _by_operator(options, operator, plain, layout, x, params, {}, None)
 
@@ -164,16 +176,25 @@ def _of_channels(
 # ---- From x to y ----
 
 
-def _by_operator(options, operator, plain, layout, x, params, statistics, mask):
+def _by_operator(
+    options: NormOptions,
+    operator: Operator | None,
+    plain: Callable[[jax.Array, Any, Any], jax.Array],
+    layout: Layout,
+    x: jax.Array,
+    params: Any,
+    statistics: dict[str, Any],
+    mask: jax.Array | None,
+) -> jax.Array:
     """y by the operator, or by ordinary operators if there is none or it cannot be used."""
-    function, epsilon, dtype = options.function, options.epsilon, options.dtype
+    function, epsilon, dtype = options.function, cast(Any, options.epsilon), options.dtype
     scale, bias = checks.params(function, params, x.shape, layout.shape(x))
     params = {key: a for key, a in (("scale", scale), ("bias", bias)) if a is not None}
     if operator is None or not OPTIONS.get().native or not _constant(epsilon, *operator.shape):
         return plain(x, params, statistics)
 
     @jax.custom_jvp
-    def by_operator(x, params, statistics):
+    def by_operator(x: jax.Array, params: Any, statistics: dict[str, Any]) -> jax.Array:
         wide = x.astype(statistics_dtype(x.dtype))
         (scale, bias), after = _split(operator, layout, params, x)
         scale = np.ones(operator.shape, wide.dtype) if scale is None else scale
@@ -195,7 +216,8 @@ def _by_operator(options, operator, plain, layout, x, params, statistics, mask):
 
     # Operators have no derivative: a function that differentiates uses the ordinary operators.
     by_operator.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
-    return by_operator(x, params, statistics)
+    y: jax.Array = by_operator(x, params, statistics)
+    return y
 
 
 def _constant(epsilon: Any, *sizes: Any) -> bool:
@@ -203,7 +225,9 @@ def _constant(epsilon: Any, *sizes: Any) -> bool:
     return not isinstance(epsilon, jax.core.Tracer) and all(isinstance(n, int) for n in sizes)
 
 
-def _split(operator, layout, params, x):
+def _split(
+    operator: Operator, layout: Layout, params: dict[str, jax.Array], x: jax.Array
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Scale and bias for the operator, and those to apply after it; None if there is none."""
     scale, bias = params.get("scale"), params.get("bias")
     if scale is not None and not _along(layout, scale, x):

@@ -67,7 +67,7 @@ class NormPlugin(PrimitiveLeafPlugin):
         ctx.bind_value_for_var(eqn.outvars[0], y)
 
 
-def _operand(ctx, var, shape, dtype):
+def _operand(ctx: Any, var: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """A parameter in the operator's shape and x's dtype, as an initializer if it is constant."""
     value = ctx.get_value_for_var(var)
     if value.const_value is not None:

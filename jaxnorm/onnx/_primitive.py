@@ -1,5 +1,9 @@
 """The JAX primitive for an ONNX operator, and its batching rule."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
@@ -9,7 +13,9 @@ norm_p = Primitive("jaxnorm")
 norm_p.def_abstract_eval(lambda x, *operands, **params: x)
 
 
-def _batched(args, dims, **params):
+def _batched(
+    args: Sequence[jax.Array], dims: Sequence[Any], **params: Any
+) -> tuple[jax.Array, int]:
     """Batches into one node as further samples; batched parameters need one node per member."""
     (x, *operands), (axis, *others) = args, dims
     if any(d is not None for d in others):
