@@ -140,7 +140,7 @@ def instance_axes(layer: Any, ndim: int) -> tuple[int | None, tuple[int, ...]]:
 
 
 def feature_axes(layer: Any, ndim: int) -> tuple[int, ...]:
-    """The axes that the parameters of a layer or RMS norm lie along."""
+    """The axes of the parameters of a layer or RMS norm."""
     return _sorted_axes(layer, "feature_axes", ndim)
 
 
@@ -276,7 +276,7 @@ def _batch_options(
 
 
 def _feature_options(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> dict[str, Any]:
-    """The arguments of layer and RMS norm, whose parameters may lie along other axes."""
+    """The arguments of layer and RMS norm, whose parameters may have other axes."""
     name, shape = type(layer).__name__, jnp.shape(x)
     layout = Layout(len(shape), feature_axes(layer, len(shape)))
     reduced = arguments.axes(name, "reduction_axes", layer.reduction_axes, len(shape))

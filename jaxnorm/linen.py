@@ -31,35 +31,36 @@ class _Norm(nn.Module):
 class BatchNorm(_Norm):
     """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` as a layer.
 
-    Takes the place of flax.linen.BatchNorm: the same arguments, parameters and collection. What
-    differs: `momentum` weighs the new value, 0.1 of it unless given (Flax's momentum is `decay`
-    here); the running variance is the unbiased one; `batch_stats` has a `count` too; y has x's
-    dtype unless `dtype` says otherwise; the statistics are accurate at any offset.
+    A drop-in replacement for flax.linen.BatchNorm, with the same arguments, parameters and
+    collection. The differences: `momentum` is the weight of the new value and defaults to 0.1
+    (Flax's momentum is `decay` here); the running variance is unbiased; `batch_stats` also has a
+    `count`; y has the dtype of x unless `dtype` is given; statistics are accurate at any offset.
 
-    In the call, `use_running_average=False` trains (apply then needs mutable=["batch_stats"]),
-    `use_running_average=True` evaluates, and `use_running_average=False, update_stats=False`
-    normalizes by the batch and leaves the running statistics.
+    Call the layer with `use_running_average=False` to train (apply then needs
+    mutable=["batch_stats"]), and with `use_running_average=True` to evaluate. With
+    `use_running_average=False, update_stats=False` it normalizes by the batch and does not update
+    the running statistics.
 
     Attributes:
       use_running_average: normalize by the running statistics (evaluation), not by the batch's
         (training); here or in the call.
       axis: the channel axis or axes of x.
-      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
+      momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread.
-      axis_index_groups: lists of indices along axis_name that are one batch each.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
-      force_float32_reductions: accepted, without effect: statistics are never below float32.
-      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
-      update_stats: whether the running statistics move; None means: in training.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
+      axis_index_groups: lists of indices along axis_name; each group is a batch.
+      use_fast_variance: accepted without effect; the variance is always accurate.
+      force_float32_reductions: accepted without effect; statistics are float32 or wider.
+      decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
+      update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: False: no running statistics; the batch's own always normalize.
-      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its running statistics.
+      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its running statistics.
       virtual_batch_size: normalize every so many consecutive samples by their own statistics
         (ghost batch norm); the running statistics move once, by the whole batch.
 
@@ -116,13 +117,13 @@ class BatchNorm(_Norm):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes x, and moves the running statistics in training.
+        """Normalizes x, and updates the running statistics in training.
 
         Args:
           x: the input, of shape (N, C) or (N, *space, C), any float dtype.
           use_running_average: as the attribute; one of the two is to be given.
           update_stats: as the attribute, which it overrides.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
@@ -189,22 +190,22 @@ class InstanceNorm(_Norm):
 
     Attributes:
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the channel axis or axes of x; axis 0 is the samples'.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are spread.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are distributed.
       axis_index_groups: lists of indices along axis_name that move one state together.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
-      force_float32_reductions: accepted, without effect: statistics are never below float32.
+      use_fast_variance: accepted without effect; the variance is always accurate.
+      force_float32_reductions: accepted without effect; statistics are float32 or wider.
       use_running_average: normalize by the running statistics (evaluation), not by the samples'
         own; here or in the call, where the layer tracks them.
-      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
-      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
-      update_stats: whether the running statistics move; None means: in training.
+      momentum: weight of the new batch in the running average; None weighs all batches equally.
+      decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
+      update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: whether there are running statistics.
       skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its running statistics.
 
@@ -256,13 +257,13 @@ class InstanceNorm(_Norm):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes x, and moves the running statistics, if tracked, in training.
+        """Normalizes x, and updates the running statistics, if there are any, in training.
 
         Args:
           x: the input, of shape (N, *space, C), any float dtype.
           use_running_average: as the attribute; one of the two is to be given if the layer tracks.
           update_stats: as the attribute, which it overrides.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
@@ -283,17 +284,17 @@ class GroupNorm(_Norm):
       num_groups: into how many groups the channels are divided; None where group_size says it.
       group_size: how many channels a group has; instead of num_groups.
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean, the last among them; None: all but the first.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is spread.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is distributed.
       axis_index_groups: lists of indices along axis_name that hold one sample together.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
-      force_float32_reductions: accepted, without effect: statistics are never below float32.
+      use_fast_variance: accepted without effect; the variance is always accurate.
+      force_float32_reductions: accepted without effect; statistics are float32 or wider.
 
     Raises:
       ValueError: if not just one of num_groups and group_size is given; in the call, as
@@ -337,7 +338,7 @@ class GroupNorm(_Norm):
 
         Args:
           x: the input, of shape (N, *space, C), any float dtype.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
@@ -354,18 +355,18 @@ class LayerNorm(_Norm):
 
     Attributes:
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean and variance.
-      feature_axes: the axes that the parameters lie along.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      feature_axes: the axes of the parameters.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
       axis_index_groups: lists of indices along axis_name that hold one row of features together.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
-      force_float32_reductions: accepted, without effect: statistics are never below float32.
+      use_fast_variance: accepted without effect; the variance is always accurate.
+      force_float32_reductions: accepted without effect; statistics are float32 or wider.
 
     Raises:
       ValueError: in the call, as `jaxnorm.layer_norm`.
@@ -403,7 +404,7 @@ class LayerNorm(_Norm):
 
         Args:
           x: the input, any float dtype.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
@@ -419,16 +420,16 @@ class RMSNorm(_Norm):
 
     Attributes:
       epsilon: added to the mean square, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of the scale.
       use_scale: whether there is a scale.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean square.
-      feature_axes: the axes that the scale lies along.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      feature_axes: the axes of the scale.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
       axis_index_groups: lists of indices along axis_name that hold one row of features together.
       use_fast_variance: accepted, without effect: there is only one way.
-      force_float32_reductions: accepted, without effect: statistics are never below float32.
+      force_float32_reductions: accepted without effect; statistics are float32 or wider.
 
     Raises:
       ValueError: in the call, as `jaxnorm.rms_norm`.
@@ -463,7 +464,7 @@ class RMSNorm(_Norm):
 
         Args:
           x: the input, any float dtype.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.

@@ -81,25 +81,25 @@ class BatchNorm(_Tracked):
       use_running_average: normalize by the running statistics (evaluation), not by the batch's
         (training); train() and eval() set it, and the call overrides it.
       axis: the channel axis or axes of x.
-      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
+      momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread.
-      axis_index_groups: lists of indices along axis_name that are one batch each.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
+      axis_index_groups: lists of indices along axis_name; each group is a batch.
+      use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
-      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
-      update_stats: whether the running statistics move; None means: in training.
+      decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
+      update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: False: no running statistics; the batch's own always normalize.
-      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its running statistics.
+      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its running statistics.
       virtual_batch_size: normalize every so many consecutive samples by their own statistics
         (ghost batch norm); the running statistics move once, by the whole batch.
 
@@ -164,13 +164,13 @@ class BatchNorm(_Tracked):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes x, and moves the running statistics in training.
+        """Normalizes x, and updates the running statistics in training.
 
         Args:
           x: the input, of shape (N, C) or (N, *space, C), any float dtype.
           use_running_average: as the attribute, which it overrides.
           update_stats: as the attribute, which it overrides.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
@@ -189,25 +189,25 @@ class BatchRenorm(BatchNorm):
       use_running_average: normalize by the running statistics (evaluation), not by the batch's
         (training); train() and eval() set it, and the call overrides it.
       axis: the channel axis or axes of x.
-      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
+      momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is spread.
-      axis_index_groups: lists of indices along axis_name that are one batch each.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
+      axis_index_groups: lists of indices along axis_name; each group is a batch.
+      use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
-      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
-      update_stats: whether the running statistics move; None means: in training.
+      decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
+      update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: always True: there is no correction without running statistics.
-      skip_nonfinite: a channel whose batch holds NaN or Inf keeps its running statistics.
+      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its running statistics.
       virtual_batch_size: normalize every so many consecutive samples by their own statistics
         (ghost batch norm); the running statistics move once, by the whole batch.
 
@@ -275,25 +275,25 @@ class InstanceNorm(_Tracked):
     Args:
       num_features: the number of channels, or x's shape over the channel axes.
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the channel axis or axes of x; axis 0 is the samples'.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are spread.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are distributed.
       axis_index_groups: lists of indices along axis_name that move one state together.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
       use_running_average: normalize by the running statistics (evaluation), not by the samples'
         own, where the layer tracks them; train() and eval() set it, and the call overrides it.
-      momentum: how much the batch weighs in the running statistics; None is the cumulative average.
-      decay: 1 - momentum, as Flax, Haiku and Keras count; instead of momentum.
-      update_stats: whether the running statistics move; None means: in training.
+      momentum: weight of the new batch in the running average; None weighs all batches equally.
+      decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
+      update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: whether there are running statistics.
       skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its running statistics.
 
@@ -352,13 +352,13 @@ class InstanceNorm(_Tracked):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes x, and moves the running statistics, if tracked, in training.
+        """Normalizes x, and updates the running statistics, if there are any, in training.
 
         Args:
           x: the input, of shape (N, *space, C), any float dtype.
           use_running_average: as the attribute, which it overrides.
           update_stats: as the attribute, which it overrides.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
@@ -379,16 +379,16 @@ class GroupNorm(_Norm):
       num_groups: into how many groups the channels are divided; None where group_size says it.
       group_size: how many channels a group has; instead of num_groups.
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean, the last among them; None: all but the first.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is spread.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is distributed.
       axis_index_groups: lists of indices along axis_name that hold one sample together.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
@@ -445,7 +445,7 @@ class GroupNorm(_Norm):
 
         Args:
           x: the input, of shape (N, *space, C), any float dtype.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
@@ -462,17 +462,17 @@ class LayerNorm(_Norm):
     Args:
       num_features: the number of features, or x's shape over feature_axes.
       epsilon: added to the variance, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean and variance.
-      feature_axes: the axes that the parameters lie along.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      feature_axes: the axes of the parameters.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
       axis_index_groups: lists of indices along axis_name that hold one row of features together.
-      use_fast_variance: accepted, without effect: the variance is always the accurate one.
+      use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
       rngs: where the initializers' keys come from.
       bias_metadata: metadata of the bias, an nnx.Param.
@@ -526,7 +526,7 @@ class LayerNorm(_Norm):
 
         Args:
           x: the input, any float dtype.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
@@ -543,13 +543,13 @@ class RMSNorm(_Norm):
     Args:
       num_features: the number of features, or x's shape over feature_axes.
       epsilon: added to the mean square, in units of x squared.
-      dtype: y's dtype; None is x's.
+      dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of the scale.
       use_scale: whether there is a scale.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean square.
-      feature_axes: the axes that the scale lies along.
-      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are spread.
+      feature_axes: the axes of the scale.
+      axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
       axis_index_groups: lists of indices along axis_name that hold one row of features together.
       use_fast_variance: accepted, without effect: there is only one way.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
@@ -598,7 +598,7 @@ class RMSNorm(_Norm):
 
         Args:
           x: the input, any float dtype.
-          mask: bool, of x's rank, broadcasting against x; True counts.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
           y, of x's shape.
