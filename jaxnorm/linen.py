@@ -42,15 +42,15 @@ class BatchNorm(_Norm):
     the running statistics.
 
     Attributes:
-      use_running_average: normalize by the running statistics (evaluation), not by the batch's
+      use_running_average: whether to normalize by the running statistics instead of the batch's
         (training); here or in the call.
       axis: the channel axis or axes of x.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
@@ -59,10 +59,11 @@ class BatchNorm(_Norm):
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
-      track_running_stats: False: no running statistics; the batch's own always normalize.
+      track_running_stats: whether the layer has running statistics. Without them it always
+        normalizes by the batch.
       skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its running statistics.
-      virtual_batch_size: normalize every so many consecutive samples by their own statistics
-        (ghost batch norm); the running statistics move once, by the whole batch.
+      virtual_batch_size: the number of consecutive samples that are normalized together (ghost
+        batch norm). The running statistics are updated once, by the whole batch.
 
     Raises:
       ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0; in
@@ -126,7 +127,7 @@ class BatchNorm(_Norm):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         axes = _layers.channel_axes(self, jnp.ndim(x))
         return _tracked_norm(self, self.norm, x, axes, use_running_average, update_stats, mask)
@@ -180,25 +181,27 @@ class BatchRenorm(BatchNorm):
 class InstanceNorm(_Norm):
     """Normalizes each channel of each sample: `jaxnorm.instance_norm` as a layer.
 
-    Takes the place of flax.linen.InstanceNorm: the same arguments and parameters. What differs: y
-    has x's dtype unless `dtype` says otherwise; the statistics are accurate at any offset;
-    `axis_name` spreads samples, not the entries of one; and with `track_running_stats=True` there
-    are running statistics as in PyTorch, in `batch_stats`, and the calls are those of `BatchNorm`.
-    Without, each sample's own statistics always normalize, and `use_running_average` may be given
-    but has no effect. Evaluating by running statistics is another function than the one that was
-    trained, since what differs between the samples is no longer divided out; compare both.
+    A drop-in replacement for flax.linen.InstanceNorm, with the same arguments and parameters. The
+    differences: y has the dtype of x unless `dtype` is given; the statistics are accurate at any
+    offset; `axis_name` distributes samples, not the entries of one sample.
+
+    With `track_running_stats=True` the layer has running statistics in `batch_stats`, as in
+    PyTorch, and is called as `BatchNorm`. Without them it always normalizes by the statistics of
+    each sample, and `use_running_average` has no effect. Evaluation by running statistics computes
+    a different function than training, because differences between the samples are not removed;
+    compare both.
 
     Attributes:
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the channel axis or axes of x; axis 0 is the samples'.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are distributed.
-      axis_index_groups: lists of indices along axis_name that move one state together.
+      axis_index_groups: lists of indices along axis_name; each group updates one state.
       use_fast_variance: accepted without effect; the variance is always accurate.
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
       use_running_average: normalize by the running statistics (evaluation), not by the samples'
@@ -206,7 +209,7 @@ class InstanceNorm(_Norm):
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
-      track_running_stats: whether there are running statistics.
+      track_running_stats: whether the layer has running statistics.
       skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its running statistics.
 
     Raises:
@@ -266,7 +269,7 @@ class InstanceNorm(_Norm):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         _, axes = _layers.instance_axes(self, jnp.ndim(x))
         return _tracked_norm(
@@ -277,8 +280,9 @@ class InstanceNorm(_Norm):
 class GroupNorm(_Norm):
     """Normalizes each group of channels of each sample: `jaxnorm.group_norm` as a layer.
 
-    Takes the place of flax.linen.GroupNorm: the same arguments and parameters. What differs: y has
-    x's dtype unless `dtype` says otherwise; the statistics are accurate at any offset.
+    A drop-in replacement for flax.linen.GroupNorm, with the same arguments and parameters. The
+    differences: y has the dtype of x unless `dtype` is given; the statistics are accurate at any
+    offset.
 
     Attributes:
       num_groups: into how many groups the channels are divided; None where group_size says it.
@@ -286,8 +290,8 @@ class GroupNorm(_Norm):
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean, the last among them; None: all but the first.
@@ -341,7 +345,7 @@ class GroupNorm(_Norm):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         params = _params(self, jnp.shape(x)[-1:], jnp.shape(x))
         return _layers.group_norm(self, x, params, mask=mask, initializing=self.is_initializing())
@@ -350,15 +354,16 @@ class GroupNorm(_Norm):
 class LayerNorm(_Norm):
     """Normalizes over the features: `jaxnorm.layer_norm` as a layer.
 
-    Takes the place of flax.linen.LayerNorm: the same arguments and parameters. What differs: y has
-    x's dtype unless `dtype` says otherwise; the statistics are accurate at any offset.
+    A drop-in replacement for flax.linen.LayerNorm, with the same arguments and parameters. The
+    differences: y has the dtype of x unless `dtype` is given; the statistics are accurate at any
+    offset.
 
     Attributes:
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean and variance.
@@ -407,7 +412,7 @@ class LayerNorm(_Norm):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         return _feature_norm(self, _layers.layer_norm, x, mask)
 
@@ -415,14 +420,14 @@ class LayerNorm(_Norm):
 class RMSNorm(_Norm):
     """Divides by the root mean square of the features: `jaxnorm.rms_norm` as a layer.
 
-    Takes the place of flax.linen.RMSNorm: the same arguments and parameters. What differs: y has
-    x's dtype unless `dtype` says otherwise.
+    A drop-in replacement for flax.linen.RMSNorm, with the same arguments and parameters. The
+    difference: y has the dtype of x unless `dtype` is given.
 
     Attributes:
       epsilon: added to the mean square, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of the scale.
-      use_scale: whether there is a scale.
+      use_scale: whether the layer has a scale.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean square.
       feature_axes: the axes of the scale.
@@ -467,7 +472,7 @@ class RMSNorm(_Norm):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         return _feature_norm(self, _layers.rms_norm, x, mask)
 

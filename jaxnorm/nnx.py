@@ -72,36 +72,37 @@ class _Tracked(_Norm):
 class BatchNorm(_Tracked):
     """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` in NNX.
 
-    Takes the place of flax.nnx.BatchNorm: the same arguments, parameters and state, and a `count`
-    beside `mean` and `var`. `model.train()` and `model.eval()` choose the statistics. What differs
-    is said in `jaxnorm.linen.BatchNorm`.
+    A drop-in replacement for flax.nnx.BatchNorm, with the same arguments, parameters and state, and
+    an additional `count`. `model.train()` and `model.eval()` select the statistics.
+    `jaxnorm.linen.BatchNorm` lists the differences from Flax.
 
     Args:
-      num_features: the number of channels, or x's shape over the channel axes.
-      use_running_average: normalize by the running statistics (evaluation), not by the batch's
+      num_features: the number of channels, or the shape of x over the channel axes.
+      use_running_average: whether to normalize by the running statistics instead of the batch's
         (training); train() and eval() set it, and the call overrides it.
       axis: the channel axis or axes of x.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
       axis_index_groups: lists of indices along axis_name; each group is a batch.
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
-      rngs: where the initializers' keys come from.
+      rngs: the source of the keys for the initializers.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
-      track_running_stats: False: no running statistics; the batch's own always normalize.
+      track_running_stats: whether the layer has running statistics. Without them it always
+        normalizes by the batch.
       skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its running statistics.
-      virtual_batch_size: normalize every so many consecutive samples by their own statistics
-        (ghost batch norm); the running statistics move once, by the whole batch.
+      virtual_batch_size: the number of consecutive samples that are normalized together (ghost
+        batch norm). The running statistics are updated once, by the whole batch.
 
     Raises:
       ValueError: as `jaxnorm.linen.BatchNorm`.
@@ -173,7 +174,7 @@ class BatchNorm(_Tracked):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         return _tracked_norm(self, self.norm, x, use_running_average, update_stats, mask)
 
@@ -182,34 +183,34 @@ class BatchRenorm(BatchNorm):
     """Batch norm, corrected towards the running statistics: `jaxnorm.batch_renorm` in NNX.
 
     Args:
-      num_features: the number of channels, or x's shape over the channel axes.
+      num_features: the number of channels, or the shape of x over the channel axes.
       r_max: the largest correction of the scale, at least 1; a number, or a function of the count.
       d_max: the largest correction of the mean, in running standard deviations, at least 0; a
         number, or a function of the count.
-      use_running_average: normalize by the running statistics (evaluation), not by the batch's
+      use_running_average: whether to normalize by the running statistics instead of the batch's
         (training); train() and eval() set it, and the call overrides it.
       axis: the channel axis or axes of x.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
       axis_index_groups: lists of indices along axis_name; each group is a batch.
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
-      rngs: where the initializers' keys come from.
+      rngs: the source of the keys for the initializers.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: always True: there is no correction without running statistics.
       skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its running statistics.
-      virtual_batch_size: normalize every so many consecutive samples by their own statistics
-        (ghost batch norm); the running statistics move once, by the whole batch.
+      virtual_batch_size: the number of consecutive samples that are normalized together (ghost
+        batch norm). The running statistics are updated once, by the whole batch.
 
     Raises:
       ValueError: as `jaxnorm.linen.BatchRenorm`.
@@ -268,25 +269,25 @@ class BatchRenorm(BatchNorm):
 class InstanceNorm(_Tracked):
     """Normalizes each channel of each sample: `jaxnorm.instance_norm` in NNX.
 
-    Takes the place of flax.nnx.InstanceNorm: the same arguments and parameters, and, with
-    `track_running_stats=True`, the state and the calls of `BatchNorm`. What differs is said in
-    `jaxnorm.linen.InstanceNorm`.
+    A drop-in replacement for flax.nnx.InstanceNorm, with the same arguments and parameters. With
+    `track_running_stats=True` it has the state and the calls of `BatchNorm`.
+    `jaxnorm.linen.InstanceNorm` lists the differences from Flax.
 
     Args:
-      num_features: the number of channels, or x's shape over the channel axes.
+      num_features: the number of channels, or the shape of x over the channel axes.
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the channel axis or axes of x; axis 0 is the samples'.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are distributed.
-      axis_index_groups: lists of indices along axis_name that move one state together.
+      axis_index_groups: lists of indices along axis_name; each group updates one state.
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
-      rngs: where the initializers' keys come from.
+      rngs: the source of the keys for the initializers.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
       use_running_average: normalize by the running statistics (evaluation), not by the samples'
@@ -294,7 +295,7 @@ class InstanceNorm(_Tracked):
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
-      track_running_stats: whether there are running statistics.
+      track_running_stats: whether the layer has running statistics.
       skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its running statistics.
 
     Raises:
@@ -361,7 +362,7 @@ class InstanceNorm(_Tracked):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         return _tracked_norm(
             self, _layers.instance_norm, x, use_running_average, update_stats, mask
@@ -371,8 +372,8 @@ class InstanceNorm(_Tracked):
 class GroupNorm(_Norm):
     """Normalizes each group of channels of each sample: `jaxnorm.group_norm` in NNX.
 
-    Takes the place of flax.nnx.GroupNorm: the same arguments and parameters. What differs is said
-    in `jaxnorm.linen.GroupNorm`.
+    A drop-in replacement for flax.nnx.GroupNorm, with the same arguments and parameters.
+    `jaxnorm.linen.GroupNorm` lists the differences from Flax.
 
     Args:
       num_features: the number of channels.
@@ -381,8 +382,8 @@ class GroupNorm(_Norm):
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean, the last among them; None: all but the first.
@@ -390,7 +391,7 @@ class GroupNorm(_Norm):
       axis_index_groups: lists of indices along axis_name that hold one sample together.
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
-      rngs: where the initializers' keys come from.
+      rngs: the source of the keys for the initializers.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
 
@@ -448,7 +449,7 @@ class GroupNorm(_Norm):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         return _layers.group_norm(self, x, _params(self), mask=mask)
 
@@ -456,16 +457,16 @@ class GroupNorm(_Norm):
 class LayerNorm(_Norm):
     """Normalizes over the features: `jaxnorm.layer_norm` in NNX.
 
-    Takes the place of flax.nnx.LayerNorm: the same arguments and parameters. What differs is said
-    in `jaxnorm.linen.LayerNorm`.
+    A drop-in replacement for flax.nnx.LayerNorm, with the same arguments and parameters.
+    `jaxnorm.linen.LayerNorm` lists the differences from Flax.
 
     Args:
-      num_features: the number of features, or x's shape over feature_axes.
+      num_features: the number of features, or the shape of x over feature_axes.
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether the layer has a bias.
+      use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean and variance.
@@ -474,7 +475,7 @@ class LayerNorm(_Norm):
       axis_index_groups: lists of indices along axis_name that hold one row of features together.
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
-      rngs: where the initializers' keys come from.
+      rngs: the source of the keys for the initializers.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
 
@@ -529,7 +530,7 @@ class LayerNorm(_Norm):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         return _layers.layer_norm(self, x, _params(self), mask=mask)
 
@@ -537,15 +538,15 @@ class LayerNorm(_Norm):
 class RMSNorm(_Norm):
     """Divides by the root mean square of the features: `jaxnorm.rms_norm` in NNX.
 
-    Takes the place of flax.nnx.RMSNorm: the same arguments and parameters. What differs is said
-    in `jaxnorm.linen.RMSNorm`.
+    A drop-in replacement for flax.nnx.RMSNorm, with the same arguments and parameters.
+    `jaxnorm.linen.RMSNorm` lists the differences from Flax.
 
     Args:
-      num_features: the number of features, or x's shape over feature_axes.
+      num_features: the number of features, or the shape of x over feature_axes.
       epsilon: added to the mean square, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of the scale.
-      use_scale: whether there is a scale.
+      use_scale: whether the layer has a scale.
       scale_init: initializer of the scale.
       reduction_axes: the axes that share one mean square.
       feature_axes: the axes of the scale.
@@ -553,7 +554,7 @@ class RMSNorm(_Norm):
       axis_index_groups: lists of indices along axis_name that hold one row of features together.
       use_fast_variance: accepted, without effect: there is only one way.
       promote_dtype: accepted, without effect: nothing needs to be promoted.
-      rngs: where the initializers' keys come from.
+      rngs: the source of the keys for the initializers.
       scale_metadata: metadata of the scale, an nnx.Param.
 
     Raises:
@@ -601,7 +602,7 @@ class RMSNorm(_Norm):
           mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         return _layers.rms_norm(self, x, _params(self), mask=mask)
 
