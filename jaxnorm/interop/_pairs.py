@@ -2,14 +2,13 @@
 
 import collections
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxnorm.interop._trees import flatten, inverted, renamed, split
+from jaxnorm.interop._trees import flatten, inverted, renamed, split, suggestion
 
 GIVEN, NAME, SHAPE, ORDER = "given", "name", "unique shape", "order"
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -164,11 +163,9 @@ def _check_given(theirs: list[Unit], ours: list[Unit], given: Mapping[str, str])
         modules = {unit.name: unit for unit in found}
         for name in names:
             if name not in modules:
-                close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
-                meant = f"; did you mean {' or '.join(map(repr, close))}" if close else ""
                 raise ValueError(
                     f"match: names should name modules of {whose} that hold arrays, but it has no "
-                    f"{name!r}{meant}"
+                    f"{name!r}{suggestion(name, modules)}"
                 )
     shapes = {unit.name: unit.shapes for unit in ours}
     for unit in theirs:

@@ -81,6 +81,12 @@ def renamed(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error: the known names that are close to a wrong one, if any are."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, close))}" if close else ""
+
+
 def check_names(function: str, names: Iterable[str], found: Iterable[str], whose: str) -> None:
     """Checks that every name is a module that contains arrays; "" is the whole model."""
     modules: set[str] = set()
@@ -89,11 +95,9 @@ def check_names(function: str, names: Iterable[str], found: Iterable[str], whose
         modules |= {".".join(parts[:end]) for end in range(len(parts))}
     unknown = [name for name in names if name not in modules]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], modules - {""}, n=3, cutoff=0.5)
-        meant = f"; did you mean {' or '.join(map(repr, close))}" if close else ""
         raise ValueError(
             f"{function}: names should name modules of {whose} that hold arrays, but it has no "
-            f"{unknown}{meant}"
+            f"{unknown}{suggestion(unknown[0], modules - {''})}"
         )
 
 

@@ -87,9 +87,8 @@ class Twins:
         calls = TorchCalls(module, self.args, self.kwargs, keep=set(partner))
         arrays = {k: jnp.asarray(a) for k, a in flatten("verify", variables).items()}
         sizes = {a.size for a in calls.outputs.values()}
-        computed = [
-            np.asarray(a) for a in Equations(self.model.call_flat, arrays).results(arrays, sizes)
-        ]
+        results = Equations(self.model.call_flat, arrays).results(arrays, sizes)
+        computed = [np.asarray(a, np.float32) for a in results]  # as the outputs are, to compare
         for name in sorted(calls.outputs, key=calls.order.__getitem__):
             if not any(_same_values(a, calls.outputs[name], tolerance) for a in computed):
                 pair = partner[name]
