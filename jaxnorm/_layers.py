@@ -69,7 +69,7 @@ def check_momentum(layer: Any) -> None:
     for argument, value in (("momentum", momentum), ("decay", decay)):
         if value is not None:
             arguments.number(name, argument, value, least=0, most=1)
-    if momentum is not None and not arguments.is_traced(momentum) and 0.5 < momentum < 1.0:
+    if momentum is not None and not isinstance(momentum, jax.core.Tracer) and 0.5 < momentum < 1.0:
         raise ValueError(
             f"{name}: momentum should not lie between 0.5 and 1.0, because it weighs the new value "
             f"as in PyTorch, but is {momentum}; if it is Flax's, which weighs the old value, write "

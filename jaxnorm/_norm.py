@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxnorm._core.moments import Moments, shifted_moments, unshift
 from jaxnorm._core.normalize import infinite_for_zero, normalize, renormalize
 from jaxnorm._core.sample import Sample, widen
 from jaxnorm._core.variables import Affine
+from jaxnorm._stats import state_checks
 from jaxnorm._stats.update import Update, update_running_stats
 
 # Traced and differentiated once for all layers of one shape. Inlined, since the compiler for TPU
@@ -80,7 +81,7 @@ class Tracking:
       limits: r_max and d_max of batch renorm; None for other norms.
     """
 
-    use_running_average: bool
+    use_running_average: bool | None
     update_stats: bool | None
     momentum: ArrayLike | None
     skip_nonfinite: bool
@@ -89,11 +90,24 @@ class Tracking:
     virtual_batch_size: int | None = None
     limits: tuple[Any, Any] | None = None
 
-    def mode(self, function: str, tracked: bool) -> tuple[bool, bool]:
-        """Whether the running statistics normalize, and whether they are updated."""
-        return arguments.resolve_mode(
-            function, tracked, self.use_running_average, self.update_stats
+    def checked(self, function: str, tracked: bool) -> "Tracking":
+        """The same after checks, with a bool for None; `tracked` is whether there is a state."""
+        by_state, moves = (
+            None if value is None else arguments.boolean(function, name, value)
+            for name, value in (
+                ("use_running_average", self.use_running_average),
+                ("update_stats", self.update_stats),
+            )
         )
+        by_state = bool(by_state)
+        moves = tracked and not by_state if moves is None else moves
+        if not tracked and (by_state or moves):
+            name = "use_running_average" if by_state else "update_stats"
+            raise ValueError(
+                f"{function}: {name}=True should come with batch_stats, but batch_stats is None; "
+                f"pass the trained state, or init_batch_stats(num_features) to begin with"
+            )
+        return dataclasses.replace(self, use_running_average=by_state, update_stats=moves)
 
 
 def untracked_norm(
@@ -121,10 +135,11 @@ def tracked_norm(
     """
     function, options = options.function, options.checked(x)
     update = Update.checked(function, tracking.momentum, tracking.skip_nonfinite)
-    by_state, moves = tracking.mode(function, batch_stats is not None)
-    state: Any = None
+    tracking = tracking.checked(function, batch_stats is not None)
+    by_state, state = tracking.use_running_average, cast(Any, None)
     if batch_stats is not None:
-        state = checks.batch_stats(function, batch_stats, layout.shape(x), shape=x.shape)
+        channels = layout.shape(x)
+        state = state_checks.batch_stats(function, batch_stats, channels, x_shape=x.shape)
     operands = _operands(x, params, layout, options, state)
     run, shape, stats_axes, update_axes = layout, x.shape, tracking.stats_axes, tracking.update_axes
     if tracking.virtual_batch_size is not None and not by_state:
@@ -135,14 +150,17 @@ def tracked_norm(
         checks.more_than_one_value(function, shape, layout, stats_axes.size())
     sample = Sample(run.reduced, mapped_axes=stats_axes)
     measured: Any = None
-    if moves or not by_state:
+    if tracking.update_stats or not by_state:
         measured = _measure(sample, operands.x, operands.mask, operands.mean)
     if by_state:
-        y = _normalized(None, operands, options, _constants(operands))
+        zero = jnp.zeros_like(operands.mean)
+        constants = operands.mean, Moments(zero, zero, operands.var)
+        y = _normalized(None, operands, options, constants)
     else:
-        operands = _corrected(operands, measured, options, tracking.limits, state)
+        if tracking.limits is not None:
+            operands = _corrected(operands, measured, options, tracking.limits, state)
         y = _normalized(sample, operands, options, measured)
-    if moves:
+    if tracking.update_stats:
         rows = jax.tree.map(run.squeeze_to_channels, unshift(*measured))
         batch_stats = update_running_stats(
             state, rows, update, between=layout.batch is None, mapped_axes=update_axes
@@ -184,22 +202,14 @@ def _normalized(
     return y
 
 
-def _constants(operands: _Operands) -> tuple[jax.Array, Moments]:
-    """The running statistics as a shift and moments; they count no entries."""
-    zero = jnp.zeros_like(operands.mean)
-    return operands.mean, Moments(zero, zero, operands.var)
-
-
 def _corrected(
     operands: _Operands,
     measured: tuple[jax.Array, Moments],
     options: Options,
-    limits: tuple[Any, Any] | None,
+    limits: tuple[Any, Any],
     state: Any,
 ) -> _Operands:
-    """The operands with the scale and the bias of batch renorm; without limits as they are."""
-    if limits is None:
-        return operands
+    """The operands with the scale and the bias of batch renorm."""
     r_max, d_max = (
         arguments.number(
             options.function, name, limit(state["count"]) if callable(limit) else limit

@@ -12,6 +12,7 @@ from jaxnorm._core.layout import Layout
 from jaxnorm._core.sample import Sample
 from jaxnorm._core.variables import Affine, BatchStats, State
 from jaxnorm._norm import Options, Tracking, tracked_norm, untracked_norm
+from jaxnorm._stats import state_checks
 
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -238,7 +239,7 @@ def batch_renorm(
       Ioffe, Batch Renormalization, 2017. https://arxiv.org/abs/1702.03275
     """
     arguments.limits("batch_renorm", r_max, d_max)
-    checks.batch_stats("batch_renorm", batch_stats)
+    state_checks.batch_stats("batch_renorm", batch_stats)
     x = checks.float_array("batch_renorm", x)
     layout = checks.layout("batch_renorm", x.ndim, channel_axis)
     options = Options("batch_renorm", epsilon, mask, dtype)

@@ -26,7 +26,7 @@ def number(
     if isinstance(value, kinds) and not isinstance(value, bool) and jnp.ndim(value) == 0:
         given: Any = value if hasattr(value, "dtype") else np.asarray(value)
         real = any(jnp.issubdtype(given.dtype, kind) for kind in (jnp.floating, jnp.integer))
-        if real and is_traced(given):
+        if real and isinstance(given, jax.core.Tracer):
             return given.astype(float)
         if real and math.isfinite(float(given)) and least <= float(given) <= most:
             return float(given)
@@ -38,11 +38,6 @@ def number(
     else:
         wanted = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
     raise ValueError(f"{function}: {name} should be {wanted}, but is {found}")
-
-
-def is_traced(value: Any) -> bool:
-    """Whether a value is only known when the program runs."""
-    return isinstance(value, jax.core.Tracer)
 
 
 def whole(function: str, name: str, value: Any, why: str) -> int:
@@ -132,27 +127,6 @@ def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> 
             f"its own mean, but is {axis!r}"
         )
     return found
-
-
-def resolve_mode(
-    function: str, tracked: bool, use_running_average: Any, update_stats: Any
-) -> tuple[bool, bool]:
-    """Resolves whether to use the running statistics, and whether to update them."""
-    for name, switch in (
-        ("use_running_average", use_running_average),
-        ("update_stats", update_stats),
-    ):
-        if switch is not None:
-            boolean(function, name, switch)
-    if update_stats is None:
-        update_stats = tracked and not use_running_average
-    if not tracked and (use_running_average or update_stats):
-        name = "use_running_average" if use_running_average else "update_stats"
-        raise ValueError(
-            f"{function}: {name}=True should come with batch_stats, but batch_stats is None; pass "
-            f"the trained state, or init_batch_stats(num_features) to begin with"
-        )
-    return bool(use_running_average), bool(update_stats)
 
 
 def limits(function: str, r_max: Any, d_max: Any) -> None:

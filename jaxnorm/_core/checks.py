@@ -1,4 +1,4 @@
-"""Checks arrays and states: dtypes, ranks and shapes.
+"""Checks x and the arrays that are given with it: dtypes, ranks and shapes.
 
 All checks run at trace time. A symbolic size (of jax.export) passes every check that cannot be
 decided.
@@ -6,17 +6,15 @@ decided.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core import arguments
 from jaxnorm._core.arguments import Shape
 from jaxnorm._core.layout import Layout
-from jaxnorm._core.variables import BatchStats
 
 
 def float_array(function: str, x: ArrayLike) -> jax.Array:
@@ -85,7 +83,7 @@ def group_layout(
             f"channels, but both name axis {channel} of x"
         )
     channels = shape[channel]
-    if _indivisible(channels, num_groups):
+    if isinstance(channels, int) and channels % num_groups:
         raise ValueError(
             f"group_norm: num_groups should divide the channels of x, because all groups are of "
             f"one size, but is {num_groups} for {channels} channels"
@@ -138,7 +136,7 @@ def params(
                 f"{function}: params[{name!r}] should have a float dtype, because y is real, but "
                 f"has {a.dtype}"
             )
-        if _agrees(a.shape, channels):
+        if agrees(a.shape, channels):
             continue
         if a.ndim != len(shape) or not _broadcasts(a.shape, shape):
             raise ValueError(
@@ -161,133 +159,6 @@ def other_axis(function: str, channels: Shape, shape: Shape) -> str:
     )
 
 
-def batch_stats(
-    function: str,
-    stats: Any,
-    channels: Shape | None = None,
-    *,
-    stacked: bool = False,
-    shape: Shape = (),
-) -> BatchStats:
-    """Checks that a state has a mean and a var of the shape of the channels, and one count.
-
-    If stacked, the arrays may have further leading axes, those of the count. `shape` is that of x.
-    """
-    counts = jnp.shape(stats["count"]) if stacked and _has(stats, "count") else ()
-    state = _state(function, stats, channels, counts, shape)
-    if not _has(stats, "accumulation"):
-        return state
-    accumulation = stats["accumulation"]
-    start, moments = (
-        accumulation.get(part) if isinstance(accumulation, Mapping) else None
-        for part in ("start", "moments")
-    )
-    if not (
-        isinstance(start, Mapping)
-        and isinstance(moments, Mapping)
-        and {"count", "mean", "var"} <= moments.keys()
-    ):
-        found = sorted(accumulation) if isinstance(accumulation, Mapping) else accumulation
-        raise ValueError(
-            f"{function}: batch_stats['accumulation'] should hold 'start' and 'moments', as "
-            f"begin_accumulation makes them, but is {found!r}; write begin_accumulation(state) to "
-            f"begin anew, or end_accumulation(state)"
-        )
-    start = _state(function, start, state["mean"].shape, counts, shape)
-    return cast(BatchStats, {**state, "accumulation": {**accumulation, "start": start}})
-
-
-def _has(stats: Any, key: str) -> bool:
-    return isinstance(stats, Mapping) and stats.get(key) is not None
-
-
-def stacked_batch_stats(function: str, stats: Any) -> BatchStats:
-    """Checks states with a leading axis: mean and var of one shape, and a count for each entry."""
-    mean = stats.get("mean") if isinstance(stats, Mapping) else None
-    if mean is not None and jnp.ndim(mean) < 1:
-        raise ValueError(
-            f"{function}: batch_stats['mean'] should have a leading axis, one entry a state, but "
-            f"has shape ()"
-        )
-    return _state(function, stats, None, jnp.shape(mean)[:1] if mean is not None else ())
-
-
-def _state(
-    function: str, stats: Any, channels: Shape | None, counts: Shape, x_shape: Shape = ()
-) -> BatchStats:
-    keys = ("mean", "var", "count")
-    missing = [k for k in keys if not isinstance(stats, Mapping) or stats.get(k) is None]
-    if missing:
-        write = "init_batch_stats(num_features) makes a first state"
-        if missing == ["count"]:
-            write = "write {**batch_stats, 'count': jnp.int32(0)} for statistics without one"
-        found: Any = type(stats).__name__
-        if isinstance(stats, Mapping):
-            found = sorted(key for key in stats if stats[key] is not None)
-        raise ValueError(
-            f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is "
-            f"{found}; {write}"
-        )
-    state = {key: jnp.asarray(stats[key]) for key in keys}
-    wanted = state["mean"].shape if channels is None else channels
-    for key, shape in (("mean", wanted), ("var", wanted), ("count", counts)):
-        if not _agrees(state[key].shape, shape):
-            why = "it counts updates" if key == "count" else "it holds one number for each channel"
-            raise ValueError(
-                f"{function}: batch_stats[{key!r}] should have shape {shape}, because {why}, but "
-                f"has shape {state[key].shape}"
-                f"{other_axis(function, state[key].shape, x_shape) if key != 'count' else ''}"
-            )
-    for key in ("mean", "var"):
-        if not jnp.issubdtype(state[key].dtype, jnp.floating):
-            raise ValueError(
-                f"{function}: batch_stats[{key!r}] should have a float dtype, because averages are "
-                f"not whole numbers, but has {state[key].dtype}; was it cast when it was restored?"
-            )
-    state["count"] = _count(function, state["count"])
-    return cast(BatchStats, state)
-
-
-def _count(function: str, count: jax.Array) -> jax.Array:
-    """Checks the number of updates and returns it as an integer.
-
-    `lax.pmean` of a whole state, an exponential moving average of it, and a cast of the tree
-    convert the count to a float. It is a whole number if all states have the same count.
-    """
-    if jnp.issubdtype(count.dtype, jnp.integer):
-        return count
-    if not jnp.issubdtype(count.dtype, jnp.floating):
-        raise ValueError(
-            f"{function}: batch_stats['count'] should be an integer, because it counts updates, "
-            f"but is {count.dtype}"
-        )
-    if not arguments.is_traced(count) and np.any(np.asarray(count, np.float64) % 1):
-        raise ValueError(
-            f"{function}: batch_stats['count'] should be a whole number, because it counts "
-            f"updates, but is {count}; were states averaged that have seen different numbers of "
-            f"batches? merge_batch_stats merges those; otherwise write {{**batch_stats, 'count': "
-            f"jnp.int32(n)}}"
-        )
-    return jnp.round(count).astype(jnp.int32)
-
-
-def weights(function: str, counts: ArrayLike, shape: Shape) -> jax.Array:
-    """Checks the weights of states."""
-    counts = jnp.asarray(counts)
-    if not any(jnp.issubdtype(counts.dtype, kind) for kind in (jnp.floating, jnp.integer)):
-        raise ValueError(f"{function}: counts should be numbers, but are {counts.dtype}")
-    if not arguments.is_traced(counts) and not np.all(np.asarray(counts) >= 0):
-        raise ValueError(
-            f"{function}: counts should be at least 0, because they are weights, but are {counts}"
-        )
-    if not _agrees(counts.shape, shape):
-        raise ValueError(
-            f"{function}: counts should have shape {shape}, one for each state, but has shape "
-            f"{counts.shape}"
-        )
-    return counts
-
-
 def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: int) -> None:
     """Raises if the sample of a channel has exactly one entry."""
     number = math.prod(shape[a] for a in layout.reduced) * devices
@@ -300,18 +171,9 @@ def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: in
         )
 
 
-def moments_shape(function: str, shape: Shape, channels: Shape) -> None:
-    """Checks that moments have the shape of the channels, or a leading axis of samples and it."""
-    if not _agrees(shape, channels) and not _agrees(shape[1:], channels):
-        raise ValueError(
-            f"{function}: moments should have the shape {channels} of the running statistics, or "
-            f"one row of it for each sample, but have shape {shape}"
-        )
-
-
 def same_moments(function: str, a: Shape, b: Shape) -> None:
     """Checks that two samples have moments of the same shape."""
-    if not _agrees(a, b):
+    if not agrees(a, b):
         raise ValueError(
             f"{function}: a and b should be of one shape, because each entry is one channel's, but "
             f"have shapes {a} and {b}"
@@ -337,18 +199,14 @@ def virtual_batches(function: str, size: int, shape: Shape, layout: Layout, devi
     return size
 
 
-def _agrees(shape: Shape, wanted: Shape) -> bool:
-    return len(shape) == len(wanted) and not any(map(_differ, shape, wanted))
+def agrees(shape: Shape, wanted: Shape) -> bool:
+    """Whether two shapes are the same, as far as their sizes are known."""
+    return len(shape) == len(wanted) and all(
+        n == m or not (isinstance(n, int) and isinstance(m, int))
+        for n, m in zip(shape, wanted, strict=True)
+    )
 
 
 def _broadcasts(shape: Shape, wanted: Shape) -> bool:
     """Whether an array of x's rank broadcasts against x."""
-    return not any(n != 1 and _differ(n, m) for n, m in zip(shape, wanted, strict=True))
-
-
-def _indivisible(n: Any, parts: int) -> bool:
-    return isinstance(n, int) and n % parts != 0
-
-
-def _differ(n: Any, m: Any) -> bool:
-    return isinstance(n, int) and isinstance(m, int) and n != m
+    return all(n == 1 or agrees((n,), (m,)) for n, m in zip(shape, wanted, strict=True))

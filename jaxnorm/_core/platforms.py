@@ -210,18 +210,8 @@ def _measure_again(
         some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
         return sample.mapped_axes.max(some)
 
-    # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
-    def packed(*arrays: jax.Array) -> list[jax.Array]:
-        return [lax.squeeze(a, sample.axes) for a in arrays]
-
-    def unpacked(*arrays: jax.Array) -> list[jax.Array]:
-        return [lax.expand_dims(a, sample.axes) for a in arrays]
-
-    def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
-        return jnp.any(carry[0] > 0)
-
     def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rounds, (shift, mean, var) = carry[0], unpacked(*carry[1:])
+        rounds, (shift, mean, var) = carry[0], map(expand, carry[1:])
         bad = is_bad(mean, var)
         # If the sum of finite entries overflowed, the first round sums them in another unit.
         near = shift + mean
@@ -232,10 +222,14 @@ def _measure_again(
             shift, sample.laid_out(x), sample.laid_out(mask), unit
         )
         mean, var = jnp.where(bad, new_mean, mean), jnp.where(bad, new_var, var)
-        return left(rounds - 1, mean, var), *packed(shift, mean, var)
+        return left(rounds - 1, mean, var), *map(squeeze, (shift, mean, var))
 
-    start = left(ROUNDS, mean, var), *packed(shift, mean, var)
-    shift, mean, var = unpacked(*lax.while_loop(goes_on, again, start)[1:])
+    # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
+    squeeze = functools.partial(lax.squeeze, dimensions=sample.axes)
+    expand = functools.partial(lax.expand_dims, dimensions=sample.axes)
+    start = left(ROUNDS, mean, var), *map(squeeze, (shift, mean, var))
+    _, *found = lax.while_loop(lambda carry: jnp.any(carry[0] > 0), again, start)
+    shift, mean, var = map(expand, found)
     return shift, count, mean, var
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm._core import checks
 from jaxnorm._core.variables import statistics_dtype
+from jaxnorm._stats import state_checks
 from jaxnorm._stats.trees import Tree, map_states
 
 
@@ -57,7 +57,7 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
 
     def begin(path: str, state: Any) -> Any:
         where = f"begin_accumulation: {path}" if path else "begin_accumulation"
-        state = checks.batch_stats(where, state, stacked=True)
+        state = state_checks.batch_stats(where, state, counts=None)
         fresh = _accumulating(state["mean"], state["var"], state["count"])
         if "accumulation" not in state:
             return fresh
@@ -105,7 +105,7 @@ def _accumulating(mean: Any, var: Any, count: Any, **override: jax.Array) -> Any
 
 def fresh_accumulation(path: str, state: Any) -> Any:
     """A state with momentum 1: after each batch, its statistics are those of all batches so far."""
-    state = checks.batch_stats(f"recalibrate: {path}", state, stacked=True)
+    state = state_checks.batch_stats(f"recalibrate: {path}", state, counts=None)
     mean, var, count = state["mean"], state["var"], state["count"]
     first = jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(count)
     return _accumulating(*first, momentum=jnp.ones_like(mean, statistics_dtype(mean.dtype)))

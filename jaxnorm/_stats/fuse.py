@@ -11,7 +11,7 @@ from jaxnorm._core import arguments, checks
 from jaxnorm._core.normalize import affine, rstd
 from jaxnorm._core.sample import widen
 from jaxnorm._core.variables import Affine, BatchStats
-from jaxnorm._stats import trees
+from jaxnorm._stats import state_checks, trees
 
 
 def fold_scale_shift(
@@ -50,7 +50,7 @@ def fold_scale_shift(
       Jacob et al., Quantization and Training of Neural Networks, 2018, section 3.2.
       https://arxiv.org/abs/1712.05877
     """
-    state = checks.batch_stats("fold_scale_shift", batch_stats)
+    state = state_checks.batch_stats("fold_scale_shift", batch_stats)
     mean, var = widen(state["mean"]), widen(state["var"])
     scale, bias = checks.params("fold_scale_shift", params, mean.shape, mean.shape)
     number = arguments.number("fold_scale_shift", "epsilon", epsilon, least=0)

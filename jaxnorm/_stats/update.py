@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core import arguments, checks
+from jaxnorm._core import arguments
 from jaxnorm._core.collectives import LOCAL, MappedAxes, sharded_like
 from jaxnorm._core.moments import (
     Moments,
@@ -21,6 +21,7 @@ from jaxnorm._core.moments import (
 )
 from jaxnorm._core.sample import widen
 from jaxnorm._core.variables import BatchStats, statistics_dtype
+from jaxnorm._stats import state_checks
 
 
 def update_batch_stats(
@@ -72,14 +73,14 @@ def update_batch_stats(
       torch.nn.BatchNorm2d, PyTorch 2.13.
     """
     function = "update_batch_stats"
-    batch_stats = checks.batch_stats(function, batch_stats)
+    batch_stats = state_checks.batch_stats(function, batch_stats)
     update = Update.checked(function, momentum, skip_nonfinite)
     if not isinstance(moments, Moments):
         raise ValueError(
             f"{function}: moments should be Moments, as `moments` returns them, but is "
             f"{type(moments).__name__}"
         )
-    checks.moments_shape(function, jnp.shape(moments.mean), batch_stats["mean"].shape)
+    state_checks.moments_shape(function, jnp.shape(moments.mean), batch_stats["mean"].shape)
     has_rows = jnp.ndim(moments.mean) > batch_stats["mean"].ndim
     rows = moments if has_rows else jax.tree.map(lambda a: a[None], moments)
     return update_running_stats(batch_stats, rows, update, between=not has_rows)
@@ -126,10 +127,12 @@ def merge_batch_stats(
       Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
       Variances, 1979.
     """
-    stacked = checks.stacked_batch_stats("merge_batch_stats", stacked)
+    stacked = state_checks.stacked_batch_stats("merge_batch_stats", stacked)
     between = arguments.boolean("merge_batch_stats", "between", between)
     mean, var, count = lax.stop_gradient([stacked[k] for k in ("mean", "var", "count")])
-    weights = count if counts is None else checks.weights("merge_batch_stats", counts, count.shape)
+    weights = (
+        count if counts is None else state_checks.weights("merge_batch_stats", counts, count.shape)
+    )
     weights = weights.astype(widen(mean).dtype)
     weights = jnp.where(jnp.any(weights > 0), weights, jnp.ones_like(weights))
     weights = weights / jnp.sum(weights)

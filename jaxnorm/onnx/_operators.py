@@ -24,6 +24,7 @@ from jaxnorm._core.sample import Sample, select
 from jaxnorm._core.variables import statistics_dtype
 from jaxnorm._norm import Options as NormOptions
 from jaxnorm._norm import Tracking
+from jaxnorm._stats import state_checks
 from jaxnorm.onnx._primitive import norm_p
 
 
@@ -87,7 +88,7 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
         if OPTIONS.get().update_stats is not None:
             tracking = dataclasses.replace(tracking, update_stats=OPTIONS.get().update_stats)
         if _by_state(function, batch_stats, tracking):
-            state = checks.batch_stats(function, batch_stats, layout.shape(x))
+            state = state_checks.batch_stats(function, batch_stats, layout.shape(x))
             statistics = {key: state[key] for key in ("mean", "var")}
             mask = checks.mask(function, options.mask, x.shape)
             # With the state, any axis except the channels can be the first.
@@ -143,8 +144,8 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _by_state(function: str, batch_stats: Any, tracking: Tracking) -> bool:
     """Whether to normalize by the running statistics; raises if they would be updated."""
-    by_state, moves = tracking.mode(function, batch_stats is not None)
-    if moves:
+    tracking = tracking.checked(function, batch_stats is not None)
+    if tracking.update_stats:
         raise ValueError(
             f"{function}: the running statistics should not move in an export, because a graph "
             f"keeps no state, but they do with use_running_average={tracking.use_running_average} "
@@ -152,7 +153,7 @@ def _by_state(function: str, batch_stats: Any, tracking: Tracking) -> bool:
             f"use_running_average=True, in NNX model.eval(); to normalize by the batch, or by each "
             f"sample, write update_stats=False, or to_onnx(..., update_stats=False) for all norms"
         )
-    return by_state
+    return bool(tracking.use_running_average)
 
 
 def _alone(function: str, mapped_axes: MappedAxes) -> None:
