@@ -62,6 +62,7 @@ def write_report(path: Path) -> str:
     path.with_suffix(".md").write_text(text)
     if steps:
         plot(steps, found, path.with_suffix(".png"))
+        plot_ratios(steps, found, path.with_name(f"{path.stem}-ratios.png"))
     return text
 
 
@@ -278,6 +279,61 @@ def plot(steps: list[Row], targets: list[str], path: Path) -> None:
         size=11,
     )
     drawing.savefig(path, dpi=130)
+
+
+def plot_ratios(steps: list[Row], targets: list[str], path: Path) -> None:
+    """The figures and the peak temporaries of each step, divided by those with Flax's norms."""
+    steps = [row for row in steps if not row["job"]["full"]]
+    units = (f"{'cycles' if is_tpu(target) else 'bytes moved'} on {target}" for target in targets)
+    drawing = matplotlib.figure.Figure(figsize=(9, 0.4 * len(steps) + 1.3), layout="constrained")
+    panels = drawing.subplots(1, 2, sharex=True, sharey=True)
+    for axes, title, of in (
+        (
+            panels[0],
+            " or ".join(units),
+            lambda row, target: ratio_to(row, target, twin(row["job"])),
+        ),
+        (panels[1], "peak of temporary memory", ratio_of_temporaries),
+    ):
+        for k, target in enumerate(targets):
+            for i, row in enumerate(steps):
+                y = i + 0.3 * (k - (len(targets) - 1) / 2)
+                value = of(row, target)
+                if value is None:
+                    reason = missing(row["targets"].get(target, {}).get(twin(row["job"]), {}))
+                    axes.text(1.005, y, f"Flax: {reason}", size=7, va="center")
+                    continue
+                axes.plot([1, value], [y, y], color=f"C{k}", linewidth=3, solid_capstyle="butt")
+                axes.plot(value, y, "osD^"[k], color=f"C{k}", label="" if i else target)
+                offset, side = (6, "left") if value >= 1 else (-6, "right")
+                axes.annotate(
+                    f"{value:.2f}",
+                    (value, y),
+                    (offset, 0),
+                    textcoords="offset points",
+                    ha=side,
+                    va="center",
+                    size=7,
+                )
+        axes.set_title(title, size=9)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.12)
+    panels[0].set_yticks(range(len(steps)), [row["job"]["model"] for row in steps])
+    panels[0].invert_yaxis()
+    panels[0].legend(loc="upper left", fontsize=8)
+    drawing.suptitle(
+        "A training step with jaxnorm, relative to Flax's norms: lower is better", size=11
+    )
+    drawing.savefig(path, dpi=130)
+
+
+def ratio_of_temporaries(row: Row, target: str) -> float | None:
+    """jaxnorm's peak of temporary memory divided by Flax's."""
+    answers = row["targets"].get(target, {})
+    ours, other = (answers.get(name, {}) for name in (OURS, twin(row["job"])))
+    return ratio(ours.get("temporaries"), other.get("temporaries"))
 
 
 def draw_panel(axes: Any, answers: dict[str, Answer], target: str, libraries: list[str]) -> None:

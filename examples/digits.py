@@ -264,6 +264,7 @@ def table(runs: dict[str, Run], test: Images) -> str:
 
 
 NOTES = """\
+What to see: which statistics keep the accuracy when the images change.
 changed: half the contrast, and brighter: x -> 0.5 x + 0.4 for x in [0, 1].
 as evaluated: by the running statistics where the model has them, else by its own.
 own statistics: the single image's for InstanceNorm, all the test images' for BatchNorm.
@@ -289,13 +290,17 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     right.legend(title="after the last epoch", frameon=False)
+    figure.suptitle("What to see: how fast each network learns, and how well it reads new images")
     figure.savefig(path, dpi=150)
 
 
 def draw_mistakes(runs: dict[str, Run], test: Images, path: Path) -> None:
     """One row per model: the first test images that it misclassifies."""
-    figure = matplotlib.figure.Figure(figsize=(12, 1.45 * len(runs)))
-    rows = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
+    figure = matplotlib.figure.Figure(figsize=(12, 0.4 + 1.45 * len(runs)))
+    heights = [0.4, *[1.45] * len(runs)]
+    top, *rows = figure.subfigures(len(heights), 1, height_ratios=heights)
+    title = "What to see: which digits each network misreads, and whether you read them right"
+    top.suptitle(title, y=0.8)
     for row, (name, run), (color, _) in zip(rows, runs.items(), STYLES, strict=True):
         predicted = np.asarray(predict(run.state, test.images))
         wrong = np.flatnonzero(predicted != test.labels)
