@@ -1,9 +1,10 @@
 """What the Linen and NNX layers share: from the attributes of a layer to one call.
 
 A layer is a module of Linen or NNX with the attributes of Flax's own classes. This file has the
-shapes of its variables and the meaning of the attributes; the two modules declare the variables.
+meaning of the attributes; `_linen_base.py` and `_nnx_base.py` declare the variables.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jaxnorm import functional
 from jaxnorm._core import arguments, checks
 from jaxnorm._core.layout import Layout
 from jaxnorm._core.variables import Affine, BatchStats
+
+Norm = Callable[..., tuple[jax.Array, BatchStats | None]]
 
 
 class Default(float):
@@ -55,10 +58,14 @@ def check(layer: Any, *, infers_channels: bool) -> None:
         if switch in held:
             arguments.boolean(name, switch, held[switch])
     if "momentum" in held:
-        check_momentum(layer)
+        _check_momentum(layer)
+    if "r_max" in held:
+        _check_limits(layer)
+    if "num_groups" in held:
+        _check_groups(layer)
 
 
-def check_momentum(layer: Any) -> None:
+def _check_momentum(layer: Any) -> None:
     """Momentum weighs the new value and decay the old one; Flax's momentum is our decay."""
     name, momentum, decay = type(layer).__name__, layer.momentum, layer.decay
     if decay is not None and not isinstance(momentum, Default):
@@ -77,7 +84,7 @@ def check_momentum(layer: Any) -> None:
         )
 
 
-def check_limits(layer: Any) -> None:
+def _check_limits(layer: Any) -> None:
     """A batch renorm corrects within limits, towards running statistics."""
     arguments.limits(type(layer).__name__, layer.r_max, layer.d_max)
     if not layer.track_running_stats:
@@ -87,7 +94,7 @@ def check_limits(layer: Any) -> None:
         )
 
 
-def check_groups(layer: Any) -> None:
+def _check_groups(layer: Any) -> None:
     """The groups are said by their number or by their size."""
     if (layer.num_groups is None) == (layer.group_size is None):
         raise ValueError(
@@ -99,7 +106,7 @@ def check_groups(layer: Any) -> None:
 
 def number_of_groups(layer: Any, channels: int) -> int:
     """Into how many groups the channels are divided, none left over."""
-    check_groups(layer)
+    _check_groups(layer)
     said = "num_groups" if layer.group_size is None else "group_size"
     divisor = arguments.whole(
         type(layer).__name__, said, getattr(layer, said), "it divides the channels"
@@ -112,36 +119,41 @@ def number_of_groups(layer: Any, channels: int) -> int:
     return divisor if said == "num_groups" else channels // divisor
 
 
-# ---- Which axes: in rising order, as Flax lays its parameters out ----
+# ---- The axes of the parameters: in rising order, as Flax lays its parameters out ----
 
 
-def channel_axes(layer: Any, ndim: int) -> tuple[int, ...]:
-    """The channel axes of a batch norm, whose input has a rank that it takes."""
+def batch_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The channel axes, for an input whose rank the layer takes."""
     _check_rank(layer, ndim)
     return _sorted_axes(layer, "axis", ndim)
 
 
-def instance_axes(layer: Any, ndim: int) -> tuple[int | None, tuple[int, ...]]:
-    """The batch axis, None for a layer of known rank that gets one sample, and the channel axes.
-
-    The channel axes are said for a batch; one sample lacks the axis in front of them.
-    """
+def instance_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The channel axes, which are given for a batch; one sample lacks the axis in front of them."""
     _check_rank(layer, ndim)
-    batched = ndim if layer.ranks is None else layer.ranks[-1]
-    axes = _sorted_axes(layer, "feature_axes", batched)
+    missing = 1 if _is_one_sample(layer, ndim) else 0
+    axes = _sorted_axes(layer, "feature_axes", ndim + missing)
     if 0 in axes:
         raise ValueError(
             f"{type(layer).__name__}: feature_axes should not hold axis 0, because it is that of "
             f"the samples, but is {layer.feature_axes}"
         )
-    if ndim == batched:
-        return 0, axes
-    return None, tuple(a - 1 for a in axes)
+    return tuple(a - missing for a in axes)
+
+
+def group_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The last axis, as Flax has no argument for another."""
+    return (ndim - 1,)
 
 
 def feature_axes(layer: Any, ndim: int) -> tuple[int, ...]:
     """The axes of the parameters of a layer or RMS norm."""
     return _sorted_axes(layer, "feature_axes", ndim)
+
+
+def _is_one_sample(layer: Any, ndim: int) -> bool:
+    """Whether an instance norm of known rank gets an input without the axis of the samples."""
+    return layer.ranks is not None and ndim < layer.ranks[-1]
 
 
 def _sorted_axes(layer: Any, attribute: str, ndim: int) -> tuple[int, ...]:
@@ -157,6 +169,22 @@ def _check_rank(layer: Any, ndim: int) -> None:
 
 
 # ---- The call ----
+
+
+def normalize_and_update(
+    layer: Any,
+    x: ArrayLike,
+    params: Affine,
+    batch_stats: BatchStats | None,
+    write_back: Callable[[Any, BatchStats], None],
+    **call: Any,
+) -> jax.Array:
+    """Calls the norm of the layer, and writes the running statistics back if they were updated."""
+    norm: Norm = layer._norm
+    y, new_batch_stats = norm(layer, x, params, batch_stats, **call)
+    if new_batch_stats is not None and new_batch_stats is not batch_stats:
+        write_back(layer, new_batch_stats)
+    return y
 
 
 def batch_norm(
@@ -179,14 +207,14 @@ def instance_norm(
     layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats | None, **call: Any
 ) -> tuple[jax.Array, BatchStats | None]:
     """`jaxnorm.instance_norm` as the layer's attributes and the call say."""
-    batch_axis, channel_axis = instance_axes(layer, jnp.ndim(x))
+    ndim = jnp.ndim(x)
     return functional.instance_norm(
         x,
         params,
         batch_stats,
-        channel_axis=channel_axis,
-        batch_axis=batch_axis,
-        **_tracked_options(layer, jnp.ndim(x), **call),
+        channel_axis=instance_norm_axes(layer, ndim),
+        batch_axis=None if _is_one_sample(layer, ndim) else 0,
+        **_tracked_options(layer, ndim, **call),
     )
 
 
@@ -269,7 +297,7 @@ def _batch_options(
 ) -> dict[str, Any]:
     """The arguments of batch norm. It is initialized with any number of samples."""
     return {
-        "channel_axis": channel_axes(layer, jnp.ndim(x)),
+        "channel_axis": batch_norm_axes(layer, jnp.ndim(x)),
         "virtual_batch_size": None if initializing else layer.virtual_batch_size,
         **_tracked_options(layer, jnp.ndim(x), initializing=initializing, **call),
     }

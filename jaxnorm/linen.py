@@ -1,35 +1,22 @@
-"""The layers of flax.linen: declare variables, call a function, write the state back."""
+"""The layers of flax.linen: the arguments of Flax's own, and those of the functions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax import errors
 from flax.typing import Dtype, Initializer
-from jax.typing import ArrayLike
 
 import jaxnorm
-from jaxnorm import _layers
-from jaxnorm._core import checks
+from jaxnorm import _layers, _linen_base
 from jaxnorm._core.collectives import AxisName
-from jaxnorm._core.variables import Affine, BatchStats, init_batch_stats
 from jaxnorm.functional import Limit
 
-Norm = Callable[..., tuple[jax.Array, BatchStats | None]]
 
-
-class _Norm(nn.Module):
-    """What all layers check before there is an input."""
-
-    def __post_init__(self) -> None:
-        _layers.check(self, infers_channels=True)
-        super().__post_init__()
-
-
-class BatchNorm(_Norm):
+class BatchNorm(_linen_base.Tracked):
     """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` as a layer.
+
+    The input has the shape (N, C) or (N, *space, C), unless `axis` names other channel axes.
 
     A drop-in replacement for flax.linen.BatchNorm, with the same arguments, parameters and
     collection. The differences: `momentum` is the weight of the new value and defaults to 0.1
@@ -106,31 +93,8 @@ class BatchNorm(_Norm):
     skip_nonfinite: bool = True
     virtual_batch_size: int | None = None
 
-    norm: ClassVar[Norm] = staticmethod(_layers.batch_norm)
-    ranks: ClassVar[tuple[int, ...] | None] = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        update_stats: bool | None = None,
-        mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalizes x, and updates the running statistics in training.
-
-        Args:
-          x: the input, of shape (N, C) or (N, *space, C), any float dtype.
-          use_running_average: as the attribute; one of the two is to be given.
-          update_stats: as the attribute, which it overrides.
-          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
-
-        Returns:
-          y, with the shape of x.
-        """
-        axes = _layers.channel_axes(self, jnp.ndim(x))
-        return _tracked_norm(self, self.norm, x, axes, use_running_average, update_stats, mask)
+    _norm: ClassVar[_layers.Norm] = staticmethod(_layers.batch_norm)
+    _param_axes = staticmethod(_layers.batch_norm_axes)
 
 
 class BatchRenorm(BatchNorm):
@@ -170,16 +134,13 @@ class BatchRenorm(BatchNorm):
     r_max: Limit = 3.0
     d_max: Limit = 5.0
 
-    norm = staticmethod(_layers.batch_renorm)
-
-    def __post_init__(self) -> None:
-        """Checks what can be checked before there is an input."""
-        _layers.check_limits(self)
-        super().__post_init__()
+    _norm = staticmethod(_layers.batch_renorm)
 
 
-class InstanceNorm(_Norm):
+class InstanceNorm(_linen_base.Tracked):
     """Normalizes each channel of each sample: `jaxnorm.instance_norm` as a layer.
+
+    The input has the shape (N, *space, C), unless `feature_axes` names other channel axes.
 
     A drop-in replacement for flax.linen.InstanceNorm, with the same arguments and parameters. The
     differences: y has the dtype of x unless `dtype` is given; the statistics are accurate at any
@@ -249,36 +210,14 @@ class InstanceNorm(_Norm):
     track_running_stats: bool = False
     skip_nonfinite: bool = True
 
-    ranks: ClassVar[tuple[int, ...] | None] = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        update_stats: bool | None = None,
-        mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalizes x, and updates the running statistics, if there are any, in training.
-
-        Args:
-          x: the input, of shape (N, *space, C), any float dtype.
-          use_running_average: as the attribute; one of the two is to be given if the layer tracks.
-          update_stats: as the attribute, which it overrides.
-          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
-
-        Returns:
-          y, with the shape of x.
-        """
-        _, axes = _layers.instance_axes(self, jnp.ndim(x))
-        return _tracked_norm(
-            self, _layers.instance_norm, x, axes, use_running_average, update_stats, mask
-        )
+    _norm = staticmethod(_layers.instance_norm)
+    _param_axes = staticmethod(_layers.instance_norm_axes)
 
 
-class GroupNorm(_Norm):
+class GroupNorm(_linen_base.Untracked):
     """Normalizes each group of channels of each sample: `jaxnorm.group_norm` as a layer.
+
+    The input has the shape (N, *space, C).
 
     A drop-in replacement for flax.linen.GroupNorm, with the same arguments and parameters. The
     differences: y has the dtype of x unless `dtype` is given; the statistics are accurate at any
@@ -331,28 +270,14 @@ class GroupNorm(_Norm):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
-    def __post_init__(self) -> None:
-        """Checks what can be checked before there is an input."""
-        _layers.check_groups(self)
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x.
-
-        Args:
-          x: the input, of shape (N, *space, C), any float dtype.
-          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
-
-        Returns:
-          y, with the shape of x.
-        """
-        params = _params(self, jnp.shape(x)[-1:], jnp.shape(x))
-        return _layers.group_norm(self, x, params, mask=mask, initializing=self.is_initializing())
+    _norm = staticmethod(_layers.group_norm)
+    _param_axes = staticmethod(_layers.group_norm_axes)
 
 
-class LayerNorm(_Norm):
+class LayerNorm(_linen_base.Untracked):
     """Normalizes over the features: `jaxnorm.layer_norm` as a layer.
+
+    The input may have any number of axes.
 
     A drop-in replacement for flax.linen.LayerNorm, with the same arguments and parameters. The
     differences: y has the dtype of x unless `dtype` is given; the statistics are accurate at any
@@ -403,22 +328,14 @@ class LayerNorm(_Norm):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
-    @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x.
-
-        Args:
-          x: the input, any float dtype.
-          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
-
-        Returns:
-          y, with the shape of x.
-        """
-        return _feature_norm(self, _layers.layer_norm, x, mask)
+    _norm = staticmethod(_layers.layer_norm)
+    _param_axes = staticmethod(_layers.feature_axes)
 
 
-class RMSNorm(_Norm):
+class RMSNorm(_linen_base.Untracked):
     """Divides by the root mean square of the features: `jaxnorm.rms_norm` as a layer.
+
+    The input may have any number of axes.
 
     A drop-in replacement for flax.linen.RMSNorm, with the same arguments and parameters. The
     difference: y has the dtype of x unless `dtype` is given.
@@ -433,7 +350,7 @@ class RMSNorm(_Norm):
       feature_axes: the axes of the scale.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
       axis_index_groups: lists of indices along axis_name that hold one row of features together.
-      use_fast_variance: accepted, without effect: there is only one way.
+      use_fast_variance: accepted without effect; there is only one way.
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
 
     Raises:
@@ -463,142 +380,42 @@ class RMSNorm(_Norm):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
-    @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x.
-
-        Args:
-          x: the input, any float dtype.
-          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
-
-        Returns:
-          y, with the shape of x.
-        """
-        return _feature_norm(self, _layers.rms_norm, x, mask)
+    _norm = staticmethod(_layers.rms_norm)
+    _param_axes = staticmethod(_layers.feature_axes)
 
 
 class BatchNorm1d(BatchNorm):
-    """`BatchNorm` for (N, C) and (N, L, C) alone.
-
-    Raises:
-      ValueError: if x has another rank; else as `BatchNorm`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxnorm.linen
-      >>> layer = jaxnorm.linen.BatchNorm1d(use_running_average=False)
-      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 2)))
-      >>> y.shape
-      (4, 6, 2)
-
-    References:
-      torch.nn.BatchNorm1d, PyTorch 2.13.
-    """
+    """`BatchNorm` for (N, C) and (N, L, C) alone, with the same arguments."""
 
     ranks = (2, 3)
 
 
 class BatchNorm2d(BatchNorm):
-    """`BatchNorm` for (N, H, W, C) alone.
-
-    Raises:
-      ValueError: if x has another rank; else as `BatchNorm`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxnorm.linen
-      >>> layer = jaxnorm.linen.BatchNorm2d(use_running_average=False)
-      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 6, 2)))
-      >>> y.shape
-      (4, 6, 6, 2)
-
-    References:
-      torch.nn.BatchNorm2d, PyTorch 2.13.
-    """
+    """`BatchNorm` for (N, H, W, C) alone, with the same arguments."""
 
     ranks = (4,)
 
 
 class BatchNorm3d(BatchNorm):
-    """`BatchNorm` for (N, D, H, W, C) alone.
-
-    Raises:
-      ValueError: if x has another rank; else as `BatchNorm`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxnorm.linen
-      >>> layer = jaxnorm.linen.BatchNorm3d(use_running_average=False)
-      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 6, 6, 2)))
-      >>> y.shape
-      (4, 6, 6, 6, 2)
-
-    References:
-      torch.nn.BatchNorm3d, PyTorch 2.13.
-    """
+    """`BatchNorm` for (N, D, H, W, C) alone, with the same arguments."""
 
     ranks = (5,)
 
 
 class InstanceNorm1d(InstanceNorm):
-    """`InstanceNorm` for (N, L, C), and for one sample (L, C).
-
-    Raises:
-      ValueError: if x has another rank; else as `InstanceNorm`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxnorm.linen
-      >>> layer = jaxnorm.linen.InstanceNorm1d()
-      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 2)))
-      >>> y.shape
-      (4, 6, 2)
-
-    References:
-      torch.nn.InstanceNorm1d, PyTorch 2.13.
-    """
+    """`InstanceNorm` for (N, L, C) or one sample (L, C), with the same arguments."""
 
     ranks = (2, 3)
 
 
 class InstanceNorm2d(InstanceNorm):
-    """`InstanceNorm` for (N, H, W, C), and for one sample (H, W, C).
-
-    Raises:
-      ValueError: if x has another rank; else as `InstanceNorm`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxnorm.linen
-      >>> layer = jaxnorm.linen.InstanceNorm2d()
-      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 6, 2)))
-      >>> y.shape
-      (4, 6, 6, 2)
-
-    References:
-      torch.nn.InstanceNorm2d, PyTorch 2.13.
-    """
+    """`InstanceNorm` for (N, H, W, C) or one sample (H, W, C), with the same arguments."""
 
     ranks = (3, 4)
 
 
 class InstanceNorm3d(InstanceNorm):
-    """`InstanceNorm` for (N, D, H, W, C), and for one sample (D, H, W, C).
-
-    Raises:
-      ValueError: if x has another rank; else as `InstanceNorm`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxnorm.linen
-      >>> layer = jaxnorm.linen.InstanceNorm3d()
-      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 6, 6, 6, 2)))
-      >>> y.shape
-      (4, 6, 6, 6, 2)
-
-    References:
-      torch.nn.InstanceNorm3d, PyTorch 2.13.
-    """
+    """`InstanceNorm` for (N, D, H, W, C) or one sample (D, H, W, C), with the same arguments."""
 
     ranks = (4, 5)
 
@@ -614,7 +431,7 @@ def recalibrate(
     """Measures a model's running statistics anew over batches: `jaxnorm.recalibrate`.
 
     Args:
-      model: a model with layers of this file.
+      model: a model with layers of `jaxnorm.linen`.
       variables: its variables; they are left as they are.
       batches: the data, each batch as the model's first argument: for pairs with labels, write
         `(x for x, _ in loader)`.
@@ -653,95 +470,3 @@ def recalibrate(
         step, variables.get("batch_stats", {}), batches, others, progress=progress
     )
     return {**others, "batch_stats": batch_stats}
-
-
-def _tracked_norm(
-    module: BatchNorm | InstanceNorm,
-    norm: Norm,
-    x: ArrayLike,
-    axes: tuple[int, ...],
-    use_running_average: bool | None,
-    update_stats: bool | None,
-    mask: ArrayLike | None,
-) -> jax.Array:
-    """Declares the variables, calls the norm, and writes the state back if it moved."""
-    shape = tuple(jnp.shape(x)[a] for a in axes)
-    batch_stats = None
-    if module.track_running_stats:
-        use_running_average = nn.merge_param(
-            "use_running_average", module.use_running_average, use_running_average
-        )
-        batch_stats = _batch_stats(module, shape)
-    y, new_batch_stats = norm(
-        module,
-        x,
-        _params(module, shape, jnp.shape(x)),
-        batch_stats,
-        use_running_average=use_running_average,
-        update_stats=update_stats,
-        mask=mask,
-        initializing=module.is_initializing(),
-    )
-    if new_batch_stats is not None and new_batch_stats is not batch_stats:
-        _write_back(module, new_batch_stats)
-    return y
-
-
-def _feature_norm(
-    module: LayerNorm | RMSNorm,
-    norm: Callable[..., jax.Array],
-    x: ArrayLike,
-    mask: ArrayLike | None,
-) -> jax.Array:
-    """Declares the parameters and calls the norm."""
-    axes = _layers.feature_axes(module, jnp.ndim(x))
-    params = _params(module, tuple(jnp.shape(x)[a] for a in axes), jnp.shape(x))
-    return norm(module, x, params, mask=mask, initializing=module.is_initializing())
-
-
-def _params(module: nn.Module, shape: tuple[int, ...], of: tuple[int, ...]) -> Affine:
-    """The layer's parameters, made while it is initialized, for an input of this shape."""
-    names = [name for name in ("scale", "bias") if getattr(module, f"use_{name}", False)]
-    try:
-        params = {
-            name: module.param(name, getattr(module, f"{name}_init"), shape, module.param_dtype)
-            for name in names
-        }
-    except errors.ScopeParamShapeError as error:
-        made: Any = module.get_variable("params", names[0])
-        raise ValueError(
-            f"{type(module).__name__}: the parameters should have the channels' shape {shape}, but "
-            f"were made for {made.shape}{checks.other_axis('', made.shape, of)}; {error}"
-        ) from error
-    return cast(Affine, params)
-
-
-def _batch_stats(module: nn.Module, shape: tuple[int, ...]) -> BatchStats:
-    """The layer's running statistics, made while it is initialized."""
-    if module.is_initializing():
-        first = init_batch_stats(shape, dtype=module.param_dtype)
-        for key, value in first.items():
-            module.variable("batch_stats", key, lambda value=value: value)
-    keys = ("mean", "var", "count", "accumulation")
-    found: dict[str, Any] = {key: module.get_variable("batch_stats", key) for key in keys}
-    if all(value is None for value in found.values()):
-        raise ValueError(
-            f"{type(module).__name__}: the variables should hold this layer's batch_stats, because "
-            f"it tracks running statistics, but do not; write model.apply({{'params': params, "
-            f"'batch_stats': batch_stats}}, ...) with the batch_stats that init made and training "
-            f"moved, or track_running_stats=False for a layer without them"
-        )
-    return cast(BatchStats, found)
-
-
-def _write_back(module: nn.Module, batch_stats: BatchStats) -> None:
-    """Stores the moved statistics in the collection, which is to be mutable."""
-    if not module.is_mutable_collection("batch_stats"):
-        raise ValueError(
-            f"{type(module).__name__}: batch_stats should be mutable, because the running "
-            f"statistics move in training, but it is not; write y, updates = model.apply("
-            f"variables, x, ..., mutable=['batch_stats']) and go on with updates['batch_stats'], "
-            f"or use_running_average=True to evaluate, or update_stats=False to leave them"
-        )
-    for key, value in batch_stats.items():
-        module.put_variable("batch_stats", key, value)

@@ -1,5 +1,6 @@
 """Tests the layers of flax.linen."""
 
+import dataclasses
 import re
 
 import chex
@@ -85,7 +86,7 @@ def test_flax_arguments_give_flax_parameters_state_and_outputs(name, axes, optio
 
 @pytest.mark.parametrize("name", ["BatchNorm", "InstanceNorm"])
 def test_the_constructor_has_flax_s_arguments_in_their_order(name):
-    ours, flaxs = (list(getattr(m, name).__dataclass_fields__) for m in (jnn, nn))
+    ours, flaxs = ([f.name for f in dataclasses.fields(getattr(m, name))] for m in (jnn, nn))
     flaxs = [field for field in flaxs if field not in ("parent", "name")]
     assert ours[: len(flaxs)] == flaxs
     defaults = {

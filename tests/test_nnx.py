@@ -92,6 +92,14 @@ def test_the_variables_are_params_and_batch_stats():
     assert set(nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))) == {"mean", "var", "count"}
 
 
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm"])
+def test_tabulate_shows_a_model_s_variables(name):
+    model = nnx.Sequential(getattr(jnn, name)(8, rngs=nnx.Rngs(0)))
+    table = nnx.tabulate(model, X, console_kwargs={"width": 200})
+    for variable in ("scale", "bias", *(("mean", "var", "count") if name == "BatchNorm" else ())):
+        assert f"{variable}: " in table
+
+
 def test_a_layer_of_known_rank_refuses_other_ranks_and_takes_one_sample():
     layer = jnn.InstanceNorm2d(8, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(layer(X[2]), layer(X)[2], rtol=0, atol=1e-6)

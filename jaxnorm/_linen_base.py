@@ -1,0 +1,143 @@
+"""The base classes of the layers of flax.linen: their variables and the call."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import errors
+from jax.typing import ArrayLike
+
+from jaxnorm import _layers
+from jaxnorm._core import checks
+from jaxnorm._core.variables import Affine, BatchStats, init_batch_stats
+
+
+class Norm(nn.Module):
+    """The checks of all layers before there is an input."""
+
+    # The axes of x that the parameters have, from the layer and the rank of x.
+    _param_axes: ClassVar[Callable[..., tuple[int, ...]]]
+
+    def __post_init__(self) -> None:
+        _layers.check(self, infers_channels=True)
+        super().__post_init__()
+
+
+class Tracked(Norm):
+    """The call of the layers that may have running statistics."""
+
+    _norm: ClassVar[_layers.Norm]
+    ranks: ClassVar[tuple[int, ...] | None] = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        update_stats: bool | None = None,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x, and updates the running statistics, if there are any, in training.
+
+        Args:
+          x: the input, of the shape that the class describes, any float dtype.
+          use_running_average: as the attribute; with running statistics, give just one of the two.
+          update_stats: as the attribute, which it overrides.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
+
+        Returns:
+          y, with the shape of x.
+        """
+        batch_stats = None
+        if self.track_running_stats:
+            use_running_average = nn.merge_param(
+                "use_running_average", self.use_running_average, use_running_average
+            )
+            batch_stats = _batch_stats(self, x)
+        return _layers.normalize_and_update(
+            self,
+            x,
+            _params(self, x),
+            batch_stats,
+            _write_back,
+            use_running_average=use_running_average,
+            update_stats=update_stats,
+            mask=mask,
+            initializing=self.is_initializing(),
+        )
+
+
+class Untracked(Norm):
+    """The call of the layers without running statistics."""
+
+    _norm: ClassVar[Callable[..., jax.Array]]
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, of the shape that the class describes, any float dtype.
+          mask: bool, with the rank of x and broadcasting against x. True marks entries to include.
+
+        Returns:
+          y, with the shape of x.
+        """
+        initializing = self.is_initializing()
+        return self._norm(self, x, _params(self, x), mask=mask, initializing=initializing)
+
+
+def _shape(module: Norm, x: ArrayLike) -> tuple[int, ...]:
+    return tuple(jnp.shape(x)[a] for a in module._param_axes(module, jnp.ndim(x)))
+
+
+def _params(module: Norm, x: ArrayLike) -> Affine:
+    """The layer's parameters, made while it is initialized."""
+    shape = _shape(module, x)
+    names = [name for name in ("scale", "bias") if getattr(module, f"use_{name}", False)]
+    try:
+        params = {
+            name: module.param(name, getattr(module, f"{name}_init"), shape, module.param_dtype)
+            for name in names
+        }
+    except errors.ScopeParamShapeError as error:
+        made: Any = module.get_variable("params", names[0])
+        raise ValueError(
+            f"{type(module).__name__}: the parameters should have the channels' shape {shape}, but "
+            f"were made for {made.shape}{checks.other_axis('', made.shape, jnp.shape(x))}; {error}"
+        ) from error
+    return cast(Affine, params)
+
+
+def _batch_stats(module: Norm, x: ArrayLike) -> BatchStats:
+    """The layer's running statistics, made while it is initialized."""
+    if module.is_initializing():
+        first = init_batch_stats(_shape(module, x), dtype=module.param_dtype)
+        for key, value in first.items():
+            module.variable("batch_stats", key, lambda value=value: value)
+    keys = ("mean", "var", "count", "accumulation")
+    found: dict[str, Any] = {key: module.get_variable("batch_stats", key) for key in keys}
+    if all(value is None for value in found.values()):
+        raise ValueError(
+            f"{type(module).__name__}: the variables should hold this layer's batch_stats, because "
+            f"it tracks running statistics, but do not; write model.apply({{'params': params, "
+            f"'batch_stats': batch_stats}}, ...) with the batch_stats that init made and training "
+            f"moved, or track_running_stats=False for a layer without them"
+        )
+    return cast(BatchStats, found)
+
+
+def _write_back(module: Norm, batch_stats: BatchStats) -> None:
+    """Stores the moved statistics in the collection, which is to be mutable."""
+    if not module.is_mutable_collection("batch_stats"):
+        raise ValueError(
+            f"{type(module).__name__}: batch_stats should be mutable, because the running "
+            f"statistics move in training, but it is not; write y, updates = model.apply("
+            f"variables, x, ..., mutable=['batch_stats']) and go on with updates['batch_stats'], "
+            f"or use_running_average=True to evaluate, or update_stats=False to leave them"
+        )
+    for key, value in batch_stats.items():
+        module.put_variable("batch_stats", key, value)

@@ -1,0 +1,128 @@
+"""Accumulation and recalibration in models of flax.nnx: the states of all layers at once."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flax import nnx
+from jax.typing import ArrayLike
+
+import jaxnorm
+from jaxnorm._core.variables import BatchStats
+from jaxnorm._nnx_base import Tracked, read_batch_stats, write_back
+
+
+def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
+    """Makes the batches from here on one update of each layer: `jaxnorm.begin_accumulation`.
+
+    Args:
+      model: a model with layers of `jaxnorm.nnx`, which are changed in place.
+      when: a bool, traced or not: whether to begin anew; layers that do not accumulate yet begin
+        in any case.
+
+    Raises:
+      ValueError: if no layer of the model has running statistics.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> x = jnp.array([[0.0], [1.0], [5.0], [6.0]])
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jaxnorm.nnx.begin_accumulation(layer)
+      >>> y = layer(x[:2]), layer(x[2:])
+      >>> print(layer.mean[...], layer.count[...])
+      [0.3] 1
+
+    References:
+      As `jaxnorm.begin_accumulation`.
+    """
+    layers = dict(_tracking(model))
+    states = {name: read_batch_stats(layer) for name, layer in layers.items()}
+    for name, state in jaxnorm.begin_accumulation(states, when).items():
+        layers[name].accumulation = nnx.BatchStat(state["accumulation"])
+
+
+def end_accumulation(model: nnx.Module) -> None:
+    """Makes each batch an update of its own again; the running statistics stay as they are.
+
+    Args:
+      model: a model with layers of `jaxnorm.nnx`, which are changed in place.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jaxnorm.nnx.begin_accumulation(layer)
+      >>> jaxnorm.nnx.end_accumulation(layer)
+      >>> layer.accumulation is None
+      True
+
+    References:
+      As `jaxnorm.end_accumulation`.
+    """
+    for _, layer in _tracking(model):
+        layer.accumulation = nnx.data(None)
+
+
+def recalibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    progress: Callable[[int], Any] | None = None,
+    **call: Any,
+) -> None:
+    """Measures a model's running statistics anew over batches: `jaxnorm.recalibrate`.
+
+    The layers of `jaxnorm.nnx` normalize by the batch for it, whatever the model's mode; other
+    layers, such as dropout, are in the mode that they are in.
+
+    Args:
+      model: a model with layers of `jaxnorm.nnx`, whose running statistics are set at the end.
+      batches: the data, each batch as the model's first argument: for pairs with labels, write
+        `(x for x, _ in loader)`.
+      progress: called after each batch with the number of batches done.
+      **call: the other arguments of the model.
+
+    Raises:
+      ValueError: as `jaxnorm.recalibrate`; the model is then as it was.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> x = jnp.array([[1.0], [2.0], [3.0], [6.0], [8.0]])
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jaxnorm.nnx.recalibrate(layer, [x[:2], x[2:]])
+      >>> print(layer.mean[...], layer.var[...])
+      [4.] [8.5]
+
+    References:
+      As `jaxnorm.recalibrate`.
+    """
+    graph, variables = nnx.split(model)
+
+    def step(batch_stats: dict[str, Any], batch: Any, variables: Any) -> dict[str, BatchStats]:
+        copy = nnx.merge(graph, variables, copy=True)
+        layers = dict(_tracking(copy))
+        for name, layer in layers.items():
+            layer.use_running_average, layer.update_stats = False, None
+            layer.accumulation = nnx.BatchStat(batch_stats[name]["accumulation"])
+            write_back(layer, batch_stats[name])
+        copy(batch, **call)
+        return {name: read_batch_stats(layer) for name, layer in layers.items()}
+
+    layers = dict(_tracking(model))
+    states = {name: read_batch_stats(layer) for name, layer in layers.items()}
+    new = jaxnorm.recalibrate(step, states, batches, variables, progress=progress)
+    end_accumulation(model)
+    for name, layer in layers.items():
+        write_back(layer, new[name])
+
+
+def _tracking(model: nnx.Module) -> list[tuple[str, Tracked]]:
+    """The layers that have running statistics, by their paths in the model."""
+    return [
+        (".".join(map(str, path)), module)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Tracked) and hasattr(module, "mean")
+    ]
