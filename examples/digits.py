@@ -298,10 +298,10 @@ def draw_mistakes(runs: dict[str, Run], test: Images, path: Path) -> None:
     """One row per model: the first test images that it misclassifies."""
     figure = matplotlib.figure.Figure(figsize=(12, 0.4 + 1.45 * len(runs)))
     heights = [0.4, *[1.45] * len(runs)]
-    top, *rows = figure.subfigures(len(heights), 1, height_ratios=heights)
+    panels = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     title = "What to see: which digits each network misreads, and whether you read them right"
-    top.suptitle(title, y=0.8)
-    for row, (name, run), (color, _) in zip(rows, runs.items(), STYLES, strict=True):
+    panels[0].suptitle(title, y=0.8)
+    for row, (name, run), (color, _) in zip(panels[1:], runs.items(), STYLES, strict=True):
         predicted = np.asarray(predict(run.state, test.images))
         wrong = np.flatnonzero(predicted != test.labels)
         title = f"{name}: {len(wrong)} of {len(test.labels)} test images wrong"

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 import jaxnorm
-from jaxnorm import _layers, _linen_base
 from jaxnorm._core.collectives import AxisName
+from jaxnorm._layers import attributes, calls, linen_base
 from jaxnorm.functional import Limit
 
 
-class BatchNorm(_linen_base.Tracked):
+class BatchNorm(linen_base.Tracked):
     """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` as a layer.
 
     The input has the shape (N, C) or (N, *space, C), unless `axis` names other channel axes.
@@ -75,7 +75,7 @@ class BatchNorm(_linen_base.Tracked):
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: float | None = _layers.MOMENTUM
+    momentum: float | None = attributes.MOMENTUM
     epsilon: float = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -93,8 +93,8 @@ class BatchNorm(_linen_base.Tracked):
     skip_nonfinite: bool = True
     virtual_batch_size: int | None = None
 
-    _norm: ClassVar[_layers.Norm] = staticmethod(_layers.batch_norm)
-    _param_axes = staticmethod(_layers.batch_norm_axes)
+    _norm: ClassVar[calls.Norm] = staticmethod(calls.batch_norm)
+    _param_axes = staticmethod(attributes.batch_norm_axes)
 
 
 class BatchRenorm(BatchNorm):
@@ -134,10 +134,10 @@ class BatchRenorm(BatchNorm):
     r_max: Limit = 3.0
     d_max: Limit = 5.0
 
-    _norm = staticmethod(_layers.batch_renorm)
+    _norm = staticmethod(calls.batch_renorm)
 
 
-class InstanceNorm(_linen_base.Tracked):
+class InstanceNorm(linen_base.Tracked):
     """Normalizes each channel of each sample: `jaxnorm.instance_norm` as a layer.
 
     The input has the shape (N, *space, C), unless `feature_axes` names other channel axes.
@@ -204,17 +204,17 @@ class InstanceNorm(_linen_base.Tracked):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     use_running_average: bool | None = None
-    momentum: float | None = _layers.MOMENTUM
+    momentum: float | None = attributes.MOMENTUM
     decay: float | None = None
     update_stats: bool | None = None
     track_running_stats: bool = False
     skip_nonfinite: bool = True
 
-    _norm = staticmethod(_layers.instance_norm)
-    _param_axes = staticmethod(_layers.instance_norm_axes)
+    _norm = staticmethod(calls.instance_norm)
+    _param_axes = staticmethod(attributes.instance_norm_axes)
 
 
-class GroupNorm(_linen_base.Untracked):
+class GroupNorm(linen_base.Untracked):
     """Normalizes each group of channels of each sample: `jaxnorm.group_norm` as a layer.
 
     The input has the shape (N, *space, C).
@@ -270,11 +270,11 @@ class GroupNorm(_linen_base.Untracked):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
-    _norm = staticmethod(_layers.group_norm)
-    _param_axes = staticmethod(_layers.group_norm_axes)
+    _norm = staticmethod(calls.group_norm)
+    _param_axes = staticmethod(attributes.group_norm_axes)
 
 
-class LayerNorm(_linen_base.Untracked):
+class LayerNorm(linen_base.Untracked):
     """Normalizes over the features: `jaxnorm.layer_norm` as a layer.
 
     The input may have any number of axes.
@@ -328,11 +328,11 @@ class LayerNorm(_linen_base.Untracked):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
-    _norm = staticmethod(_layers.layer_norm)
-    _param_axes = staticmethod(_layers.feature_axes)
+    _norm = staticmethod(calls.layer_norm)
+    _param_axes = staticmethod(attributes.feature_axes)
 
 
-class RMSNorm(_linen_base.Untracked):
+class RMSNorm(linen_base.Untracked):
     """Divides by the root mean square of the features: `jaxnorm.rms_norm` as a layer.
 
     The input may have any number of axes.
@@ -380,8 +380,8 @@ class RMSNorm(_linen_base.Untracked):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
-    _norm = staticmethod(_layers.rms_norm)
-    _param_axes = staticmethod(_layers.feature_axes)
+    _norm = staticmethod(calls.rms_norm)
+    _param_axes = staticmethod(attributes.feature_axes)
 
 
 class BatchNorm1d(BatchNorm):

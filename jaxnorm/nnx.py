@@ -11,18 +11,18 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers, _nnx_base
 from jaxnorm._core.collectives import AxisName
-from jaxnorm._nnx_models import begin_accumulation as begin_accumulation
-from jaxnorm._nnx_models import end_accumulation as end_accumulation
-from jaxnorm._nnx_models import recalibrate as recalibrate
+from jaxnorm._layers import attributes, calls, nnx_base
+from jaxnorm._layers.nnx_models import begin_accumulation as begin_accumulation
+from jaxnorm._layers.nnx_models import end_accumulation as end_accumulation
+from jaxnorm._layers.nnx_models import recalibrate as recalibrate
 from jaxnorm.functional import Limit
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 ZEROS, ONES = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
 
 
-class BatchNorm(_nnx_base.Tracked):
+class BatchNorm(nnx_base.Tracked):
     """Normalizes each channel over the batch and all other axes: `jaxnorm.batch_norm` in NNX.
 
     The input has the shape (N, C) or (N, *space, C), unless `axis` names other channel axes.
@@ -78,7 +78,7 @@ class BatchNorm(_nnx_base.Tracked):
       flax.nnx.BatchNorm, flax 0.12; torch.nn.BatchNorm2d, PyTorch 2.13.
     """
 
-    _norm: ClassVar[_layers.Norm] = staticmethod(_layers.batch_norm)
+    _norm: ClassVar[calls.Norm] = staticmethod(calls.batch_norm)
 
     axis: int | Sequence[int]
     virtual_batch_size: int | None
@@ -89,7 +89,7 @@ class BatchNorm(_nnx_base.Tracked):
         *,
         use_running_average: bool | None = False,
         axis: int | Sequence[int] = -1,
-        momentum: float | None = _layers.MOMENTUM,
+        momentum: float | None = attributes.MOMENTUM,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -110,7 +110,7 @@ class BatchNorm(_nnx_base.Tracked):
         skip_nonfinite: bool = True,
         virtual_batch_size: int | None = None,
     ) -> None:
-        _nnx_base.declare(self, locals())
+        nnx_base.declare(self, locals())
 
 
 class BatchRenorm(BatchNorm):
@@ -161,7 +161,7 @@ class BatchRenorm(BatchNorm):
       Ioffe, Batch Renormalization, 2017. https://arxiv.org/abs/1702.03275
     """
 
-    _norm = staticmethod(_layers.batch_renorm)
+    _norm = staticmethod(calls.batch_renorm)
 
     r_max: Limit
     d_max: Limit
@@ -174,7 +174,7 @@ class BatchRenorm(BatchNorm):
         d_max: Limit = 5.0,
         use_running_average: bool | None = False,
         axis: int | Sequence[int] = -1,
-        momentum: float | None = _layers.MOMENTUM,
+        momentum: float | None = attributes.MOMENTUM,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -195,10 +195,10 @@ class BatchRenorm(BatchNorm):
         skip_nonfinite: bool = True,
         virtual_batch_size: int | None = None,
     ) -> None:
-        _nnx_base.declare(self, locals())
+        nnx_base.declare(self, locals())
 
 
-class InstanceNorm(_nnx_base.Tracked):
+class InstanceNorm(nnx_base.Tracked):
     """Normalizes each channel of each sample: `jaxnorm.instance_norm` in NNX.
 
     The input has the shape (N, *space, C), unless `feature_axes` names other channel axes.
@@ -248,7 +248,7 @@ class InstanceNorm(_nnx_base.Tracked):
       flax.nnx.InstanceNorm, flax 0.12; torch.nn.InstanceNorm2d, PyTorch 2.13.
     """
 
-    _norm = staticmethod(_layers.instance_norm)
+    _norm = staticmethod(calls.instance_norm)
 
     feature_axes: int | Sequence[int]
 
@@ -272,16 +272,16 @@ class InstanceNorm(_nnx_base.Tracked):
         bias_metadata: Mapping[str, Any] = NONE,
         scale_metadata: Mapping[str, Any] = NONE,
         use_running_average: bool | None = False,
-        momentum: float | None = _layers.MOMENTUM,
+        momentum: float | None = attributes.MOMENTUM,
         decay: float | None = None,
         update_stats: bool | None = None,
         track_running_stats: bool = False,
         skip_nonfinite: bool = True,
     ) -> None:
-        _nnx_base.declare(self, locals())
+        nnx_base.declare(self, locals())
 
 
-class GroupNorm(_nnx_base.Untracked):
+class GroupNorm(nnx_base.Untracked):
     """Normalizes each group of channels of each sample: `jaxnorm.group_norm` in NNX.
 
     The input has the shape (N, *space, C).
@@ -324,7 +324,7 @@ class GroupNorm(_nnx_base.Untracked):
       flax.nnx.GroupNorm, flax 0.12; torch.nn.GroupNorm, PyTorch 2.13.
     """
 
-    _norm = staticmethod(_layers.group_norm)
+    _norm = staticmethod(calls.group_norm)
 
     num_features: int
     num_groups: int | None
@@ -354,11 +354,11 @@ class GroupNorm(_nnx_base.Untracked):
         bias_metadata: Mapping[str, Any] = NONE,
         scale_metadata: Mapping[str, Any] = NONE,
     ) -> None:
-        _nnx_base.declare(self, locals())
-        _layers.number_of_groups(self, num_features)
+        nnx_base.declare(self, locals())
+        attributes.number_of_groups(self, num_features)
 
 
-class LayerNorm(_nnx_base.Untracked):
+class LayerNorm(nnx_base.Untracked):
     """Normalizes over the features: `jaxnorm.layer_norm` in NNX.
 
     The input may have any number of axes.
@@ -401,7 +401,7 @@ class LayerNorm(_nnx_base.Untracked):
       flax.nnx.LayerNorm, flax 0.12; torch.nn.LayerNorm, PyTorch 2.13.
     """
 
-    _norm = staticmethod(_layers.layer_norm)
+    _norm = staticmethod(calls.layer_norm)
 
     use_bias: bool
     reduction_axes: int | Sequence[int]
@@ -428,10 +428,10 @@ class LayerNorm(_nnx_base.Untracked):
         bias_metadata: Mapping[str, Any] = NONE,
         scale_metadata: Mapping[str, Any] = NONE,
     ) -> None:
-        _nnx_base.declare(self, locals())
+        nnx_base.declare(self, locals())
 
 
-class RMSNorm(_nnx_base.Untracked):
+class RMSNorm(nnx_base.Untracked):
     """Divides by the root mean square of the features: `jaxnorm.rms_norm` in NNX.
 
     The input may have any number of axes.
@@ -469,7 +469,7 @@ class RMSNorm(_nnx_base.Untracked):
       flax.nnx.RMSNorm, flax 0.12; torch.nn.RMSNorm, PyTorch 2.13.
     """
 
-    _norm = staticmethod(_layers.rms_norm)
+    _norm = staticmethod(calls.rms_norm)
 
     reduction_axes: int | Sequence[int]
     feature_axes: int | Sequence[int]
@@ -492,7 +492,7 @@ class RMSNorm(_nnx_base.Untracked):
         rngs: nnx.Rngs,
         scale_metadata: Mapping[str, Any] = NONE,
     ) -> None:
-        _nnx_base.declare(self, locals())
+        nnx_base.declare(self, locals())
 
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x.

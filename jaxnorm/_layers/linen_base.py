@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import errors
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
 from jaxnorm._core import checks
 from jaxnorm._core.variables import Affine, BatchStats, init_batch_stats
+from jaxnorm._layers import attributes, calls
 
 
 class Norm(nn.Module):
@@ -21,14 +21,14 @@ class Norm(nn.Module):
     _param_axes: ClassVar[Callable[..., tuple[int, ...]]]
 
     def __post_init__(self) -> None:
-        _layers.check(self, infers_channels=True)
+        attributes.check(self, infers_channels=True)
         super().__post_init__()
 
 
 class Tracked(Norm):
     """The call of the layers that may have running statistics."""
 
-    _norm: ClassVar[_layers.Norm]
+    _norm: ClassVar[calls.Norm]
     ranks: ClassVar[tuple[int, ...] | None] = None
 
     @nn.compact
@@ -57,7 +57,7 @@ class Tracked(Norm):
                 "use_running_average", self.use_running_average, use_running_average
             )
             batch_stats = _batch_stats(self, x)
-        return _layers.normalize_and_update(
+        return calls.normalize_and_update(
             self,
             x,
             _params(self, x),

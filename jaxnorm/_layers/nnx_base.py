@@ -8,10 +8,10 @@ from flax import nnx
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
 from jaxnorm._core import arguments
 from jaxnorm._core.collectives import AxisName
 from jaxnorm._core.variables import Affine, BatchStats, init_batch_stats
+from jaxnorm._layers import attributes, calls
 
 
 class Norm(nnx.Module):
@@ -45,7 +45,7 @@ class Tracked(Norm):
     count: nnx.BatchStat[jax.Array]
     accumulation: nnx.BatchStat[Any] | None
 
-    _norm: ClassVar[_layers.Norm]
+    _norm: ClassVar[calls.Norm]
     ranks: ClassVar[tuple[int, ...] | None] = None
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -87,7 +87,7 @@ class Tracked(Norm):
                     f"constructor or to the call, because it says which statistics normalize, but "
                     f"is None; model.train() and model.eval() give it to all layers"
                 )
-        return _layers.normalize_and_update(
+        return calls.normalize_and_update(
             self,
             x,
             _params(self),
@@ -123,7 +123,7 @@ def declare(module: Norm, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in making:
             setattr(module, name, value)
-    _layers.check(module, infers_channels=False)
+    attributes.check(module, infers_channels=False)
     shape = arguments.channels(type(module).__name__, module.num_features)
     for name in ("scale", "bias"):
         if given.get(f"use_{name}"):

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 import jaxnorm
 from jaxnorm._core.variables import BatchStats
-from jaxnorm._nnx_base import Tracked, read_batch_stats, write_back
+from jaxnorm._layers.nnx_base import Tracked, read_batch_stats, write_back
 
 
 def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:

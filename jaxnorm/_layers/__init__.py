@@ -1,0 +1,1 @@
+"""What the layers of Linen and NNX share, and their base classes."""

@@ -1,0 +1,159 @@
+"""The attributes of the layers: their checks, and the axes that they name.
+
+A layer is a module of Linen or NNX with the attributes of Flax's own classes.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxnorm._core import arguments
+
+
+class Default(float):
+    """A default that differs from the same number given by the user: None has a meaning here."""
+
+
+MOMENTUM = Default(0.1)
+
+# ---- What is checked before there is an input ----
+
+
+def check(layer: Any, *, infers_channels: bool) -> None:
+    """Checks the attributes that any layer may have.
+
+    In Linen the channels are those of the input, so that the number that PyTorch's layers begin
+    with is taken for another argument.
+    """
+    name, held = type(layer).__name__, vars(layer)
+    hint = ""
+    if infers_channels:
+        hint = f"; the number of channels is not an argument: write {name}()"
+    for switch, write in (("use_running_average", hint), ("update_stats", "")):
+        if held.get(switch) is not None and not isinstance(held[switch], bool | np.bool_):
+            raise ValueError(
+                f"{name}: {switch} should be a bool or None, because it says which statistics "
+                f"normalize or move, but is {held[switch]!r}{write}"
+            )
+    number_of_channels = isinstance(layer.epsilon, int | float | np.number) and layer.epsilon >= 1
+    if infers_channels and number_of_channels:
+        raise ValueError(
+            f"{name}: epsilon should be a small number, because it is added to the variance, but "
+            f"is {layer.epsilon!r}{hint}, and epsilon=1e-5 for PyTorch's epsilon"
+        )
+    arguments.number(name, "epsilon", layer.epsilon, least=0)
+    for argument in ("dtype", "param_dtype"):
+        arguments.float_dtype(name, argument, held.get(argument))
+    for switch in ("use_bias", "use_scale", "track_running_stats", "skip_nonfinite"):
+        if switch in held:
+            arguments.boolean(name, switch, held[switch])
+    if "momentum" in held:
+        _check_momentum(layer)
+    if "r_max" in held:
+        _check_limits(layer)
+    if "num_groups" in held:
+        _check_groups(layer)
+
+
+def _check_momentum(layer: Any) -> None:
+    """Momentum weighs the new value and decay the old one; Flax's momentum is our decay."""
+    name, momentum, decay = type(layer).__name__, layer.momentum, layer.decay
+    if decay is not None and not isinstance(momentum, Default):
+        raise ValueError(
+            f"{name}: momentum or decay should be given, not both, because decay = 1 - momentum, "
+            f"but has momentum={momentum} and decay={decay}"
+        )
+    for argument, value in (("momentum", momentum), ("decay", decay)):
+        if value is not None:
+            arguments.number(name, argument, value, least=0, most=1)
+    if momentum is not None and not isinstance(momentum, jax.core.Tracer) and 0.5 < momentum < 1.0:
+        raise ValueError(
+            f"{name}: momentum should not lie between 0.5 and 1.0, because it weighs the new value "
+            f"as in PyTorch, but is {momentum}; if it is Flax's, which weighs the old value, write "
+            f"decay={momentum}"
+        )
+
+
+def _check_limits(layer: Any) -> None:
+    """A batch renorm corrects within limits, towards running statistics."""
+    arguments.limits(type(layer).__name__, layer.r_max, layer.d_max)
+    if not layer.track_running_stats:
+        raise ValueError(
+            f"{type(layer).__name__}: track_running_stats should be True, because it corrects "
+            f"towards the running statistics, but is False; without them, write BatchNorm"
+        )
+
+
+def _check_groups(layer: Any) -> None:
+    """The groups are said by their number or by their size."""
+    if (layer.num_groups is None) == (layer.group_size is None):
+        raise ValueError(
+            f"{type(layer).__name__}: one of num_groups and group_size should be given, because "
+            f"either gives the other, but has num_groups={layer.num_groups} and "
+            f"group_size={layer.group_size}; write num_groups=None beside a group_size"
+        )
+
+
+def number_of_groups(layer: Any, channels: int) -> int:
+    """Into how many groups the channels are divided, none left over."""
+    _check_groups(layer)
+    said = "num_groups" if layer.group_size is None else "group_size"
+    divisor = arguments.whole(
+        type(layer).__name__, said, getattr(layer, said), "it divides the channels"
+    )
+    if channels % divisor:
+        raise ValueError(
+            f"{type(layer).__name__}: {said} should divide the channels of x, because all groups "
+            f"are of one size, but is {divisor} for {channels} channels"
+        )
+    return divisor if said == "num_groups" else channels // divisor
+
+
+# ---- The axes of the parameters: in rising order, as Flax lays its parameters out ----
+
+
+def batch_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The channel axes, for an input whose rank the layer takes."""
+    _check_rank(layer, ndim)
+    return _sorted_axes(layer, "axis", ndim)
+
+
+def instance_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The channel axes, which are given for a batch; one sample lacks the axis in front of them."""
+    _check_rank(layer, ndim)
+    missing = 1 if is_one_sample(layer, ndim) else 0
+    axes = _sorted_axes(layer, "feature_axes", ndim + missing)
+    if 0 in axes:
+        raise ValueError(
+            f"{type(layer).__name__}: feature_axes should not hold axis 0, because it is that of "
+            f"the samples, but is {layer.feature_axes}"
+        )
+    return tuple(a - missing for a in axes)
+
+
+def group_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The last axis, as Flax has no argument for another."""
+    return (ndim - 1,)
+
+
+def feature_axes(layer: Any, ndim: int) -> tuple[int, ...]:
+    """The axes of the parameters of a layer or RMS norm."""
+    return _sorted_axes(layer, "feature_axes", ndim)
+
+
+def is_one_sample(layer: Any, ndim: int) -> bool:
+    """Whether an instance norm of known rank gets an input without the axis of the samples."""
+    return layer.ranks is not None and ndim < layer.ranks[-1]
+
+
+def _sorted_axes(layer: Any, attribute: str, ndim: int) -> tuple[int, ...]:
+    axes = getattr(layer, attribute)
+    return tuple(sorted(arguments.axes(type(layer).__name__, attribute, axes, ndim)))
+
+
+def _check_rank(layer: Any, ndim: int) -> None:
+    """A layer for 1, 2 or 3 space axes takes only inputs of its ranks."""
+    if layer.ranks is not None and ndim not in layer.ranks:
+        ranks = " or ".join(str(rank) for rank in layer.ranks)
+        raise ValueError(f"{type(layer).__name__}: x should have {ranks} axes, but has {ndim}")
