@@ -8,6 +8,7 @@ from jaxnorm.interop import _files
 from jaxnorm.interop._from_torch import read_torch, variables_of, warn_of_scales
 from jaxnorm.interop._leaves import Entry
 from jaxnorm.interop._state_dict import state_dict_of
+from jaxnorm.interop._table import table_lines
 from jaxnorm.interop._to_torch import write_torch
 from jaxnorm.interop._trees import nest, split
 
@@ -158,11 +159,7 @@ def table(entries: list[Entry]) -> str:
         shape = "x".join(map(str, entry.value.shape)) or "()"
         row = (entry.theirs or "-", _file_name(entry) or "-", shape, str(entry.value.dtype))
         rows.append((*row, entry.note))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
-        for row in rows
-    ]
+    lines = table_lines(rows)
     lines.insert(1, "-" * max(map(len, lines)))
     modules = {split(e.ours)[0] for e in entries if e.ours and split(e.ours)[1] in NORMS_HAVE}
     return "\n".join(

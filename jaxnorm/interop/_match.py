@@ -12,6 +12,7 @@ from jaxnorm.interop._kernels_of import kernels_of
 from jaxnorm.interop._layouts import Kind
 from jaxnorm.interop._models import model_of
 from jaxnorm.interop._pairs import Pair, Unit, names_of, pairs, units, with_notes, written
+from jaxnorm.interop._table import table_lines
 from jaxnorm.interop._torch_calls import TorchCalls
 from jaxnorm.interop._trees import Tree, split
 from jaxnorm.interop._verify import Twins
@@ -103,18 +104,15 @@ class Proposal:
 
     def __str__(self) -> str:
         """A table with one row for each pair, and lists of the modules without a partner."""
-        cells = [("PyTorch", "here", "arrays here", "matched by")]
+        rows = [("PyTorch", "here", "arrays here", "matched by")]
         for pair in self.pairs:
             by = f"{pair.by}; {pair.note}" if pair.note else pair.by
-            cells.append((pair.torch or NO_NAME, pair.here or NO_NAME, written(pair.shapes), by))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in cells
-        ]
+            rows.append((pair.torch or NO_NAME, pair.here or NO_NAME, written(pair.shapes), by))
+        lines = table_lines(rows)
         for title, rest in (("only in PyTorch:", self.only_torch), ("only here:", self.only_here)):
-            rows = [f"  {unit.name or NO_NAME}  {written(unit.shapes)}" for unit in rest]
-            lines += [title, *rows] if rest else []
+            if rest:
+                lines.append(title)
+                lines += [f"  {unit.name or NO_NAME}  {written(unit.shapes)}" for unit in rest]
         if self.by_order_only:
             lines.append(
                 f"{self.by_order_only} of these can be paired by their order: write "
