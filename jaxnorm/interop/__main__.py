@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxnorm.interop._convert import convert_file
-from jaxnorm.interop._from_torch import MOST
+from jaxnorm.interop._from_torch import MAX_COUNT
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     count = int(text)
-    if not 0 <= count <= MOST:
-        raise argparse.ArgumentTypeError(f"it should be from 0 to {MOST}, but is {count}")
+    if not 0 <= count <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"it should be from 0 to {MAX_COUNT}, but is {count}")
     return count
 
 

@@ -59,7 +59,7 @@ def _from_torch(
     )
     warn_of_scales(entries)
     variables_of(entries)  # raises if two arrays have one name, or one is inside another
-    return entries, [(e.theirs, _file_name(e), e.value) for e in entries]
+    return entries, [(e.torch_name, _file_name(e), e.value) for e in entries]
 
 
 def _to_torch(
@@ -93,7 +93,7 @@ def _to_torch(
         variables, names=names, norms=options.norm, convert=None, track_running_stats=track
     )
     return entries, [
-        (None if e.ours is None else origin[f"{e.collection}.{e.ours}"], e.theirs, e.value)
+        (None if e.name is None else origin[f"{e.collection}.{e.name}"], e.torch_name, e.value)
         for e in entries
     ]
 
@@ -142,9 +142,9 @@ def _names(path: Path) -> dict[str, str]:
 
 def _file_name(entry: Entry) -> str | None:
     """The name of a variable in a file: its parts, encoded and joined by slashes."""
-    if entry.ours is None:
+    if entry.name is None:
         return None
-    parts = [entry.collection, *entry.ours.split(".")]
+    parts = [entry.collection, *entry.name.split(".")]
     return "/".join(part.replace("%", "%25").replace("/", "%2F") for part in parts)
 
 
@@ -157,11 +157,11 @@ def table(entries: list[Entry]) -> str:
     rows = [("PyTorch", "here", "shape", "dtype", "")]
     for entry in entries:
         shape = "x".join(map(str, entry.value.shape)) or "()"
-        row = (entry.theirs or "-", _file_name(entry) or "-", shape, str(entry.value.dtype))
+        row = (entry.torch_name or "-", _file_name(entry) or "-", shape, str(entry.value.dtype))
         rows.append((*row, entry.note))
     lines = table_lines(rows)
     lines.insert(1, "-" * max(map(len, lines)))
-    modules = {split(e.ours)[0] for e in entries if e.ours and split(e.ours)[1] in NORMS_HAVE}
+    modules = {split(e.name)[0] for e in entries if e.name and split(e.name)[1] in NORMS_HAVE}
     return "\n".join(
         [*lines, "", f"{len(entries)} arrays, among them those of {len(modules)} norm(s)"]
     )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The leaf in PyTorch: the collection and the leaf in jaxnorm.
+# For each array of a norm in PyTorch, the collection and the name in jaxnorm.
 LEAVES = {
     "weight": ("params", "scale"),
     "bias": ("params", "bias"),
@@ -13,20 +13,45 @@ LEAVES = {
     "running_var": ("batch_stats", "var"),
     "num_batches_tracked": ("batch_stats", "count"),
 }
-THEIRS = {ours: theirs for theirs, ours in LEAVES.items()}
-RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+COUNT = "num_batches_tracked"
+RUNNING = ("running_mean", "running_var", COUNT)
+# The notes of arrays that only the source has, and of arrays that only the result has.
+LEFT_OUT, INITIAL = "left out", "initial"
 
 Convert = Callable[[str, np.ndarray], tuple[str, Any] | None]
 
 
 class Entry(NamedTuple):
-    """One converted array: its name in PyTorch (theirs), its new name (ours), and a note."""
+    """One array of a conversion.
 
-    theirs: str | None
+    Attributes:
+      torch_name: its name in PyTorch; None if PyTorch's model does not have it.
+      collection: "params" or "batch_stats".
+      name: its name in this collection; None if the variables do not have it.
+      value: the converted array, or the original one if it is left out.
+      note: what changed, other than the name.
+    """
+
+    torch_name: str | None
     collection: str
-    ours: str | None
+    name: str | None
     value: Any
     note: str = ""
+
+
+def initial_statistics(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The running statistics of a norm before the first batch, by their names in PyTorch."""
+    values = np.zeros(shape, np.float32), np.ones(shape, np.float32), np.zeros((), np.int32)
+    return dict(zip(RUNNING, values, strict=True))
+
+
+def converted(
+    convert: Convert | None, name: str, value: np.ndarray
+) -> tuple[str | None, np.ndarray, str]:
+    """The new name, value and note of an array that does not belong to a norm."""
+    new_name, new = (name, value) if convert is None else convert(name, value) or (None, value)
+    note = "" if new is value else "converted"
+    return new_name, new, LEFT_OUT if new_name is None else note
 
 
 def check(

@@ -29,7 +29,7 @@ def state_dict_of(
     return _without_prefix(function, found, prefix) if prefix else found
 
 
-def common_front(names: Collection[str]) -> str:
+def common_prefix(names: Collection[str]) -> str:
     """The longest common prefix of the names in whole parts, such as 'module.', without leaves."""
     parts = [name.split(".")[:-1] for name in names]
     same = itertools.takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
