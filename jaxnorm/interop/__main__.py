@@ -1,4 +1,4 @@
-"""The command line converts a file of weights, and prints a table of the converted arrays.
+"""Converts a file of arrays from the command line, and prints a table of the converted arrays.
 
 python -m jaxnorm.interop convert IN OUT.safetensors [--names MAP.json]
 """
@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "target", type=Path, metavar="OUT", help=".safetensors, or .safetensors.index.json"
     )
+    _add_options(convert)
+    return parser
+
+
+def _add_options(convert: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--names",
         "--map",
@@ -56,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         help='new names of modules, {"layer1.0": "Block_0"}; the same map in both directions',
     )
     convert.add_argument(
-        "--norm", action="append", metavar="NAME", help="a norm; repeat it for all norms"
+        "--norm",
+        action="append",
+        metavar="NAME",
+        help="the name of a norm; repeat the option for all norms",
     )
     convert.add_argument("--count", type=_count, help="count of norms without num_batches_tracked")
     convert.add_argument(
@@ -75,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--shard-size", type=_size, metavar="2GB", help="write shards of at most this size"
     )
-    return parser
 
 
 def _count(text: str) -> int:
