@@ -19,7 +19,7 @@ from jaxnorm.interop._leaves import (
     RUNNING,
     Convert,
     Entry,
-    check,
+    check_names_and_shapes,
     converted,
     initial_statistics,
 )
@@ -125,8 +125,8 @@ def from_torch(
       torch.nn.Module.state_dict, PyTorch 2.13.
     """
     given: Any = state_dict
-    of_a_file = isinstance(state_dict, str | os.PathLike)
-    if of_a_file:
+    is_file = isinstance(state_dict, str | os.PathLike)
+    if is_file:
         given = read("from_torch", state_dict).arrays
     elif not isinstance(state_dict, Mapping) and hasattr(state_dict, "state_dict"):
         given = state_dict.state_dict()
@@ -141,7 +141,7 @@ def from_torch(
     if like is not None:
         _check_variables(entries, like)
     warn_of_scales(entries)
-    if not of_a_file:  # a model may go on changing its arrays
+    if not is_file:  # the arrays of a model may change later
         entries = [entry._replace(value=_copied(entry.value)) for entry in entries]
     return variables_of(entries)
 
@@ -174,7 +174,7 @@ def read_torch(
     """Every array of the state dict, with its new name and value."""
     arrays = {name: array("from_torch", name, value) for name, value in state_dict.items()}
     names = names or {}
-    found = _norms(arrays) if norms is None else _named(arrays, norms)
+    found = _detected_norms(arrays) if norms is None else _given_norms(arrays, norms)
     _check_parts(arrays)
     _check_count(count)
     inverted("from_torch", names)
@@ -225,17 +225,17 @@ def _check_parts(arrays: Arrays) -> None:
         )
 
 
-def _norms(arrays: Arrays) -> set[str]:
+def _detected_norms(arrays: Arrays) -> set[str]:
     """The modules with a running_mean, or with a weight of one axis."""
-    named = (split(name) for name in arrays)
     return {
         module
-        for module, leaf in named
+        for module, leaf in map(split, arrays)
         if leaf in RUNNING or (leaf == "weight" and arrays[join(module, leaf)].ndim == 1)
     }
 
 
-def _named(arrays: Arrays, norms: Collection[str]) -> set[str]:
+def _given_norms(arrays: Arrays, norms: Collection[str]) -> set[str]:
+    """The modules in `norms`; raises if one does not exist."""
     modules = {split(name)[0] for name in arrays if split(name)[1] in LEAVES}
     absent = sorted(set(norms) - modules)
     if absent:
@@ -334,7 +334,7 @@ def _count(torch_name: str, value: np.ndarray | None, count: int | None) -> tupl
 
 
 def variables_of(entries: list[Entry]) -> Tree:
-    """The collections as nested dicts."""
+    """The collections as nested dicts; raises if two arrays have the same name."""
     flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     for entry in entries:
         if entry.name is None:
@@ -355,5 +355,5 @@ def _check_variables(entries: list[Entry], like: Mapping[str, Any]) -> None:
     collections = {k: v for k, v in like.items() if k in ("params", "batch_stats")}
     expected = {name: a.shape for name, a in flatten("from_torch", collections).items()}
     prefix = common_prefix(origin.values())
-    hint = f"; all names begin with {prefix!r}: write prefix= what a wrapper added of it"
-    check("from_torch", found, expected, origin, hint if prefix else "")
+    hint = f"; all names begin with {prefix!r}: write prefix= with what a wrapper has added"
+    check_names_and_shapes("from_torch", found, expected, origin, hint if prefix else "")

@@ -1,4 +1,4 @@
-"""The names of a norm's arrays in PyTorch and jaxnorm, and checks of converted arrays."""
+"""Defines the names of a norm's arrays in PyTorch and jaxnorm, and the result of a conversion."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ def converted(
     return new_name, new, LEFT_OUT if new_name is None else note
 
 
-def check(
+def check_names_and_shapes(
     function: str,
     found: Mapping[str, Sequence[int]],
     expected: Mapping[str, Sequence[int]],
@@ -63,20 +63,20 @@ def check(
 ) -> None:
     """Checks that both have the same names and shapes."""
 
-    def named(name: str) -> str:
+    def described(name: str) -> str:
         return f"{name!r} (from {origin[name]!r})" if name in origin else repr(name)
 
-    problems = [f"{named(name)} is missing" for name in expected if name not in found]
-    problems += [f"{named(name)} is not expected" for name in found if name not in expected]
+    problems = [f"{described(name)} is missing" for name in expected if name not in found]
+    problems += [f"{described(name)} is not expected" for name in found if name not in expected]
     problems += [
-        f"{named(name)} should have shape {tuple(expected[name])}, but has {tuple(found[name])}"
+        f"{described(name)} should have shape {tuple(expected[name])}, but has {tuple(found[name])}"
         for name in found
         if name in expected and tuple(found[name]) != tuple(expected[name])
     ]
     if problems:
         raise ValueError(
-            f"{function}: what comes out should be like the given model, but\n  "
+            f"{function}: the result should have the names and shapes of like, but\n  "
             + "\n  ".join(problems)
-            + "\nwrite names= where modules are called otherwise, and track_running_stats=False "
-            f"or True to leave running statistics out or begin with first ones{hint}"
+            + "\nwrite names= if modules have other names, and track_running_stats=False to leave "
+            f"the running statistics out, or True to add initial ones{hint}"
         )

@@ -17,7 +17,7 @@ from jaxnorm.interop._leaves import (
     RUNNING,
     Convert,
     Entry,
-    check,
+    check_names_and_shapes,
     converted,
     initial_statistics,
 )
@@ -98,11 +98,14 @@ def to_torch(
         if entry.torch_name is None:
             continue
         if entry.torch_name in state_dict:
-            raise ValueError(f"to_torch: {entry.torch_name!r} should be one array, but is two")
+            raise ValueError(
+                f"to_torch: {entry.torch_name!r} should be one array, but is two; give one of them "
+                f"another name"
+            )
         state_dict[entry.torch_name] = np.array(entry.value, order="C")
     if like is not None:
         shapes = {key: tuple(np.shape(value)) for key, value in like.items()}
-        check("to_torch", {k: v.shape for k, v in state_dict.items()}, shapes, {})
+        check_names_and_shapes("to_torch", {k: v.shape for k, v in state_dict.items()}, shapes, {})
         state_dict = {
             key: state_dict[key].astype(array("to_torch", key, like[key]).dtype) for key in like
         }
@@ -133,8 +136,8 @@ def write_torch(
     )
     if unknown:
         raise ValueError(
-            f"to_torch: batch_stats should hold mean, var and count of norms, which PyTorch has "
-            f"too, but hold {unknown}; leave them out"
+            f"to_torch: batch_stats should contain only mean, var and count, because PyTorch's "
+            f"norms have no others, but contains {unknown}; leave them out"
         )
     torch_modules = _norms(params, stats, torch_names, norms, like)
     entries = []
@@ -230,7 +233,7 @@ def _count(module: str, count: np.ndarray) -> np.ndarray:
     if not whole or np.any(count < 0):
         raise ValueError(
             f"to_torch: the count of {module!r} should be a whole number, not negative, but is "
-            f"{count.dtype} {count}; write the number of batches that its statistics stand for"
+            f"{count.dtype} {count}; write the number of batches that its statistics represent"
         )
     return count.astype(np.int64)
 
