@@ -34,9 +34,13 @@ def read(function: str, path: str | os.PathLike[str]) -> Contents:
     """Reads a .safetensors file, the shards of an index, or a file of torch.save."""
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{function}: {path} should be a file of arrays, but is a folder")
+        raise ValueError(
+            f"{function}: {path} should be a file of arrays, but is a folder; name a file in it"
+        )
     if not path.is_file():
-        raise ValueError(f"{function}: {path} should be a file of arrays, but there is none")
+        raise ValueError(
+            f"{function}: {path} should be a file of arrays, but there is none; check the path"
+        )
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(function, path)
     if path.suffix in TORCH_SUFFIXES:
@@ -59,7 +63,7 @@ def _read_shards(function: str, path: Path) -> Contents:
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(
             f'{function}: {path} should be an index of shards, with {{"weight_map": {{name: file}}'
-            f"}}, but has none"
+            f"}}, but has none; save the model again, or read each shard"
         )
     arrays: dict[str, Any] = {}
     metadata: dict[str, str] = {}

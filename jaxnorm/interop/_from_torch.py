@@ -310,7 +310,8 @@ def _read_statistics(
 def _statistic(torch_name: str, value: np.ndarray) -> tuple[np.ndarray, str]:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
-            f"from_torch: {torch_name!r} should have a float dtype, but has {value.dtype}"
+            f"from_torch: {torch_name!r} should have a float dtype, because it is an average, "
+            f"but has {value.dtype}"
         )
     wide = np.dtype(statistics_dtype(value.dtype))
     return value.astype(wide), "" if wide == value.dtype else f"widened from {value.dtype}"
@@ -321,7 +322,8 @@ def _count(torch_name: str, value: np.ndarray | None, count: int | None) -> tupl
         return np.asarray(count or 0, np.int32), MISSING
     if value.shape != () or not np.issubdtype(value.dtype, np.integer) or value < 0:
         raise ValueError(
-            f"from_torch: {torch_name!r} should be one whole number, not negative, but is "
+            f"from_torch: {torch_name!r} should be one whole number, not negative, because it "
+            f"counts batches, but is "
             f"{value.dtype}{list(value.shape)}{f' {value}' if value.size == 1 else ''}"
         )
     if value > MAX_COUNT:

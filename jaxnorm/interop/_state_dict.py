@@ -1,4 +1,4 @@
-"""Extracts a state dict from a PyTorch checkpoint, by key and prefix."""
+"""Extracts a state dict from a PyTorch checkpoint, by a key and a prefix."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping

@@ -202,7 +202,8 @@ def _write_norm(
     tracked = [leaf for leaf in RUNNING if leaf in values]
     if 0 < len(tracked) < len(RUNNING):
         raise ValueError(
-            f"to_torch: batch_stats of {module!r} should have mean, var and count, but has "
+            f"to_torch: batch_stats of {module!r} should have mean, var and count, because "
+            f"PyTorch's norm has all or none, but has "
             f"{[LEAVES[leaf][1] for leaf in tracked]}"
         )
     notes = dict.fromkeys(values, "")

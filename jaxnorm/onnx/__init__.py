@@ -1,4 +1,4 @@
-"""The export to ONNX, in which each norm becomes one operator of ONNX."""
+"""Exports functions and models to ONNX, with one ONNX operator for each norm."""
 
 import os
 from collections.abc import Callable, Sequence

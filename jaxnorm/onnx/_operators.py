@@ -1,4 +1,4 @@
-"""The norms as traced for an export: as the primitive of one operator, or as JAX primitives.
+"""Traces norms for an export, as the primitive of one ONNX operator or as JAX primitives.
 
 While jax2onnx traces, `tracked_norm` and `untracked_norm` replace the two functions of these names
 that every norm calls. Norms that no operator computes still call the original functions, and become
@@ -30,7 +30,7 @@ from jaxnorm.onnx._primitive import norm_p
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The arguments of `to_onnx` that the norms use at trace time."""
+    """The arguments of `to_onnx` that the norms need at trace time."""
 
     native: bool = True
     update_stats: bool | None = None

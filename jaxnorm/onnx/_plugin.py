@@ -1,4 +1,4 @@
-"""The plugin of jax2onnx: the functions to replace while it traces, and the primitive's node."""
+"""Defines the plugin of jax2onnx, which replaces functions at trace time and creates the nodes."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""The JAX primitive for an ONNX operator, and its batching rule."""
+"""Defines the JAX primitive of an ONNX operator, and its batching rule."""
 
 from collections.abc import Sequence
 from typing import Any
