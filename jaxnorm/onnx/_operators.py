@@ -140,8 +140,8 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _uses_running_stats(function: str, batch_stats: Any, tracking: Tracking) -> bool:
     """Whether to normalize by the running statistics; raises if they would be updated."""
-    tracking = tracking.checked(function, batch_stats is not None)
-    if tracking.update_stats:
+    checked = tracking.checked(function, batch_stats is not None)
+    if checked.update_stats:
         raise ValueError(
             f"{function}: the running statistics should not be updated in an export, because a "
             f"graph keeps no state, but they are updated with "
@@ -150,7 +150,7 @@ def _uses_running_stats(function: str, batch_stats: Any, tracking: Tracking) -> 
             f"in NNX model.eval(); to normalize by the batch, or by each sample, write "
             f"update_stats=False, or to_onnx(..., update_stats=False) for all norms"
         )
-    return bool(tracking.use_running_average)
+    return bool(checked.use_running_average)
 
 
 def _check_one_device(function: str, mapped_axes: MappedAxes) -> None:
