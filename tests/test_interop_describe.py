@@ -42,10 +42,10 @@ def assert_same(module, arguments, *, shape, last=True, training=True):
     """
     row = described(module)
     assert row.arguments == arguments
-    theirs = randomized(module)
+    torch_norm = randomized(module)
     layer = getattr(jaxnorm.linen, row.layer)(**row.arguments)
     assert eval(f"jaxnorm.linen.{row.code}", {"jaxnorm": jaxnorm}) == layer
-    model = torch.nn.ModuleDict({"m": theirs})
+    model = torch.nn.ModuleDict({"m": torch_norm})
     norms = ["m"] if model.state_dict() else None
     track = None if row.tracks else False
     read = interop.from_torch(model.state_dict(), norms=norms, count=0, track_running_stats=track)
@@ -67,17 +67,17 @@ def assert_same(module, arguments, *, shape, last=True, training=True):
         nonlocal variables
         x = input_like(*shape) * (k + 1)
         x_torch = torch.from_numpy(np.moveaxis(x, -1, 1).copy() if last else x)
-        expected = theirs(x_torch).detach().numpy()
+        expected = torch_norm(x_torch).detach().numpy()
         expected = np.moveaxis(expected, 1, -1) if last else expected
         y, updates = call(x, **options)
         variables = {**variables, **updates}
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
 
     if training:
-        theirs.train()
+        torch_norm.train()
         for k in range(3):
             compare(k, **({"use_running_average": False} if tracked else {}))
-    theirs.eval()
+    torch_norm.eval()
     compare(3, **({"use_running_average": True} if tracked else {}))
     return row
 
@@ -315,7 +315,7 @@ class LayerNorm2d(torch.nn.LayerNorm):
 def test_subclasses_with_a_forward_of_their_own():
     row = described(BatchNormAct2d(8))
     assert (row.torch_class, row.layer) == ("BatchNormAct2d", "BatchNorm")
-    assert "forward of its own" in row.note
+    assert "its own forward" in row.note
     row = assert_same(LayerNorm2d(8, eps=1e-6), {"epsilon": 1e-6}, shape=IMAGES)
     assert (row.torch_class, row.layer) == ("LayerNorm2d", "LayerNorm")
 

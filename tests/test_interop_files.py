@@ -360,8 +360,8 @@ def test_a_shard_size_bounds_the_shards(tmp_path, source):
         ("[]", "should be an index of shards"),
         ('{"weight_map": 3}', "should be an index of shards"),
         ('{"weight_map": {"a": 3}}', "should be an index of shards"),
-        ('{"weight_map": {"a": "../in.safetensors"}}', "should name files beside it"),
-        ('{"weight_map": {"a": "x.safetensors.index.json"}}', "should name files beside it"),
+        ('{"weight_map": {"a": "../in.safetensors"}}', "should name files in its folder"),
+        ('{"weight_map": {"a": "x.safetensors.index.json"}}', "should name files in its folder"),
         ('{"weight_map": {"a": "none.safetensors"}}', "none.safetensors should be a file"),
         ('{"weight_map": {"bn.weight": "in.safetensors"}}', r"differ in \['bn.bias', "),
         ('{"weight_map": {"x": "a.bin"}}', r"differ in \['x'\]"),
@@ -508,7 +508,7 @@ def test_to_torch_replaces_and_writes_safetensors_alone(tmp_path, source):
     for name, message in (
         ("a.pt", r"model\.load_state_dict\(safetensors\.torch\.load_file\('a\.safetensors'\)\)"),
         ("a.txt", r"should end in \.safetensors"),
-        ("none/a.safetensors", "is none; make it"),
+        ("none/a.safetensors", "does not; create it"),
     ):
         with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
             interop.to_torch({}, file=tmp_path / name)
@@ -614,21 +614,21 @@ def test_a_shard_that_exists_is_not_replaced(capsys, tmp_path):
 def test_one_name_is_not_a_file_and_shards_at_once(capsys, tmp_path, source, target):
     convert(source, target)
     said = refused(capsys, source, target, "--force", "--shard-size", "1GB")
-    assert "out.safetensors should not lie beside out.safetensors.index.json" in said
+    assert "out.safetensors should not be in the folder of out.safetensors.index.json" in said
     target.unlink()
     convert(source, target, "--shard-size", "1GB")
     said = refused(capsys, source, target)
-    assert "out.safetensors.index.json should not lie beside out.safetensors," in said
+    assert "out.safetensors.index.json should not be in the folder of out.safetensors," in said
 
 
 def test_places_that_cannot_be_written_are_said_in_a_line(capsys, tmp_path, source):
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     for name, message in (
-        ("none/out.safetensors", "/none' is none; make it"),
+        ("none/out.safetensors", "/none' does not; create it"),
         ("folder.safetensors", "but is a folder"),
         ("pipe.safetensors", "but is a device or a pipe"),
-        ("in.safetensors/out.safetensors", "in.safetensors' is none; make it"),
+        ("in.safetensors/out.safetensors", "in.safetensors' does not; create it"),
         ("out.pt", "should be a .safetensors file, but is one of torch.save"),
         ("out", "write out.safetensors"),
         ("out.index.json", "should end in .safetensors"),
@@ -746,8 +746,8 @@ def test_variables_beside_others_are_refused_by_name(capsys, source, target, oth
     [
         (["params/a%/kernel", "params/a%25/kernel"], "both become 'params.a%.kernel'"),
         (["params/a/scale", "params/a/weight"], "both become 'a.weight'"),
-        (["params/a.b/kernel"], "should not be empty and hold no dot"),
-        (["params/a//kernel"], "should not be empty and hold no dot"),
+        (["params/a.b/kernel"], "should not be empty nor contain dots"),
+        (["params/a//kernel"], "should not be empty nor contain dots"),
         (["params/a", "params/a/kernel"], "should be inside 'a', but that is an array"),
     ],
 )
@@ -781,13 +781,13 @@ def test_what_a_state_accumulates_is_not_lost_silently(capsys, source, target):
     arrays = {"batch_stats/n/accumulation/start/mean": np.ones(2), "params/n/scale": np.ones(2)}
     safetensors.numpy.save_file(arrays, source)
     said = refused(capsys, source, target)
-    assert "['batch_stats/n/accumulation/start/mean'] have no place in PyTorch" in said
+    assert "['batch_stats/n/accumulation/start/mean'] have no name in PyTorch" in said
 
 
 def test_a_count_is_refused_for_variables(capsys, source, target, tmp_path):
     convert(source, target)
     said = refused(capsys, target, tmp_path / "back.safetensors", "--count", "3")
-    assert "--count is for state dicts" in said
+    assert "--count should be given for a state dict" in said
 
 
 def test_every_array_is_the_source_s_bit_for_bit(tmp_path, source, target):

@@ -128,16 +128,16 @@ def test_the_order_is_the_calls_and_not_the_names():
             return self.a(jnp.tanh(self.z(x)))
 
     x, x_torch = rows(2, 4)
-    theirs = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-    proposal = interop.match(Reversed(), x, theirs, x_torch, allow_order=True)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    proposal = interop.match(Reversed(), x, module, x_torch, allow_order=True)
     assert proposal.names == {"0": "z", "2": "a"}
     assert proposal.verify() < 1e-5
 
 
 def test_nnx_models_are_matched_in_evaluation():
-    theirs, ours = TheirBlock(), NnxBlock(nnx.Rngs(0), dropout=0.5)
-    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(ours, nnx.Not(nnx.RngState))))
-    proposal = interop.match(ours, X, theirs, X_TORCH, allow_order=True)
+    module, model = TheirBlock(), NnxBlock(nnx.Rngs(0), dropout=0.5)
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))
+    proposal = interop.match(model, X, module, X_TORCH, allow_order=True)
     assert matched(proposal)[0] == ("stem", "stem", "name")
     assert proposal.names == {
         "left.0": "convs.0",
@@ -146,21 +146,21 @@ def test_nnx_models_are_matched_in_evaluation():
         "right.1": "norms.1",
     }
     assert proposal.verify() < 1e-5
-    after = nnx.to_pure_dict(nnx.state(ours, nnx.Not(nnx.RngState)))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    assert ours.drop.deterministic is False
+    assert model.drop.deterministic is False
 
 
 def test_the_map_works_in_both_directions():
-    theirs = TheirBlock()
-    proposal = interop.match(Block(), X, theirs, X_TORCH, allow_order=True)
+    module = TheirBlock()
+    proposal = interop.match(Block(), X, module, X_TORCH, allow_order=True)
     back = interop.to_torch(
         proposal.variables(),
         names=proposal.names,
         convert=proposal.kernels.inverse,
-        like=theirs.state_dict(),
+        like=module.state_dict(),
     )
-    for name, a in theirs.state_dict().items():
+    for name, a in module.state_dict().items():
         np.testing.assert_array_equal(back[name], a)
 
 
@@ -177,11 +177,11 @@ def test_two_equal_norms_that_are_exchanged_are_found_although_their_values_are_
             x = jnp.tanh(jaxnorm.linen.LayerNorm(epsilon=1e-5, name="second")(x))
             return jaxnorm.linen.LayerNorm(epsilon=1e-5, name="first")(x)
 
-    theirs = torch.nn.Sequential()
-    theirs.add_module("first", torch.nn.LayerNorm(8))
-    theirs.add_module("tanh", torch.nn.Tanh())
-    theirs.add_module("second", torch.nn.LayerNorm(8))
-    proposal = interop.match(Norms(), x, theirs, x_torch)
+    module = torch.nn.Sequential()
+    module.add_module("first", torch.nn.LayerNorm(8))
+    module.add_module("tanh", torch.nn.Tanh())
+    module.add_module("second", torch.nn.LayerNorm(8))
+    proposal = interop.match(Norms(), x, module, x_torch)
     assert matched(proposal) == [("first", "first", "name"), ("second", "second", "name")]
     assert "in different orders" in str(proposal)
     assert all("in different orders" in pair.note for pair in proposal.pairs)
@@ -190,7 +190,7 @@ def test_two_equal_norms_that_are_exchanged_are_found_although_their_values_are_
     ):
         proposal.verify()
     proposal = interop.match(
-        Norms(), x, theirs, x_torch, names={"first": "second", "second": "first"}
+        Norms(), x, module, x_torch, names={"first": "second", "second": "first"}
     )
     assert {pair.by for pair in proposal.pairs} == {"given"}
     assert not any(pair.note for pair in proposal.pairs)
@@ -213,13 +213,13 @@ def test_branches_in_another_order_are_found_and_can_be_named():
 
 def test_a_square_kernel_that_is_transposed_is_found():
     x, x_torch = rows(3, 8)
-    theirs = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 5))
-    ours = nn.Sequential([nn.Dense(8), nn.Dense(5)])
-    assert interop.match(ours, x, theirs, x_torch).verify() < 1e-5
-    wrong = interop.match(ours, x, theirs, x_torch, kinds={"0": "transposed_linear"})
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 5))
+    model = nn.Sequential([nn.Dense(8), nn.Dense(5)])
+    assert interop.match(model, x, module, x_torch).verify() < 1e-5
+    wrong = interop.match(model, x, module, x_torch, kinds={"0": "transposed_linear"})
     with pytest.raises(ValueError, match="'0', matched with 'layers_0' by unique shape"):
         wrong.verify()
-    right = interop.match(ours, x, theirs, x_torch)
+    right = interop.match(model, x, module, x_torch)
     variables = right.variables()
     assert right.verify(variables) < 1e-5
     variables["params"]["layers_0"]["kernel"] = variables["params"]["layers_0"]["kernel"].T
@@ -229,8 +229,8 @@ def test_a_square_kernel_that_is_transposed_is_found():
 
 def test_an_epsilon_that_differs_is_found_at_its_norm():
     with torch.no_grad():
-        (theirs := TheirBlock()).left[1].running_var.fill_(1e-3)
-    proposal = interop.match(Block(epsilon=1e-3), X, theirs, X_TORCH, allow_order=True)
+        (module := TheirBlock()).left[1].running_var.fill_(1e-3)
+    proposal = interop.match(Block(epsilon=1e-3), X, module, X_TORCH, allow_order=True)
     with pytest.raises(ValueError, match=r"'left\.1', matched with 'BatchNorm_0'.*epsilon"):
         proposal.verify()
     assert proposal.verify(tolerance=1) > 1e-3
@@ -243,30 +243,30 @@ def test_a_flatten_that_is_not_said_is_found():
             x = nn.Conv(4, (3, 3), padding=0)(x)
             return nn.Dense(5)(x.reshape(len(x), -1))
 
-    theirs = torch.nn.Sequential(
+    module = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(48, 5)
     )
     with pytest.warns(UserWarning, match="flattened"):
-        proposal = interop.match(Flat(), X, theirs, X_TORCH)
+        proposal = interop.match(Flat(), X, module, X_TORCH)
     with pytest.raises(ValueError, match="'2', matched with 'Dense_0'"):
         proposal.verify()
     kinds = {"2": interop.Flattened(4, 4, 3)}
-    assert interop.match(Flat(), X, theirs, X_TORCH, kinds=kinds).verify() < 1e-5
+    assert interop.match(Flat(), X, module, X_TORCH, kinds=kinds).verify() < 1e-5
 
 
 def test_nan_never_agrees():
-    theirs = torch.nn.Linear(4, 4)
+    module = torch.nn.Linear(4, 4)
     with torch.no_grad():
-        theirs.bias[0] = torch.nan
-    proposal = interop.match(nn.Dense(4), *rows(2, 4)[:1], theirs, rows(2, 4)[1])
+        module.bias[0] = torch.nan
+    proposal = interop.match(nn.Dense(4), *rows(2, 4)[:1], module, rows(2, 4)[1])
     with pytest.raises(ValueError, match="differ by nan"):
         proposal.verify()
 
 
 def test_outputs_with_channels_first_and_last_are_compared():
-    theirs = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 5, 1))
-    ours = nn.Sequential([nn.Conv(4, (3, 3), padding=0), nn.Conv(5, (1, 1))])
-    proposal = interop.match(ours, X, theirs, X_TORCH)
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 5, 1))
+    model = nn.Sequential([nn.Conv(4, (3, 3), padding=0), nn.Conv(5, (1, 1))])
+    proposal = interop.match(model, X, module, X_TORCH)
     assert proposal.verify() < 1e-5
     variables = proposal.variables()
     variables["params"]["layers_1"]["kernel"] = variables["params"]["layers_1"]["kernel"][..., ::-1]
@@ -276,26 +276,26 @@ def test_outputs_with_channels_first_and_last_are_compared():
 
 def test_an_output_that_pytorch_changes_in_place_is_compared_as_it_was():
     x, x_torch = rows(3, 8)
-    theirs = torch.nn.Sequential(
+    module = torch.nn.Sequential(
         torch.nn.Linear(8, 6), torch.nn.ReLU(inplace=True), torch.nn.LayerNorm(6)
     )
-    ours = nn.Sequential([nn.Dense(6), nn.gelu, jaxnorm.linen.LayerNorm(epsilon=1e-5)])
+    model = nn.Sequential([nn.Dense(6), nn.gelu, jaxnorm.linen.LayerNorm(epsilon=1e-5)])
     with pytest.raises(ValueError, match="'2', matched with 'layers_2'"):
-        interop.match(ours, x, theirs, x_torch).verify()
+        interop.match(model, x, module, x_torch).verify()
 
 
 # ---- What the two traces see ----
 
 
 def test_neither_model_is_changed():
-    theirs = TheirBlock()
-    theirs.left.eval()
-    modes = [m.training for m in theirs.modules()]
-    before = {k: a.clone() for k, a in theirs.state_dict().items()}
-    interop.match(Block(), X, theirs, X_TORCH, allow_order=True).verify()
-    assert [m.training for m in theirs.modules()] == modes
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in theirs.modules())
-    for name, a in theirs.state_dict().items():
+    module = TheirBlock()
+    module.left.eval()
+    modes = [m.training for m in module.modules()]
+    before = {k: a.clone() for k, a in module.state_dict().items()}
+    interop.match(Block(), X, module, X_TORCH, allow_order=True).verify()
+    assert [m.training for m in module.modules()] == modes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    for name, a in module.state_dict().items():
         assert torch.equal(a, before[name]), name
 
 
@@ -330,8 +330,8 @@ def test_parameters_that_are_cast_before_the_first_call_keep_the_order_of_the_ca
             return (jnp.tanh(x @ z + self.z.bias[...])) @ a + self.a.bias[...]
 
     x, x_torch = rows(2, 4)
-    theirs = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-    proposal = interop.match(Cast(nnx.Rngs(0)), x, theirs, x_torch, allow_order=True)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    proposal = interop.match(Cast(nnx.Rngs(0)), x, module, x_torch, allow_order=True)
     assert proposal.names == {"0": "z", "2": "a"}
     assert proposal.verify(tolerance=1e-2) > 1e-5  # float16
 
@@ -479,12 +479,15 @@ def test_a_name_that_stays_is_in_the_map_if_the_front_of_it_changes():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"stom": "Conv_0"}, "PyTorch's model .* no 'stom'; did you mean 'stem'"),
-        ({"stem": "Conf_0"}, "the model that hold arrays.* no 'Conf_0'; did you mean 'Conv_0'"),
+        ({"stom": "Conv_0"}, "the PyTorch model .* no 'stom'; did you mean 'stem'"),
+        (
+            {"stem": "Conf_0"},
+            "the Flax model that contain arrays.* no 'Conf_0'; did you mean 'Conv_0'",
+        ),
         ({"stem": "Conv_1"}, "'Conv_1' should have the arrays of 'stem'.*3, 3, 3, 8.*1, 1, 8, 8"),
-        ({"left.0": "Conv_1", "right.0": "Conv_1"}, "a name of its own"),
+        ({"left.0": "Conv_1", "right.0": "Conv_1"}, "each module a different name"),
     ],
-    ids=["theirs", "ours", "shapes", "twice"],
+    ids=["torch name", "flax name", "shapes", "twice"],
 )
 def test_names_that_cannot_be(names, message):
     with pytest.raises(ValueError, match=message):
@@ -511,11 +514,11 @@ def test_outputs_that_cannot_be_compared():
             y = nn.Dense(3)(x)
             return (y, y) if self.several else y.T
 
-    theirs = torch.nn.Linear(4, 3)
+    module = torch.nn.Linear(4, 3)
     with pytest.raises(ValueError, match="returns 1 and the model here 2"):
-        interop.match(Ours(several=True), x, theirs, x_torch, names={"": "Dense_0"}).verify()
+        interop.match(Ours(several=True), x, module, x_torch, names={"": "Dense_0"}).verify()
     with pytest.raises(ValueError, match=r"\(2, 3\), and the one here \(3, 2\)"):
-        interop.match(Ours(several=False), x, theirs, x_torch, names={"": "Dense_0"}).verify()
+        interop.match(Ours(several=False), x, module, x_torch, names={"": "Dense_0"}).verify()
 
     class Words(torch.nn.Linear):
         def forward(self, x):

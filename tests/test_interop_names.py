@@ -74,7 +74,7 @@ def test_random_streams_are_neither_params_nor_batch_stats():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"a.b": {"kernel": np.ones(2)}}, r"hold no dot, .* \['a\.b', 'kernel'\]"),
+        ({"a.b": {"kernel": np.ones(2)}}, r"nor contain dots, .* \['a\.b', 'kernel'\]"),
         ({"": {"kernel": np.ones(2)}}, r"should not be empty .* \['', 'kernel'\]"),
         (
             MappingProxyType({0: np.ones(2), "0": np.ones(2)}),

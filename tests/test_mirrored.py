@@ -69,17 +69,17 @@ def a_resnet(block, blocks, **options):
     import resnet
 
     x = photographs(4, 64)
-    theirs = torch_models.moved(
+    module = torch_models.moved(
         torch_models.ResNet(getattr(torch_models, block), blocks, **options), channels_first(x)
     )
     model = resnet.ResNet(getattr(resnet, block), blocks, **options)
-    variables = resnet.from_pytorch(theirs.state_dict(), model)
+    variables = resnet.from_pytorch(module.state_dict(), model)
     assert resnet.model_of(variables) == model
-    by_class = interop.from_torch(theirs.state_dict(), convert=interop.kernels_of(theirs))
+    by_class = interop.from_torch(module.state_dict(), convert=interop.kernels_of(module))
     jax.tree.map(np.testing.assert_array_equal, by_class, variables)
-    assert_matched({}, model, x, theirs, channels_first(x), kwargs={"train": False})
+    assert_matched({}, model, x, module, channels_first(x), kwargs={"train": False})
     y = jax.jit(lambda x: model.apply(variables, x, train=False))(x)
-    return difference(y, theirs(channels_first(x)))
+    return difference(y, module(channels_first(x)))
 
 
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
@@ -98,13 +98,13 @@ def test_a_resnet(block, blocks):
 def test_the_resnet_of_a_file_is_found(tmp_path, capsys):
     import resnet
 
-    theirs = torch_models.ResNet(torch_models.Bottleneck, (1, 1, 2, 1), classes=7, features=4)
+    module = torch_models.ResNet(torch_models.Bottleneck, (1, 1, 2, 1), classes=7, features=4)
     path = tmp_path / "resnet.pth"
-    torch.save(theirs.state_dict(), path)
+    torch.save(module.state_dict(), path)
     resnet.main([str(path)])
     assert "the five likeliest of 7 classes" in capsys.readouterr().out
-    theirs.layer2[0].conv2 = torch.nn.Conv2d(8, 8, 5)
-    torch.save(theirs.state_dict(), path)
+    module.layer2[0].conv2 = torch.nn.Conv2d(8, 8, 5)
+    torch.save(module.state_dict(), path)
     with pytest.raises(SystemExit, match=r"(?s)resnet\.py: .*layer2\.0\.conv2"):
         resnet.main([str(path)])
     torch.save(torch.nn.Linear(2, 3).state_dict(), path)
@@ -121,19 +121,19 @@ def a_generator(features, labels, blocks):
     x = photographs(2, 64)
     label = np.eye(labels, dtype=np.float32)[:2]
     given = channels_first(x), torch.from_numpy(label)
-    theirs = torch_models.moved(torch_models.Generator(features, labels, blocks), *given)
+    module = torch_models.moved(torch_models.Generator(features, labels, blocks), *given)
     model = stargan_nnx.Generator(features, labels, blocks, rngs=nnx.Rngs(0))
-    stargan_nnx.load(model, theirs.state_dict())
+    stargan_nnx.load(model, module.state_dict())
     names = stargan_nnx.module_names(blocks)
     by_class = interop.from_torch(
-        theirs.state_dict(), names=names, convert=interop.kernels_of(theirs, names=names)
+        module.state_dict(), names=names, convert=interop.kernels_of(module, names=names)
     )
     held = interop.from_nnx(nnx.to_pure_dict(nnx.state(model)))
     jax.tree.map(np.testing.assert_array_equal, by_class, jax.tree.map(np.asarray, held))
-    assert_matched(names, model, (x, label), theirs, given)
+    assert_matched(names, model, (x, label), module, given)
     model.eval()
     y = nnx.jit(stargan_nnx.Generator.__call__)(model, x, label)
-    return difference(jnp.moveaxis(y, -1, 1), theirs(*given))
+    return difference(jnp.moveaxis(y, -1, 1), module(*given))
 
 
 def test_a_small_generator():
@@ -179,24 +179,24 @@ def a_gpt2(**sizes):
 
     model = gpt2.GPT2(**sizes)
     ids = np.random.default_rng(0).integers(model.vocabulary, size=(2, 16), dtype=np.int32)
-    theirs = torch_models.moved(torch_models.GPT2(**sizes), torch.from_numpy(ids))
-    variables = gpt2.from_pytorch(theirs.state_dict())
+    module = torch_models.moved(torch_models.GPT2(**sizes), torch.from_numpy(ids))
+    variables = gpt2.from_pytorch(module.state_dict())
     assert gpt2.model_of(variables, model.heads) == model
     names = GPT2_NAMES | {
-        f"transformer.h.{k}.{theirs}": f"block_{k}.{ours}"
+        f"transformer.h.{k}.{torch_name}": f"block_{k}.{name}"
         for k in range(model.layers)
-        for theirs, ours in GPT2_INSIDE.items()
+        for torch_name, name in GPT2_INSIDE.items()
     }
     by_class = interop.from_torch(
-        theirs.state_dict(),
+        module.state_dict(),
         names=names,
-        convert=interop.kernels_of(theirs, names=names, kinds={"lm_head": None}),
+        convert=interop.kernels_of(module, names=names, kinds={"lm_head": None}),
         like=jax.eval_shape(lambda: model.init(jax.random.key(0), ids)),
     )
     jax.tree.map(np.testing.assert_array_equal, by_class, variables)
     ids_torch = torch.from_numpy(ids)
-    assert_matched(names, model, ids, theirs, ids_torch, kinds={"lm_head": None})
-    return difference(jax.jit(model.apply)(variables, ids), theirs(ids_torch))
+    assert_matched(names, model, ids, module, ids_torch, kinds={"lm_head": None})
+    return difference(jax.jit(model.apply)(variables, ids), module(ids_torch))
 
 
 def test_a_small_gpt2():
@@ -213,14 +213,14 @@ def test_gpt2_says_what_follows(tmp_path, capsys):
     import gpt2
 
     ids = torch.tensor([[3, 1, 4, 1, 5]])
-    theirs = torch_models.moved(torch_models.GPT2(**SMALL), ids)
-    expected = theirs(ids)[0, -1].softmax(0)
+    module = torch_models.moved(torch_models.GPT2(**SMALL), ids)
+    expected = module(ids)[0, -1].softmax(0)
     best = int(expected.argmax())
     masks = {f"h.{k}.attn.bias": torch.ones(1, 1, 20, 20) for k in range(2)}
     path, given = tmp_path / "model.bin", ["3", "1", "4", "1", "5", "--heads", "4"]
-    for state_dict in (theirs.state_dict(), theirs.transformer.state_dict() | masks):
+    for state_dict in (module.state_dict(), module.transformer.state_dict() | masks):
         torch.save(state_dict, path)
-        read, held = gpt2.from_pytorch(path), gpt2.from_pytorch(theirs.state_dict())
+        read, held = gpt2.from_pytorch(path), gpt2.from_pytorch(module.state_dict())
         jax.tree.map(np.testing.assert_array_equal, read, held)
         gpt2.main([str(path), *given])
         out = capsys.readouterr().out

@@ -616,10 +616,11 @@ def test_native_false_is_accurate_at_any_offset_and_needs_no_new_opset(norm):
 
 def test_training_is_refused():
     message = (
-        r"batch_norm: the running statistics should not move in an export, because a graph keeps "
-        r"no state, but they do with use_running_average=False and update_stats=None; to evaluate, "
-        r"write use_running_average=True, in NNX model.eval\(\); to normalize by the batch, or by "
-        r"each sample, write update_stats=False, or to_onnx\(\.\.\., update_stats=False\) for all"
+        r"batch_norm: the running statistics should not be updated in an export, because a graph "
+        r"keeps no state, but they are updated with use_running_average=False and "
+        r"update_stats=None; to evaluate, write use_running_average=True, in NNX model.eval\(\); "
+        r"to normalize by the batch, or by each sample, write update_stats=False, or "
+        r"to_onnx\(\.\.\., update_stats=False\) for all"
     )
     with pytest.raises(ValueError, match=message):
         export(lambda x: jaxnorm.batch_norm(x, PARAMS, STATE)[0], X)
@@ -632,10 +633,14 @@ def test_training_is_refused():
 
 def test_a_model_in_training_is_refused():
     model, variables = linen_model()
-    with pytest.raises(ValueError, match="batch_norm: the running statistics should not move"):
+    with pytest.raises(
+        ValueError, match="batch_norm: the running statistics should not be updated"
+    ):
         export(lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"])[0], IMAGES)
     model = Net(nnx.Rngs(0))
-    with pytest.raises(ValueError, match="batch_norm: the running statistics should not move"):
+    with pytest.raises(
+        ValueError, match="batch_norm: the running statistics should not be updated"
+    ):
         export(model, IMAGES)
     assert model.batch.count[...] == 0
 
@@ -655,8 +660,8 @@ def test_statistics_of_x_over_devices_are_refused(norm):
 def test_an_opset_older_than_the_operator_is_refused(norm, opset, operator):
     x = normal((3, 4, C))
     message = (
-        rf"to_onnx: opset should be at least {opset}, because \w+ becomes {operator} as of then, "
-        rf"but is {opset - 1}; native=False makes do without"
+        rf"to_onnx: opset should be at least {opset}, because \w+ becomes {operator}, which needs "
+        rf"it, but is {opset - 1}; write a higher opset, or native=False"
     )
     with pytest.raises(ValueError, match=message):
         export(norm, ("B", 4, C), opset=opset - 1)
@@ -777,7 +782,7 @@ def test_update_stats_is_false_or_none():
         export(by_state, X, update_stats=True)
     with pytest.raises(ValueError, match="to_onnx: update_stats should be a Python bool"):
         export(by_state, X, update_stats="no")
-    with pytest.raises(ValueError, match="the running statistics should not move"):
+    with pytest.raises(ValueError, match="the running statistics should not be updated"):
         export(lambda x: jaxnorm.batch_norm(x, PARAMS, STATE)[0], X)  # nothing is left of it
 
 

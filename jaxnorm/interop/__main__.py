@@ -1,4 +1,4 @@
-"""The command line converts a file of weights, and prints a table of the converted arrays.
+"""Converts a file of arrays from the command line, and prints a table of the converted arrays.
 
 python -m jaxnorm.interop convert IN OUT.safetensors [--names MAP.json]
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxnorm.interop._convert import convert_file
-from jaxnorm.interop._from_torch import MOST
+from jaxnorm.interop._from_torch import MAX_COUNT
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "target", type=Path, metavar="OUT", help=".safetensors, or .safetensors.index.json"
     )
+    _add_options(convert)
+    return parser
+
+
+def _add_options(convert: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--names",
         "--map",
@@ -56,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         help='new names of modules, {"layer1.0": "Block_0"}; the same map in both directions',
     )
     convert.add_argument(
-        "--norm", action="append", metavar="NAME", help="a norm; repeat it for all norms"
+        "--norm",
+        action="append",
+        metavar="NAME",
+        help="the name of a norm; repeat the option for all norms",
     )
     convert.add_argument("--count", type=_count, help="count of norms without num_batches_tracked")
     convert.add_argument(
@@ -75,13 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--shard-size", type=_size, metavar="2GB", help="write shards of at most this size"
     )
-    return parser
 
 
 def _count(text: str) -> int:
     count = int(text)
-    if not 0 <= count <= MOST:
-        raise argparse.ArgumentTypeError(f"it should be from 0 to {MOST}, but is {count}")
+    if not 0 <= count <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"it should be from 0 to {MAX_COUNT}, but is {count}")
     return count
 
 

@@ -1,4 +1,4 @@
-"""Converts a file of weights to another file, and keeps every array."""
+"""Converts a file of a state dict to a file of variables, or back, for the command line."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,10 +8,11 @@ from jaxnorm.interop import _files
 from jaxnorm.interop._from_torch import read_torch, variables_of, warn_of_scales
 from jaxnorm.interop._leaves import Entry
 from jaxnorm.interop._state_dict import state_dict_of
+from jaxnorm.interop._table import table_lines
 from jaxnorm.interop._to_torch import write_torch
 from jaxnorm.interop._trees import nest, split
 
-NORMS_HAVE = ("scale", "mean")
+NORM_LEAVES = ("scale", "mean")  # each norm has one of these
 COLLECTIONS = ("params/", "batch_stats/")
 
 
@@ -25,16 +26,16 @@ def convert_file(options: Any) -> str:
     )
     track = False if options.no_running_stats else None
     if any(name.startswith(COLLECTIONS) for name in arrays):
-        entries, moves = _to_torch(arrays, options, names, track)
+        entries, renamings = _to_torch(arrays, options, names, track)
     else:
-        entries, moves = _from_torch(arrays, options, names, track)
-    moved = _moved(arrays, moves)
+        entries, renamings = _from_torch(arrays, options, names, track)
+    converted = _converted(arrays, renamings)
     shards = None
     if options.shard_size is not None:
-        shards = _files.shards_of(moved, options.shard_size)
+        shards = _files.shards_of(converted, options.shard_size)
     elif source.shards is not None:
-        shards = _same_shards(source.shards, options.prefix or "", moves)
-    contents = source._replace(arrays=moved, shards=shards)
+        shards = _same_shards(source.shards, options.prefix or "", renamings)
+    contents = source._replace(arrays=converted, shards=shards)
     written = _files.write("convert", options.target, contents, replace=options.force)
     lines = [table(entries), f"written: {', '.join(file.name for file in written)}"]
     if options.leave_out:
@@ -42,12 +43,13 @@ def convert_file(options: Any) -> str:
     return "\n".join(lines)
 
 
-Move = tuple[str | None, str | None, Any]  # the name in the source, that in the target, the array
+# For each array: its name in the source and in the target, None if it is not there, and its value.
+Renaming = tuple[str | None, str | None, Any]
 
 
 def _from_torch(
     arrays: Mapping[str, Any], options: Any, names: Any, track: bool | None
-) -> tuple[list[Entry], list[Move]]:
+) -> tuple[list[Entry], list[Renaming]]:
     entries = read_torch(
         arrays,
         names=names,
@@ -57,34 +59,37 @@ def _from_torch(
         count=options.count,
     )
     warn_of_scales(entries)
-    variables_of(entries)  # raises if two arrays have one name, or one is inside another
-    return entries, [(e.theirs, _file_name(e), e.value) for e in entries]
+    variables_of(entries)  # raises if two arrays get the same name, or one is inside another
+    return entries, [(e.torch_name, _file_name(e), e.value) for e in entries]
 
 
 def _to_torch(
     arrays: Mapping[str, Any], options: Any, names: Any, track: bool | None
-) -> tuple[list[Entry], list[Move]]:
+) -> tuple[list[Entry], list[Renaming]]:
     others = [name for name in arrays if not name.startswith(COLLECTIONS)]
     if others:
         raise ValueError(
-            f"convert: all names should begin with params/ or batch_stats/, since some do, but "
+            f"convert: all names should begin with params/ or batch_stats/, because some do, but "
             f"{others} do not; write --leave-out for each of them"
         )
     if options.count is not None:
-        raise ValueError("convert: --count is for state dicts, but the source has variables")
+        raise ValueError(
+            "convert: --count should be given for a state dict only, because variables have their "
+            "counts, but the source has variables; leave it out"
+        )
     origin: dict[str, str] = {}
     for name in arrays:
         parts = [_decoded(part) for part in name.split("/")]
         dotted = ".".join(parts)
         if any("." in part or not part for part in parts):
             raise ValueError(
-                f"convert: the parts of {name!r} should not be empty and hold no dot, because "
+                f"convert: the parts of {name!r} should not be empty nor contain dots, because "
                 f"PyTorch joins them by dots; rename them"
             )
         if dotted in origin:
             raise ValueError(
-                f"convert: {origin[dotted]!r} and {name!r} should have names of their own, but "
-                f"both become {dotted!r}"
+                f"convert: {origin[dotted]!r} and {name!r} should become different names, but "
+                f"both become {dotted!r}; rename one of them"
             )
         origin[dotted] = name
     variables = nest("convert", {dotted: arrays[name] for dotted, name in origin.items()})
@@ -92,38 +97,38 @@ def _to_torch(
         variables, names=names, norms=options.norm, convert=None, track_running_stats=track
     )
     return entries, [
-        (None if e.ours is None else origin[f"{e.collection}.{e.ours}"], e.theirs, e.value)
+        (None if e.name is None else origin[f"{e.collection}.{e.name}"], e.torch_name, e.value)
         for e in entries
     ]
 
 
-def _moved(arrays: Iterable[str], moves: list[Move]) -> dict[str, Any]:
+def _converted(arrays: Iterable[str], renamings: list[Renaming]) -> dict[str, Any]:
     """The arrays to write by name, in the order of the source; raises if one would be lost."""
     order = {name: i for i, name in enumerate(arrays)}
-    lost = sorted(order.keys() - {source for source, _, _ in moves})
+    lost = sorted(order.keys() - {source for source, _, _ in renamings})
     if lost:
         raise ValueError(
-            f"convert: all arrays should be converted, but {lost} have no place in PyTorch; write "
+            f"convert: all arrays should be converted, but {lost} have no name in PyTorch; write "
             f"--leave-out for each of them"
         )
     origin: dict[str, str | None] = {}
-    for source, target, _ in moves:
+    for source, target, _ in renamings:
         if target is not None and target in origin:
             raise ValueError(
-                f"convert: {origin[target]!r} and {source!r} should have names of their own, but "
+                f"convert: {origin[target]!r} and {source!r} should become different names, but "
                 f"both become {target!r}; write --names"
             )
         if target is not None:
             origin[target] = source
-    moves = sorted(moves, key=lambda move: order.get(move[0] or "", len(order)))
-    return {target: value for _, target, value in moves if target is not None}
+    renamings = sorted(renamings, key=lambda renaming: order.get(renaming[0] or "", len(order)))
+    return {target: value for _, target, value in renamings if target is not None}
 
 
-def _same_shards(shards: Any, prefix: str, moves: list[Move]) -> list[list[str]]:
-    """The shards of the source, with the new names; new arrays, such as counts, are in the last."""
+def _same_shards(shards: Any, prefix: str, renamings: list[Renaming]) -> list[list[str]]:
+    """The shards of the source, with the new names; new arrays, such as counts, go to the last."""
     shard_of = {name.removeprefix(prefix): i for i, names in enumerate(shards) for name in names}
     new: list[list[str]] = [[] for _ in shards] or [[]]
-    for source, target, _ in moves:
+    for source, target, _ in renamings:
         if target is not None:
             new[shard_of.get(source or "", -1)].append(target)
     return [names for names in new if names] or [[]]
@@ -133,7 +138,7 @@ def _names(path: Path) -> dict[str, str]:
     names = _files.read_json("convert", path)
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(
-            f'convert: {path} should hold names by names, such as {{"layer1.0": "Block_0"}}, but '
+            f'convert: {path} should map names to names, such as {{"layer1.0": "Block_0"}}, but '
             f"does not"
         )
     return names
@@ -141,9 +146,9 @@ def _names(path: Path) -> dict[str, str]:
 
 def _file_name(entry: Entry) -> str | None:
     """The name of a variable in a file: its parts, encoded and joined by slashes."""
-    if entry.ours is None:
+    if entry.name is None:
         return None
-    parts = [entry.collection, *entry.ours.split(".")]
+    parts = [entry.collection, *entry.name.split(".")]
     return "/".join(part.replace("%", "%25").replace("/", "%2F") for part in parts)
 
 
@@ -156,15 +161,11 @@ def table(entries: list[Entry]) -> str:
     rows = [("PyTorch", "here", "shape", "dtype", "")]
     for entry in entries:
         shape = "x".join(map(str, entry.value.shape)) or "()"
-        row = (entry.theirs or "-", _file_name(entry) or "-", shape, str(entry.value.dtype))
+        row = (entry.torch_name or "-", _file_name(entry) or "-", shape, str(entry.value.dtype))
         rows.append((*row, entry.note))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
-        for row in rows
-    ]
+    lines = table_lines(rows)
     lines.insert(1, "-" * max(map(len, lines)))
-    modules = {split(e.ours)[0] for e in entries if e.ours and split(e.ours)[1] in NORMS_HAVE}
+    modules = {split(e.name)[0] for e in entries if e.name and split(e.name)[1] in NORM_LEAVES}
     return "\n".join(
         [*lines, "", f"{len(entries)} arrays, among them those of {len(modules)} norm(s)"]
     )

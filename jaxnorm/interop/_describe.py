@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxnorm.interop._table import table_lines
 from jaxnorm.interop._torch_modules import named_modules
 from jaxnorm.interop._torch_norms import NormRow, norm_row
 
@@ -23,15 +24,8 @@ class NormRows(tuple[NormRow, ...]):
 
     def __str__(self) -> str:
         """A table with one row for each norm."""
-        cells: list[tuple[str, ...]] = [
-            ("name", "PyTorch", "epsilon", "momentum", "tracks", "jaxnorm")
-        ]
-        cells += [_cells(row) for row in self]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in cells
-        )
+        header = ("name", "PyTorch", "epsilon", "momentum", "tracks", "jaxnorm")
+        return "\n".join(table_lines([header, *map(_cells, self)]))
 
 
 def describe_torch(module: Any) -> NormRows:

@@ -1,4 +1,4 @@
-"""Reads a jaxpr as one list of equations, to find the order of parameters and the results."""
+"""Lists the equations of a jaxpr, to find the first uses of its inputs and all of its results."""
 
 import dataclasses
 import itertools
@@ -71,7 +71,7 @@ class Equations:
         """The index of the first equation that computes with each array, if there is one."""
         alias = {number: name for name, number in self.inputs.items()}
         uses: dict[str, int] = {}
-        for place, equation in enumerate(self.equations):
+        for index, equation in enumerate(self.equations):
             names = [alias.get(operand) for operand in _numbered(equation.operands)]
             if equation.eqn.primitive.name in REARRANGEMENTS:
                 pairs = zip(equation.operands, equation.results, strict=False)
@@ -79,7 +79,7 @@ class Equations:
             else:
                 for name in names:
                     if name is not None:
-                        uses.setdefault(name, place)
+                        uses.setdefault(name, index)
         return uses
 
     def results(self, arrays: Mapping[str, Any], sizes: set[int]) -> list[jax.Array]:

@@ -41,21 +41,21 @@ def from_flax(variables: Mapping[str, Any], *, count: ArrayLike | None = None) -
     References:
       flax.linen.BatchNorm, flax 0.12.
     """
-    doubtful = []
+    uncounted = []
 
     def add(path: str, state: Any) -> Any:
         if state.get("count") is not None:
             return state
         if count is None and not (np.all(state["mean"] == 0) and np.all(state["var"] == 1)):
-            doubtful.append(path)
+            uncounted.append(path)
         return {**state, "count": np.asarray(0 if count is None else count, np.int32)}
 
     batch_stats = map_states("from_flax", add, variables.get("batch_stats", {}))
-    if doubtful:
+    if uncounted:
         warnings.warn(
-            f"from_flax: {', '.join(doubtful)} have no count, and get 0; with momentum=None the "
-            f"next batch would replace them; write count= the number of batches that they stand "
-            f"for, or count=0",
+            f"from_flax: {', '.join(uncounted)} have no count, and get 0; with momentum=None the "
+            f"next batch would replace them; write count= the number of batches that they "
+            f"represent, or count=0",
             stacklevel=2,
         )
     return {**variables, "batch_stats": batch_stats}

@@ -11,8 +11,19 @@ import numpy as np
 from jaxnorm._core.variables import statistics_dtype
 from jaxnorm.interop._files import read
 from jaxnorm.interop._kernels import check_names_of_kernels
-from jaxnorm.interop._leaves import LEAVES, RUNNING, Convert, Entry, check
-from jaxnorm.interop._state_dict import common_front, state_dict_of
+from jaxnorm.interop._leaves import (
+    COUNT,
+    INITIAL,
+    LEAVES,
+    LEFT_OUT,
+    RUNNING,
+    Convert,
+    Entry,
+    check_names_and_shapes,
+    converted,
+    initial_statistics,
+)
+from jaxnorm.interop._state_dict import common_prefix, state_dict_of
 from jaxnorm.interop._trees import (
     Arrays,
     Tree,
@@ -26,7 +37,8 @@ from jaxnorm.interop._trees import (
     split,
 )
 
-MOST = np.iinfo(np.int32).max
+MAX_COUNT = np.iinfo(np.int32).max
+MISSING = "missing"  # the note of a count that the state dict does not contain
 
 
 def from_torch(
@@ -113,8 +125,8 @@ def from_torch(
       torch.nn.Module.state_dict, PyTorch 2.13.
     """
     given: Any = state_dict
-    of_a_file = isinstance(state_dict, str | os.PathLike)
-    if of_a_file:
+    is_file = isinstance(state_dict, str | os.PathLike)
+    if is_file:
         given = read("from_torch", state_dict).arrays
     elif not isinstance(state_dict, Mapping) and hasattr(state_dict, "state_dict"):
         given = state_dict.state_dict()
@@ -129,7 +141,7 @@ def from_torch(
     if like is not None:
         _check_variables(entries, like)
     warn_of_scales(entries)
-    if not of_a_file:  # a model may go on changing its arrays
+    if not is_file:  # the arrays of a model may change later
         entries = [entry._replace(value=_copied(entry.value)) for entry in entries]
     return variables_of(entries)
 
@@ -140,11 +152,11 @@ def _copied(value: Any) -> Any:
 
 def warn_of_scales(entries: list[Entry]) -> None:
     """Warns of names that `to_torch` would by default treat as those of norms."""
-    kept = [e.theirs for e in entries if e.theirs is not None and e.theirs == e.ours]
-    own = [name for name in kept if split(name)[1] == "scale"]
-    if own:
+    kept = [e.name for e in entries if e.name is not None and e.name == e.torch_name]
+    scales = [name for name in kept if split(name)[1] == "scale"]
+    if scales:
         warnings.warn(
-            f"from_torch: {own} are called scale, as those of norms are here; write like= or "
+            f"from_torch: {scales} are called scale, as those of norms are here; write like= or "
             f"norms= for to_torch, too, or it calls them weight",
             stacklevel=3,
         )
@@ -161,44 +173,45 @@ def read_torch(
 ) -> list[Entry]:
     """Every array of the state dict, with its new name and value."""
     arrays = {name: array("from_torch", name, value) for name, value in state_dict.items()}
-    found = _norms(arrays) if norms is None else _named(arrays, norms)
+    names = names or {}
+    found = _detected_norms(arrays) if norms is None else _given_norms(arrays, norms)
     _check_parts(arrays)
     _check_count(count)
-    inverted("from_torch", names or {})
+    inverted("from_torch", names)
     check_names_of_kernels("from_torch", convert, names)
-    check_names("from_torch", names or {}, arrays, "the state dict")
+    check_names("from_torch", names, arrays, "the state dict")
     entries = []
-    uncounted: list[str] = []
     for module in dict.fromkeys(split(name)[0] for name in arrays):
         if module in found:
-            leaves = {
-                leaf: arrays[join(module, leaf)] for leaf in LEAVES if join(module, leaf) in arrays
-            }
-            ours = renamed(module, names or {})
-            entries += _read_norm(module, ours, leaves, track_running_stats, count, uncounted)
-    if uncounted and count is None:
-        warnings.warn(
-            f"from_torch: num_batches_tracked of {uncounted} is missing and taken as 0; with "
-            f"momentum=None the next batch would replace the running statistics; write count= the "
-            f"number of batches that they stand for, or count=0",
-            stacklevel=3,
-        )
-    for name, value in arrays.items():
-        module, leaf = split(name)
-        if module in found and leaf in LEAVES:
-            continue
-        ours = join(renamed(module, names or {}), leaf)
-        new_name, new = (ours, value) if convert is None else convert(ours, value) or (None, value)
-        note = "left out" if new_name is None else "" if new is value else "converted"
-        entries.append(Entry(name, "params", new_name, new, note))
+            entries += _read_norm(
+                arrays, module, renamed(module, names), track_running_stats, count
+            )
+    if count is None:
+        _warn_of_missing_counts(entries)
+    for torch_name, value in arrays.items():
+        module, leaf = split(torch_name)
+        if module not in found or leaf not in LEAVES:
+            new = converted(convert, join(renamed(module, names), leaf), value)
+            entries.append(Entry(torch_name, "params", *new))
     return entries
+
+
+def _warn_of_missing_counts(entries: list[Entry]) -> None:
+    missing = [split(e.torch_name)[0] for e in entries if e.torch_name and e.note == MISSING]
+    if missing:
+        warnings.warn(
+            f"from_torch: num_batches_tracked of {missing} is missing and taken as 0; with "
+            f"momentum=None the next batch would replace the running statistics; write count= the "
+            f"number of batches that they represent, or count=0",
+            stacklevel=4,
+        )
 
 
 def _check_count(count: Any) -> None:
     whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
-    if count is not None and not (whole and 0 <= count <= MOST):
+    if count is not None and not (whole and 0 <= count <= MAX_COUNT):
         raise ValueError(
-            f"from_torch: count should be an int from 0 to {MOST}, because it is a number of "
+            f"from_torch: count should be an int from 0 to {MAX_COUNT}, because it is a number of "
             f"batches, but is {count!r}"
         )
 
@@ -212,17 +225,17 @@ def _check_parts(arrays: Arrays) -> None:
         )
 
 
-def _norms(arrays: Arrays) -> set[str]:
+def _detected_norms(arrays: Arrays) -> set[str]:
     """The modules with a running_mean, or with a weight of one axis."""
-    named = (split(name) for name in arrays)
     return {
         module
-        for module, leaf in named
+        for module, leaf in map(split, arrays)
         if leaf in RUNNING or (leaf == "weight" and arrays[join(module, leaf)].ndim == 1)
     }
 
 
-def _named(arrays: Arrays, norms: Collection[str]) -> set[str]:
+def _given_norms(arrays: Arrays, norms: Collection[str]) -> set[str]:
+    """The modules in `norms`; raises if one does not exist."""
     modules = {split(name)[0] for name in arrays if split(name)[1] in LEAVES}
     absent = sorted(set(norms) - modules)
     if absent:
@@ -234,102 +247,115 @@ def _named(arrays: Arrays, norms: Collection[str]) -> set[str]:
 
 
 def _read_norm(
+    arrays: Arrays,
+    torch_module: str,
     module: str,
-    ours: str,
-    leaves: dict[str, np.ndarray],
     track_running_stats: bool | None,
     count: int | None,
-    uncounted: list[str],
 ) -> list[Entry]:
-    """Checks one norm and returns its entries; adds its name to `uncounted` if it has no count."""
-
-    def key(leaf: str) -> str:
-        return join(module, leaf)
-
-    shapes = {leaf: a.shape for leaf, a in leaves.items() if leaf != "num_batches_tracked"}
-    for leaf, shape in shapes.items():
-        first = next(iter(shapes))
-        if shape != shapes[first]:
-            raise ValueError(
-                f"from_torch: {key(leaf)!r} should have shape {shapes[first]}, as {key(first)!r} "
-                f"has, but has {shape}"
-            )
+    """Checks the arrays of one norm, and returns their entries."""
+    torch_names = {leaf: join(torch_module, leaf) for leaf in LEAVES}
+    leaves = {leaf: arrays[name] for leaf, name in torch_names.items() if name in arrays}
+    _check_shapes({torch_names[leaf]: a for leaf, a in leaves.items() if leaf != COUNT})
     tracked = [leaf for leaf in RUNNING if leaf in leaves]
-    notes = dict.fromkeys(leaves, "")
+    values = {leaf: (value, "") for leaf, value in leaves.items()}
     if track_running_stats is False:
-        notes |= dict.fromkeys(tracked, "left out")
+        values |= {leaf: (leaves[leaf], LEFT_OUT) for leaf in tracked}
     elif tracked:
-        for leaf in RUNNING[:2]:
-            if leaf not in leaves:
-                raise ValueError(
-                    f"from_torch: {key(leaf)!r} should be there, because {key(tracked[0])!r} is, "
-                    f"but is missing; write track_running_stats=False to leave both out"
-                )
-            leaves[leaf], notes[leaf] = _statistic(key(leaf), leaves[leaf])
-        leaf = RUNNING[2]
-        if leaf not in leaves:
-            uncounted.append(module)
-        leaves[leaf], notes[leaf] = _count(key(leaf), leaves.get(leaf), count)
+        values |= _read_statistics(torch_module, leaves, count)
     elif track_running_stats:
-        like = next(iter(shapes.values()))
-        new = np.zeros(like, np.float32), np.ones(like, np.float32), np.zeros((), np.int32)
-        leaves |= dict(zip(RUNNING, new, strict=True))
-        notes |= dict.fromkeys(RUNNING, "a first one")
+        initial = initial_statistics(next(iter(leaves.values())).shape)
+        values |= {leaf: (value, INITIAL) for leaf, value in initial.items()}
     return [
         Entry(
-            None if notes[leaf] == "a first one" else key(leaf),
+            None if note == INITIAL else torch_names[leaf],
             LEAVES[leaf][0],
-            None if notes[leaf] == "left out" else join(ours, LEAVES[leaf][1]),
+            None if note == LEFT_OUT else join(module, LEAVES[leaf][1]),
             value,
-            notes[leaf],
+            note,
         )
-        for leaf, value in leaves.items()
+        for leaf, (value, note) in values.items()
     ]
 
 
-def _statistic(key: str, value: np.ndarray) -> tuple[np.ndarray, str]:
+def _check_shapes(arrays: Arrays) -> None:
+    """Checks that the arrays of a norm have one shape."""
+    first = next(iter(arrays), "")
+    for name, a in arrays.items():
+        if a.shape != arrays[first].shape:
+            raise ValueError(
+                f"from_torch: {name!r} should have shape {arrays[first].shape}, as {first!r} has, "
+                f"but has {a.shape}"
+            )
+
+
+def _read_statistics(
+    torch_module: str, leaves: Arrays, count: int | None
+) -> dict[str, tuple[np.ndarray, str]]:
+    """The running statistics of one norm, with notes of what changed."""
+    first = next(leaf for leaf in RUNNING if leaf in leaves)
+    values = {}
+    for leaf in ("running_mean", "running_var"):
+        torch_name = join(torch_module, leaf)
+        if leaf not in leaves:
+            raise ValueError(
+                f"from_torch: {torch_name!r} should be there, because "
+                f"{join(torch_module, first)!r} is, but is missing; write "
+                f"track_running_stats=False to leave both out"
+            )
+        values[leaf] = _statistic(torch_name, leaves[leaf])
+    return values | {COUNT: _count(join(torch_module, COUNT), leaves.get(COUNT), count)}
+
+
+def _statistic(torch_name: str, value: np.ndarray) -> tuple[np.ndarray, str]:
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"from_torch: {key!r} should have a float dtype, but has {value.dtype}")
+        raise ValueError(
+            f"from_torch: {torch_name!r} should have a float dtype, because it is an average, "
+            f"but has {value.dtype}"
+        )
     wide = np.dtype(statistics_dtype(value.dtype))
     return value.astype(wide), "" if wide == value.dtype else f"widened from {value.dtype}"
 
 
-def _count(key: str, value: np.ndarray | None, count: int | None) -> tuple[np.ndarray, str]:
+def _count(torch_name: str, value: np.ndarray | None, count: int | None) -> tuple[np.ndarray, str]:
     if value is None:
-        return np.asarray(count or 0, np.int32), "missing"
+        return np.asarray(count or 0, np.int32), MISSING
     if value.shape != () or not np.issubdtype(value.dtype, np.integer) or value < 0:
         raise ValueError(
-            f"from_torch: {key!r} should be one whole number, not negative, but is "
+            f"from_torch: {torch_name!r} should be one whole number, not negative, because it "
+            f"counts batches, but is "
             f"{value.dtype}{list(value.shape)}{f' {value}' if value.size == 1 else ''}"
         )
-    if value > MOST:
+    if value > MAX_COUNT:
         warnings.warn(
-            f"from_torch: {key!r} is {value}, and becomes the largest int32, {MOST}", stacklevel=5
+            f"from_torch: {torch_name!r} is {value}, and becomes the largest int32, {MAX_COUNT}",
+            stacklevel=6,
         )
-        return np.asarray(MOST, np.int32), f"was {value}"
+        return np.asarray(MAX_COUNT, np.int32), f"was {value}"
     return value.astype(np.int32), ""
 
 
 def variables_of(entries: list[Entry]) -> Tree:
-    """The collections as nested dicts."""
+    """The collections as nested dicts; raises if two arrays have the same name."""
     flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     for entry in entries:
-        if entry.ours is None:
+        if entry.name is None:
             continue
-        if entry.ours in flat[entry.collection]:
+        if entry.name in flat[entry.collection]:
             raise ValueError(
-                f"from_torch: {entry.ours!r} should be one array, but {entry.theirs!r} and another "
-                f"get this name"
+                f"from_torch: {entry.name!r} should be one array, but {entry.torch_name!r} and "
+                f"another get this name"
             )
-        flat[entry.collection][entry.ours] = entry.value
+        flat[entry.collection][entry.name] = entry.value
     return {collection: nest("from_torch", leaves) for collection, leaves in flat.items()}
 
 
 def _check_variables(entries: list[Entry], like: Mapping[str, Any]) -> None:
-    found = {f"{e.collection}.{e.ours}": np.shape(e.value) for e in entries if e.ours is not None}
-    origin = {f"{e.collection}.{e.ours}": e.theirs for e in entries if e.ours and e.theirs}
-    expected = {k: v for k, v in like.items() if k in ("params", "batch_stats")}
-    front = common_front(origin.values())
-    hint = f"; all names begin with {front!r}: write prefix= what a wrapper added of it"
-    shapes = {k: v.shape for k, v in flatten("from_torch", expected).items()}
-    check("from_torch", found, shapes, origin, hint if front else "")
+    named = {f"{e.collection}.{e.name}": e for e in entries if e.name is not None}
+    found = {name: np.shape(e.value) for name, e in named.items()}
+    origin = {name: e.torch_name for name, e in named.items() if e.torch_name}
+    collections = {k: v for k, v in like.items() if k in ("params", "batch_stats")}
+    expected = {name: a.shape for name, a in flatten("from_torch", collections).items()}
+    prefix = common_prefix(origin.values())
+    hint = f"; all names begin with {prefix!r}: write prefix= with what a wrapper has added"
+    check_names_and_shapes("from_torch", found, expected, origin, hint if prefix else "")

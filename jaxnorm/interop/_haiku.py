@@ -1,4 +1,4 @@
-"""Converts the state of Haiku's norms: their averages become running statistics."""
+"""Converts the params and the state of a Haiku model to variables."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -56,23 +56,23 @@ def from_haiku(
     names = names or {}
     states: dict[str, dict[str, np.ndarray]] = {}
     for module, leaves in (state or {}).items():
-        owner, _, average = module.rpartition("/~/")
+        norm, _, average = module.rpartition("/~/")
         if average in AVERAGES and {"average", "counter"} <= set(leaves):
             key = f"{module}/average"
-            found = states.setdefault(owner, {})
+            found = states.setdefault(norm, {})
             found[AVERAGES[average]] = _channels(key, array("from_haiku", key, leaves["average"]))
             counter = array("from_haiku", f"{module}/counter", leaves["counter"])
             found["count"] = np.asarray(counter, np.int32).reshape(())
     flat_params, flat_stats = {}, {}
-    for owner, found in states.items():
+    for norm, found in states.items():
         missing = [key for key in ("mean", "var") if key not in found]
         if missing:
             raise ValueError(
-                f"from_haiku: '{owner}/~/{missing[0]}_ema' should be there, because the other "
-                f"average is, but is missing"
+                f"from_haiku: '{norm}/~/{missing[0]}_ema' should be in state, because the "
+                f"other average is, but is missing; pass the complete state"
             )
         for key, value in found.items():
-            flat_stats[join(_name(owner, names), key)] = value
+            flat_stats[join(_name(norm, names), key)] = value
     for module, leaves in params.items():
         is_norm = module in states or set(leaves) <= {"scale", "offset"}
         for leaf, value in leaves.items():
@@ -93,7 +93,7 @@ def _channels(key: str, a: np.ndarray) -> np.ndarray:
     """Reshapes to (C,): Haiku keeps the reduced axes, with size 1."""
     if max(a.shape, default=1) != a.size:
         raise ValueError(
-            f"from_haiku: {key!r} should have one axis of the channels, and others of size 1, but "
-            f"has shape {a.shape}"
+            f"from_haiku: {key!r} should have one axis of the channels and others of size 1, "
+            f"because it becomes an array of shape (C,), but has shape {a.shape}"
         )
     return a.reshape(-1)

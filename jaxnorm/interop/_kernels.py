@@ -12,7 +12,7 @@ from jaxnorm.interop._layouts import Kind, Rule, rule_of
 from jaxnorm.interop._leaves import Convert
 from jaxnorm.interop._trees import inverted, join, renamed, split
 
-WEIGHTS = ("weight", "kernel", "embedding")
+WEIGHT_NAMES = ("weight", "kernel", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Kernels:
 
     def __post_init__(self) -> None:
         """Checks the kinds, and that their keys are PyTorch's names."""
-        theirs = inverted("kernels", self.names)
+        torch_names = inverted("kernels", self.names)
         for module, kind in self.kinds.items():
-            _check_key(module, self.names, theirs)
+            _check_key(module, self.names, torch_names)
             if kind is not None:
                 rule_of(module, kind)
         for field in ("kinds", "names"):  # copies, because later changes would not be checked
@@ -52,17 +52,17 @@ class Kernels:
     def __call__(self, name: str, value: Any) -> tuple[str, Any] | None:
         """Converts one array from PyTorch's layout to Flax's, given its new name."""
         module, leaf = split(name)
-        theirs = renamed(module, inverted("kernels", self.names))
+        torch_module = renamed(module, inverted("kernels", self.names))
         _check_array(name, value)
-        kind = self._kind(theirs, value)
+        kind = self._kind(torch_module, value)
         if kind is None or kind == "unchanged":
             return None if kind is None else (name, value)
         rule = rule_of(name, kind)
         if leaf == "weight":
             _check_axes(name, value, kind, rule)
             return join(module, rule.leaf), rule.to_flax(value)
-        if leaf in WEIGHTS:
-            raise ValueError(_ambiguous(name, theirs, leaf, "weight"))
+        if leaf in WEIGHT_NAMES:
+            raise ValueError(_ambiguous(name, torch_module, leaf, "weight"))
         return name, rule.bias_to_flax(value) if leaf == "bias" else value
 
     @property
@@ -82,7 +82,7 @@ class Kernels:
         if leaf == rule.leaf:
             _check_axes(name, value, kind, rule)
             return join(module, "weight"), rule.to_torch(value)
-        if leaf in WEIGHTS:
+        if leaf in WEIGHT_NAMES:
             raise ValueError(_ambiguous(name, module, leaf, rule.leaf))
         return name, rule.bias_to_torch(value) if leaf == "bias" else value
 
@@ -161,48 +161,48 @@ def check_names_of_kernels(
     convert = getattr(convert, "__self__", convert)  # an inverse is a bound method
     if isinstance(convert, Kernels) and convert.kinds and dict(convert.names) != dict(names or {}):
         raise ValueError(
-            f"{function}: names should be the map that kernels was given, because the kinds are "
-            f"found by it, but is {dict(names or {})!r} beside {dict(convert.names)!r}; write "
-            f"kernels(..., names=names) and {function}(..., names=names)"
+            f"{function}: names should be the map that kernels was given, because it "
+            f"leads to the kinds, but is {dict(names or {})!r}, and not {dict(convert.names)!r}; "
+            f"write kernels(..., names=names) and {function}(..., names=names)"
         )
 
 
-def _check_key(module: Any, names: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+def _check_key(module: Any, names: Mapping[str, str], torch_names: Mapping[str, str]) -> None:
     if not isinstance(module, str) or split(module)[1] in ("weight", "bias"):
         raise ValueError(
             f"kernels: the keys of kinds should be names of modules, but one is {module!r}; write "
             f"'encoder.up' for 'encoder.up.weight'"
         )
-    in_torch = renamed(module, theirs)
-    if in_torch != module and renamed(module, names) == module:
+    torch_module = renamed(module, torch_names)
+    if torch_module != module and renamed(module, names) == module:
         raise ValueError(
-            f"kernels: the keys of kinds should be names in PyTorch, but {module!r} is what names "
-            f"calls {in_torch!r} here; write {in_torch!r}"
+            f"kernels: the keys of kinds should be names in PyTorch, but {module!r} is the new "
+            f"name of {torch_module!r} in names; write {torch_module!r}"
         )
 
 
 def _check_array(name: str, value: Any) -> None:
     if not isinstance(value, np.ndarray | jax.Array) or value.dtype == object:
-        kind = getattr(value, "dtype", type(value).__name__)
+        found = getattr(value, "dtype", type(value).__name__)
         raise ValueError(
-            f"kernels: {name!r} should be an array of numbers, but is {kind}; give from_torch the "
-            f"state dict alone, without what was saved beside it"
+            f"kernels: {name!r} should be an array of numbers, but is {found}; give from_torch "
+            f"only the state dict of a checkpoint"
         )
 
 
 def _check_axes(name: str, value: Any, kind: Kind, rule: Rule) -> None:
-    if rule.axes and value.ndim not in rule.axes:
-        expected = " to ".join(str(n) for n in sorted({rule.axes[0], rule.axes[-1]}))
+    if rule.ndims and value.ndim not in rule.ndims:
+        expected = " to ".join(str(n) for n in sorted({rule.ndims[0], rule.ndims[-1]}))
         raise ValueError(
-            f"kernels: {name!r} should have {expected} axes, because its module is taken for "
-            f"{kind!r}, but has shape {value.shape}; give the module its kind, or 'unchanged' for "
-            f"a weight of another sort"
+            f"kernels: {name!r} should have {expected} axes, because the kind of its module is "
+            f"{kind!r}, but has shape {value.shape}; write kinds= with the kind of the module, or "
+            f"with 'unchanged'"
         )
 
 
 def _ambiguous(name: str, module: str, leaf: str, expected: str) -> str:
     return (
         f"kernels: {name!r} should be called {expected!r}, because {leaf!r} could not be restored "
-        f"on the way back, but is not; write kernels({{{module!r}: 'unchanged'}}) to leave the "
+        f"by the inverse, but is not; write kernels({{{module!r}: 'unchanged'}}) to leave the "
         f"module's arrays and their names as they are"
     )

@@ -93,7 +93,7 @@ def _kind(name: str, module: Any) -> Kind:
     if kind is None:
         if axes > 1:
             raise ValueError(
-                f"kernels_of: {name!r} should be of a class that is known, because its weight has "
+                f"kernels_of: {name!r} should be of a known class, because its weight has "
                 f"{axes} axes, but is a {type(module).__name__}; write kinds={{{name!r}: ...}} "
                 f"with 'linear', 'conv', 'unchanged' or another kind"
             )
@@ -120,30 +120,30 @@ def _check(name: str, module: Any, arrays: dict[str, Any]) -> None:
     if any("ConvTranspose" in c for c in class_names(module)) and module.groups > 1:
         raise ValueError(
             f"kernels_of: {name!r} should have one group, because Flax's ConvTranspose has no "
-            f"groups, but has {module.groups}; write kinds={{{name!r}: 'unchanged'}} and a layer "
-            f"of your own"
+            f"groups, but has {module.groups}; write kinds={{{name!r}: 'unchanged'}} and a custom "
+            f"layer"
         )
 
 
 def _check_shared(
     modules: Mapping[str, Any], kinds: Mapping[str, Kind], given: Mapping[str, Kind]
 ) -> None:
-    """Raises for shared weights: they would become two arrays, which training makes different."""
-    first: dict[int, str] = {}
+    """Raises if weights are shared: each would become two arrays, which differ after training."""
+    first_names: dict[int, str] = {}
     shared = {}
     for name, kind in kinds.items():
         weight = own_arrays(modules[name]).get("weight")
         if weight is None or kind is None:
             continue
-        other = first.setdefault(id(weight), name)
+        other = first_names.setdefault(id(weight), name)
         if other != name and not {name, other} <= given.keys():
             shared[name] = other
     if shared:
-        ties = ", ".join(f"{name!r} has that of {other!r}" for name, other in shared.items())
+        text = ", ".join(f"{name!r} has that of {other!r}" for name, other in shared.items())
         raise ValueError(
-            f"kernels_of: each module should have a weight of its own, because each becomes an "
-            f"array of its own, but {ties}; write kinds={dict.fromkeys(shared)!r} to leave it out "
-            f"where the new model shares it too, or give both modules their kinds"
+            f"kernels_of: the modules should not share weights, because each weight becomes a "
+            f"separate array, but {text}; write kinds={dict.fromkeys(shared)!r} to leave them "
+            f"out if the new model shares them too, or specify the kinds of both modules"
         )
 
 
@@ -155,17 +155,17 @@ def _warn_of_flattened(modules: Mapping[str, Any], given: Mapping[str, Kind]) ->
         if hasattr(m, "out_channels"):
             convolution = name
         elif "Linear" in classes and hasattr(m, "in_features") and convolution is not None:
-            before, convolution = convolution, None
-            channels = modules[before].out_channels
+            previous, convolution = convolution, None
+            channels = modules[previous].out_channels
             entries, remainder = divmod(m.in_features, channels)
             if name in given or remainder or entries < 2:
                 continue
-            side = math.isqrt(entries)
-            space = f"{side}, {side}" if side * side == entries else "height, width"
+            width = math.isqrt(entries)
+            space = f"{width}, {width}" if width * width == entries else "height, width"
             warnings.warn(
                 f"kernels_of: {name!r} has {m.in_features} inputs, {entries} for each of the "
-                f"{channels} channels of {before!r}, as if these were flattened; write "
-                f"kinds={{{name!r}: Flattened({channels}, {space})}}, with the shape before it is "
-                f"flattened, or kinds={{{name!r}: 'linear'}} if it is not",
+                f"{channels} channels of {previous!r}, as if these were flattened; write "
+                f"kinds={{{name!r}: Flattened({channels}, {space})}}, with the shape before the "
+                f"flatten, or kinds={{{name!r}: 'linear'}} if it is not",
                 stacklevel=3,
             )

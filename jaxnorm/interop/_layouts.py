@@ -95,7 +95,7 @@ Kind = str | Flattened | Unflattened | None
 
 # ---- One rule for each kind ----
 
-Map = Callable[[Any], Any]
+Transformation = Callable[[Any], Any]
 
 
 def _same(value: Any) -> Any:
@@ -107,14 +107,23 @@ def _transposed(value: Any) -> Any:
 
 
 class Rule(NamedTuple):
-    """The conversions of a weight and a bias to Flax and back, and the weight's numbers of axes."""
+    """The conversions of a weight and a bias to Flax and back.
+
+    Attributes:
+      leaf: the name of the weight in Flax.
+      to_flax: converts the weight from PyTorch.
+      to_torch: the inverse of to_flax.
+      ndims: the numbers of axes that the weight may have; None allows any.
+      bias_to_flax: converts the bias from PyTorch.
+      bias_to_torch: the inverse of bias_to_flax.
+    """
 
     leaf: str
-    to_flax: Map
-    to_torch: Map
-    axes: tuple[int, ...] | None = None
-    bias_to_flax: Map = _same
-    bias_to_torch: Map = _same
+    to_flax: Transformation
+    to_torch: Transformation
+    ndims: tuple[int, ...] | None = None
+    bias_to_flax: Transformation = _same
+    bias_to_torch: Transformation = _same
 
 
 def _conv_to_flax(weight: Any) -> Any:
@@ -126,8 +135,8 @@ def _conv_to_torch(kernel: Any) -> Any:
 
 
 def _conv_transpose_to_flax(weight: Any) -> Any:
-    reversed_space = np.flip(weight, tuple(range(2, weight.ndim)))
-    return np.moveaxis(reversed_space, (0, 1), (-2, -1))
+    flipped = np.flip(weight, tuple(range(2, weight.ndim)))
+    return np.moveaxis(flipped, (0, 1), (-2, -1))
 
 
 def _conv_transpose_to_torch(kernel: Any) -> Any:
@@ -135,10 +144,10 @@ def _conv_transpose_to_torch(kernel: Any) -> Any:
     return np.flip(weight, tuple(range(2, weight.ndim)))
 
 
-SPATIAL = (3, 4, 5)
+CONV_NDIMS = (3, 4, 5)
 RULES = {
-    "conv": Rule("kernel", _conv_to_flax, _conv_to_torch, SPATIAL),
-    "conv_transpose": Rule("kernel", _conv_transpose_to_flax, _conv_transpose_to_torch, SPATIAL),
+    "conv": Rule("kernel", _conv_to_flax, _conv_to_torch, CONV_NDIMS),
+    "conv_transpose": Rule("kernel", _conv_transpose_to_flax, _conv_transpose_to_torch, CONV_NDIMS),
     "linear": Rule("kernel", _transposed, _transposed, (2,)),
     "transposed_linear": Rule("kernel", _same, _same, (2,)),
     "embedding": Rule("embedding", _same, _same, (2,)),
@@ -167,7 +176,7 @@ def rule_of(name: str, kind: Kind) -> Rule:
     return RULES[kind]
 
 
-def _channels_last(name: str, shape: tuple[int, ...]) -> Map:
+def _channels_last(name: str, shape: tuple[int, ...]) -> Transformation:
     """Reorders the last axis from the entries of (C, *space) to those of (*space, C)."""
 
     def to_flax(value: Any) -> Any:
@@ -178,7 +187,7 @@ def _channels_last(name: str, shape: tuple[int, ...]) -> Map:
     return to_flax
 
 
-def _channels_first(name: str, shape: tuple[int, ...]) -> Map:
+def _channels_first(name: str, shape: tuple[int, ...]) -> Transformation:
     """The inverse of `_channels_last`."""
 
     def to_torch(value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The names of a norm's arrays in PyTorch and jaxnorm, and checks of converted arrays."""
+"""Defines the names of a norm's arrays in PyTorch and jaxnorm, and the result of a conversion."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-# The leaf in PyTorch: the collection and the leaf in jaxnorm.
+# For each array of a norm in PyTorch, the collection and the name in jaxnorm.
 LEAVES = {
     "weight": ("params", "scale"),
     "bias": ("params", "bias"),
@@ -13,23 +13,48 @@ LEAVES = {
     "running_var": ("batch_stats", "var"),
     "num_batches_tracked": ("batch_stats", "count"),
 }
-THEIRS = {ours: theirs for theirs, ours in LEAVES.items()}
-RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+COUNT = "num_batches_tracked"
+RUNNING = ("running_mean", "running_var", COUNT)
+# The notes of arrays that only the source has, and of arrays that only the result has.
+LEFT_OUT, INITIAL = "left out", "initial"
 
 Convert = Callable[[str, np.ndarray], tuple[str, Any] | None]
 
 
 class Entry(NamedTuple):
-    """One converted array: its name in PyTorch (theirs), its new name (ours), and a note."""
+    """One array of a conversion.
 
-    theirs: str | None
+    Attributes:
+      torch_name: its name in PyTorch; None if PyTorch's model does not have it.
+      collection: "params" or "batch_stats".
+      name: its name in this collection; None if the variables do not have it.
+      value: the converted array, or the original one if it is left out.
+      note: what changed, other than the name.
+    """
+
+    torch_name: str | None
     collection: str
-    ours: str | None
+    name: str | None
     value: Any
     note: str = ""
 
 
-def check(
+def initial_statistics(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The running statistics of a norm before the first batch, by their names in PyTorch."""
+    values = np.zeros(shape, np.float32), np.ones(shape, np.float32), np.zeros((), np.int32)
+    return dict(zip(RUNNING, values, strict=True))
+
+
+def converted(
+    convert: Convert | None, name: str, value: np.ndarray
+) -> tuple[str | None, np.ndarray, str]:
+    """The new name, value and note of an array that does not belong to a norm."""
+    new_name, new = (name, value) if convert is None else convert(name, value) or (None, value)
+    note = "" if new is value else "converted"
+    return new_name, new, LEFT_OUT if new_name is None else note
+
+
+def check_names_and_shapes(
     function: str,
     found: Mapping[str, Sequence[int]],
     expected: Mapping[str, Sequence[int]],
@@ -38,20 +63,20 @@ def check(
 ) -> None:
     """Checks that both have the same names and shapes."""
 
-    def named(name: str) -> str:
+    def described(name: str) -> str:
         return f"{name!r} (from {origin[name]!r})" if name in origin else repr(name)
 
-    problems = [f"{named(name)} is missing" for name in expected if name not in found]
-    problems += [f"{named(name)} is not expected" for name in found if name not in expected]
+    problems = [f"{described(name)} is missing" for name in expected if name not in found]
+    problems += [f"{described(name)} is not expected" for name in found if name not in expected]
     problems += [
-        f"{named(name)} should have shape {tuple(expected[name])}, but has {tuple(found[name])}"
+        f"{described(name)} should have shape {tuple(expected[name])}, but has {tuple(found[name])}"
         for name in found
         if name in expected and tuple(found[name]) != tuple(expected[name])
     ]
     if problems:
         raise ValueError(
-            f"{function}: what comes out should be like the given model, but\n  "
+            f"{function}: the result should have the names and shapes of like, but\n  "
             + "\n  ".join(problems)
-            + "\nwrite names= where modules are called otherwise, and track_running_stats=False "
-            f"or True to leave running statistics out or begin with first ones{hint}"
+            + "\nwrite names= if modules have other names, and track_running_stats=False to leave "
+            f"the running statistics out, or True to add initial ones{hint}"
         )

@@ -11,12 +11,21 @@ from jaxnorm.interop._kernels import Kernels, kernels
 from jaxnorm.interop._kernels_of import kernels_of
 from jaxnorm.interop._layouts import Kind
 from jaxnorm.interop._models import model_of
-from jaxnorm.interop._pairs import Pair, Unit, names_of, pairs, units, with_notes, written
+from jaxnorm.interop._pairs import (
+    ModuleShapes,
+    Pair,
+    format_shapes,
+    modules_of,
+    names_of,
+    pairs,
+    with_notes,
+)
+from jaxnorm.interop._table import table_lines
 from jaxnorm.interop._torch_calls import TorchCalls
 from jaxnorm.interop._trees import Tree, split
 from jaxnorm.interop._verify import Twins
 
-# Printed for the module that is the whole model.
+# The text in the table for the module that is the whole model.
 NO_NAME = '""'
 
 
@@ -51,8 +60,8 @@ class Proposal:
     """
 
     pairs: tuple[Pair, ...]
-    only_torch: tuple[Unit, ...]
-    only_here: tuple[Unit, ...]
+    only_torch: tuple[ModuleShapes, ...]
+    only_here: tuple[ModuleShapes, ...]
     kinds: Mapping[str, Kind]
     twins: Twins | None = None
 
@@ -103,18 +112,19 @@ class Proposal:
 
     def __str__(self) -> str:
         """A table with one row for each pair, and lists of the modules without a partner."""
-        cells = [("PyTorch", "here", "arrays here", "matched by")]
+        rows = [("PyTorch", "here", "arrays here", "matched by")]
         for pair in self.pairs:
             by = f"{pair.by}; {pair.note}" if pair.note else pair.by
-            cells.append((pair.torch or NO_NAME, pair.here or NO_NAME, written(pair.shapes), by))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in cells
-        ]
+            rows.append(
+                (pair.torch or NO_NAME, pair.here or NO_NAME, format_shapes(pair.shapes), by)
+            )
+        lines = table_lines(rows)
         for title, rest in (("only in PyTorch:", self.only_torch), ("only here:", self.only_here)):
-            rows = [f"  {unit.name or NO_NAME}  {written(unit.shapes)}" for unit in rest]
-            lines += [title, *rows] if rest else []
+            if rest:
+                lines.append(title)
+                lines += [
+                    f"  {module.name or NO_NAME}  {format_shapes(module.shapes)}" for module in rest
+                ]
         if self.by_order_only:
             lines.append(
                 f"{self.by_order_only} of these can be paired by their order: write "
@@ -130,8 +140,8 @@ class Proposal:
     def _complete(self) -> Twins:
         if self.twins is None:
             raise ValueError(
-                "match_variables: both models should be known, because they are to be called, but "
-                "only arrays are; write match(model, example_input, module, torch_input)"
+                "match_variables: both models should be known, because this method calls them, but "
+                "only their arrays are; write match(model, example_input, module, torch_input)"
             )
         if self.only_torch or self.only_here:
             raise ValueError(
@@ -190,10 +200,10 @@ def match(
       >>> import flax.linen as nn, numpy as np, torch
       >>> from jaxnorm import interop
       >>> from jaxnorm.linen import LayerNorm
-      >>> theirs = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
-      >>> ours = nn.Sequential([nn.Dense(8), LayerNorm(epsilon=1e-5)])
+      >>> module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+      >>> model = nn.Sequential([nn.Dense(8), LayerNorm(epsilon=1e-5)])
       >>> x = np.ones((2, 4), np.float32)
-      >>> proposal = interop.match(ours, x, theirs, torch.from_numpy(x))
+      >>> proposal = interop.match(model, x, module, torch.from_numpy(x))
       >>> print(proposal)
       PyTorch  here      arrays here              matched by
       0        layers_0  bias [8], kernel [4, 8]  unique shape
@@ -205,17 +215,17 @@ def match(
       torch.nn.Module.register_forward_pre_hook, PyTorch 2.13; jax.make_jaxpr, JAX 0.10.
     """
     args, torch_args = _arguments(example_input), _arguments(torch_input)
-    found = kernels_of(module, kinds=kinds).kinds
-    theirs = from_torch(module, convert=Kernels(found))
+    complete_kinds = kernels_of(module, kinds=kinds).kinds
+    converted = from_torch(module, convert=Kernels(complete_kinds))
     calls = TorchCalls(module, torch_args, torch_kwargs or {}, keep=set())
-    ours = model_of(model, args, kwargs or {})
-    uses = Equations(ours.call_flat, ours.shapes).first_uses()
+    flax_model = model_of(model, args, kwargs or {})
+    uses = Equations(flax_model.call_flat, flax_model.shapes).first_uses()
     order: dict[str, int] = {}
-    for name, place in uses.items():  # the first use comes first
-        order.setdefault(split(name.partition(".")[2])[0], place)
-    twins = Twins(ours, module, torch_args, torch_kwargs or {})
-    left, right = units(theirs, calls.order), units(ours.like, order)
-    return _proposal(left, right, names, found, twins, allow_order=allow_order)
+    for name, position in uses.items():  # sorted by position
+        order.setdefault(split(name.partition(".")[2])[0], position)
+    twins = Twins(flax_model, module, torch_args, torch_kwargs or {})
+    torch_modules, modules = modules_of(converted, calls.order), modules_of(flax_model.like, order)
+    return _proposal(torch_modules, modules, names, complete_kinds, twins, allow_order=allow_order)
 
 
 def match_variables(
@@ -257,32 +267,31 @@ def match_variables(
     References:
       torch.nn.Module.state_dict, PyTorch 2.13.
     """
-    found = kernels(kinds)
-    theirs = from_torch(state_dict, convert=found)
-    left, right = units(theirs), units(variables)
-    return _proposal(left, right, names, found.kinds, None, allow_order=allow_order)
+    convert = kernels(kinds)
+    torch_modules = modules_of(from_torch(state_dict, convert=convert))
+    modules = modules_of(variables)
+    return _proposal(torch_modules, modules, names, convert.kinds, None, allow_order=allow_order)
 
 
 def _proposal(
-    theirs: list[Unit],
-    ours: list[Unit],
+    torch_modules: list[ModuleShapes],
+    modules: list[ModuleShapes],
     names: Mapping[str, str] | None,
     kinds: Mapping[str, Kind],
     twins: Twins | None,
     *,
     allow_order: bool,
 ) -> Proposal:
-    found = pairs(theirs, ours, names or {}, allow_order=allow_order)
-    here = {pair.here for pair in found}
-    torch = {pair.torch for pair in found}
+    found = pairs(torch_modules, modules, names or {}, allow_order=allow_order)
+    paired = {pair.torch for pair in found}, {pair.here for pair in found}
     return Proposal(
-        tuple(with_notes(found, theirs, ours)),
-        tuple(unit for unit in theirs if unit.name not in torch),
-        tuple(unit for unit in ours if unit.name not in here),
+        tuple(with_notes(found, torch_modules, modules)),
+        tuple(module for module in torch_modules if module.name not in paired[0]),
+        tuple(module for module in modules if module.name not in paired[1]),
         MappingProxyType(dict(kinds)),
         twins,
     )
 
 
-def _arguments(given: Any) -> tuple[Any, ...]:
-    return given if isinstance(given, tuple) else (given,)
+def _arguments(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -48,7 +48,7 @@ def model_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mo
     found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
     raise TypeError(
         f"match: model should be a Module of flax.linen or flax.nnx, but is {found}; write "
-        f"match_variables(variables, state_dict) for a model of another sort"
+        f"match_variables(variables, state_dict) for other models"
     )
 
 
@@ -67,9 +67,9 @@ def _of_nnx(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mod
     like = from_nnx(nnx.to_pure_dict(state))
     like = {name: jax.eval_shape(lambda tree=tree: tree) for name, tree in like.items()}
 
-    def call(given: Mapping[str, Any]) -> Any:
-        new = jax.tree.map(lambda a: a, state)  # the containers are new
-        nnx.replace_by_pure_dict(new, to_nnx(given))
+    def call(variables: Mapping[str, Any]) -> Any:
+        new = jax.tree.map(lambda a: a, state)  # copies the containers, which are modified
+        nnx.replace_by_pure_dict(new, to_nnx(variables))
         evaluated = nnx.merge(graphdef, streams, new)
         evaluated.eval()
         return evaluated(*args, **kwargs)

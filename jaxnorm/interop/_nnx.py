@@ -40,7 +40,10 @@ def to_nnx(variables: Mapping[str, Any]) -> Tree:
     )
     twice = sorted(params.keys() & stats.keys())
     if twice:
-        raise ValueError(f"to_nnx: {twice} should be in one collection, but are in both")
+        raise ValueError(
+            f"to_nnx: {twice} should be in one collection, because NNX has one tree, but are in "
+            f"both; rename them in one of the two"
+        )
     return nest("to_nnx", {**params, **stats})
 
 
@@ -73,13 +76,13 @@ def from_nnx(tree: Mapping[Any, Any]) -> Tree:
     modules = {split(name)[0] for name in flat}
     norms = {m for m in modules if join(m, "mean") in flat and join(m, "var") in flat}
 
-    def of_a_state(name: str) -> bool:
+    def is_statistic(name: str) -> bool:
         module, leaf = split(name)
         return module in norms and leaf in STATE
 
     return {
-        "params": nest("from_nnx", {k: v for k, v in flat.items() if not of_a_state(k)}),
-        "batch_stats": nest("from_nnx", {k: v for k, v in flat.items() if of_a_state(k)}),
+        "params": nest("from_nnx", {k: v for k, v in flat.items() if not is_statistic(k)}),
+        "batch_stats": nest("from_nnx", {k: v for k, v in flat.items() if is_statistic(k)}),
     }
 
 

@@ -42,21 +42,23 @@ class Pair(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
-    """A module that contains arrays.
+class ModuleShapes:
+    """The name of a module that contains arrays, and their shapes.
 
     Attributes:
       name: the dotted name of the module.
       shapes: the collection, name and shape of each of its arrays, sorted, parameters first.
-      place: a sort key for its position in the order of the model.
+      position: a sort key for the position of the module in the model.
     """
 
     name: str
     shapes: Shapes
-    place: Any
+    position: Any
 
 
-def units(variables: Mapping[str, Any], order: Mapping[str, int] | None = None) -> list[Unit]:
+def modules_of(
+    variables: Mapping[str, Any], order: Mapping[str, int] | None = None
+) -> list[ModuleShapes]:
     """The modules that contain arrays, in the given order.
 
     Without an order, or for modules that are not in it, the names are in their natural order, in
@@ -69,17 +71,17 @@ def units(variables: Mapping[str, Any], order: Mapping[str, int] | None = None) 
             shapes[module][f"{collection} {leaf}"] = tuple(np.shape(value))
     last = len(order or ())
 
-    def place(name: str) -> tuple[Any, ...]:
+    def position(name: str) -> tuple[Any, ...]:
         return (order or {}).get(name, last), natural(name)
 
     def parameters_first(array: tuple[str, Any]) -> tuple[bool, str]:
         return array[0].startswith("batch_stats"), array[0]
 
     found = [
-        Unit(name, tuple(sorted(of.items(), key=parameters_first)), place(name))
-        for name, of in shapes.items()
+        ModuleShapes(name, tuple(sorted(arrays.items(), key=parameters_first)), position(name))
+        for name, arrays in shapes.items()
     ]
-    return sorted(found, key=lambda unit: unit.place)
+    return sorted(found, key=lambda module: module.position)
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
@@ -89,94 +91,109 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def pairs(
-    theirs: list[Unit], ours: list[Unit], given: Mapping[str, str], *, allow_order: bool
+    torch_modules: list[ModuleShapes],
+    modules: list[ModuleShapes],
+    given: Mapping[str, str],
+    *,
+    allow_order: bool,
 ) -> list[Pair]:
     """The pairs, in the order of PyTorch's modules.
 
     Modules are paired only if their arrays have the same names and shapes.
     """
-    _check_given(theirs, ours, given)
-    here = {unit.name: unit for unit in ours}
-    alike = _by_shapes(theirs, ours)
-    found = {name: Pair(name, to, here[to].shapes, GIVEN) for name, to in given.items()}
-    taken = set(given.values())
+    _check_given(torch_modules, modules, given)
+    by_name = {module.name: module for module in modules}
+    groups = _by_shapes(torch_modules, modules)
+    found = {
+        torch_name: Pair(torch_name, name, by_name[name].shapes, GIVEN)
+        for torch_name, name in given.items()
+    }
+    paired = set(given.values())
 
-    def pair(unit: Unit, other: Unit, by: str) -> None:
-        if unit.name not in found and other.name not in taken:
-            found[unit.name] = Pair(unit.name, other.name, other.shapes, by)
-            taken.add(other.name)
+    def pair(torch_module: ModuleShapes, module: ModuleShapes, by: str) -> None:
+        if torch_module.name not in found and module.name not in paired:
+            found[torch_module.name] = Pair(torch_module.name, module.name, module.shapes, by)
+            paired.add(module.name)
 
-    for unit in theirs:
-        other = here.get(unit.name)
-        if other is not None and other.shapes == unit.shapes:
-            pair(unit, other, NAME)
-    for left, right in alike:
+    for torch_module in torch_modules:
+        module = by_name.get(torch_module.name)
+        if module is not None and module.shapes == torch_module.shapes:
+            pair(torch_module, module, NAME)
+    for left, right in groups:
         if len(left) == len(right) == 1:
             pair(left[0], right[0], SHAPE)
-    for left, right in alike if allow_order else []:
-        left = [unit for unit in left if unit.name not in found]
-        right = [unit for unit in right if unit.name not in taken]
+    for left, right in groups if allow_order else []:
+        left = [module for module in left if module.name not in found]
+        right = [module for module in right if module.name not in paired]
         if len(left) == len(right):
-            for unit, other in zip(left, right, strict=True):
-                pair(unit, other, ORDER)
-    return [found[unit.name] for unit in theirs if unit.name in found]
+            for torch_module, module in zip(left, right, strict=True):
+                pair(torch_module, module, ORDER)
+    return [found[module.name] for module in torch_modules if module.name in found]
 
 
-def with_notes(found: list[Pair], theirs: list[Unit], ours: list[Unit]) -> list[Pair]:
+def with_notes(
+    found: list[Pair], torch_modules: list[ModuleShapes], modules: list[ModuleShapes]
+) -> list[Pair]:
     """Adds a note to pairs of the same shapes that the models call in different orders."""
     partner = {pair.torch: pair.here for pair in found}
-    crossed = set()
-    for left, right in _by_shapes(theirs, ours):
-        matched = [unit.name for unit in left if unit.name in partner]
-        names = {partner[name] for name in matched}
-        expected = [unit.name for unit in right if unit.name in names]
-        crossed |= {n for n, e in zip(matched, expected, strict=True) if partner[n] != e}
+    reordered = set()
+    for left, right in _by_shapes(torch_modules, modules):
+        matched = [module.name for module in left if module.name in partner]
+        names = {partner[torch_name] for torch_name in matched}
+        in_order = [module.name for module in right if module.name in names]
+        reordered |= {t for t, name in zip(matched, in_order, strict=True) if partner[t] != name}
     note = "the models call it in different orders"
-    return [pair._replace(note=note) if pair.torch in crossed else pair for pair in found]
+    return [pair._replace(note=note) if pair.torch in reordered else pair for pair in found]
 
 
 def names_of(found: Iterable[Pair]) -> dict[str, str]:
     """The map for `from_torch`, without the modules whose names are the same."""
     complete = {pair.torch: pair.here for pair in found}
-    names = {name: here for name, here in complete.items() if name != here}
-    back = inverted("match", names)
-    # A prefix of a name may be in the map although the name itself does not change.
-    for name, here in complete.items():
-        if renamed(name, names) != here or renamed(here, back) != name:
-            names[name] = here
+    names = {torch_name: name for torch_name, name in complete.items() if torch_name != name}
+    inverse = inverted("match", names)
+    # A module whose name is the same must be in the map if the map contains a prefix of its name.
+    for torch_name, name in complete.items():
+        if renamed(torch_name, names) != name or renamed(name, inverse) != torch_name:
+            names[torch_name] = name
     return names
 
 
-def _by_shapes(theirs: list[Unit], ours: list[Unit]) -> list[tuple[list[Unit], list[Unit]]]:
-    """The modules of both models whose arrays have the same names and shapes."""
-    groups: dict[Shapes, tuple[list[Unit], list[Unit]]] = {}
-    for side, found in enumerate((theirs, ours)):
-        for unit in found:
-            groups.setdefault(unit.shapes, ([], []))[side].append(unit)
+def _by_shapes(
+    torch_modules: list[ModuleShapes], modules: list[ModuleShapes]
+) -> list[tuple[list[ModuleShapes], list[ModuleShapes]]]:
+    """The modules of both models, grouped by the names and shapes of their arrays."""
+    groups: dict[Shapes, tuple[list[ModuleShapes], list[ModuleShapes]]] = {}
+    for side, found in enumerate((torch_modules, modules)):
+        for module in found:
+            groups.setdefault(module.shapes, ([], []))[side].append(module)
     return list(groups.values())
 
 
-def _check_given(theirs: list[Unit], ours: list[Unit], given: Mapping[str, str]) -> None:
+def _check_given(
+    torch_modules: list[ModuleShapes], modules: list[ModuleShapes], given: Mapping[str, str]
+) -> None:
     inverted("match", given)
-    sides = [("PyTorch's model", theirs, given), ("the model", ours, list(given.values()))]
-    for whose, found, names in sides:
-        modules = {unit.name: unit for unit in found}
+    torch_shapes = {module.name: module.shapes for module in torch_modules}
+    shapes = {module.name: module.shapes for module in modules}
+    for owner, known, names in (
+        ("the PyTorch model", torch_shapes, given.keys()),
+        ("the Flax model", shapes, given.values()),
+    ):
         for name in names:
-            if name not in modules:
+            if name not in known:
                 raise ValueError(
-                    f"match: names should name modules of {whose} that hold arrays, but it has no "
-                    f"{name!r}{suggestion(name, modules)}"
+                    f"match: names should name modules of {owner} that contain arrays, but it has "
+                    f"no {name!r}{suggestion(name, known)}"
                 )
-    shapes = {unit.name: unit.shapes for unit in ours}
-    for unit in theirs:
-        if unit.name in given and shapes[given[unit.name]] != unit.shapes:
+    for torch_name, name in given.items():
+        if shapes[name] != torch_shapes[torch_name]:
             raise ValueError(
-                f"match: {given[unit.name]!r} should have the arrays of {unit.name!r}, "
-                f"{written(unit.shapes)}, because names pairs them, but has "
-                f"{written(shapes[given[unit.name]])}; write kinds= if a kernel has another layout"
+                f"match: {name!r} should have the arrays of {torch_name!r}, "
+                f"{format_shapes(torch_shapes[torch_name])}, because names pairs them, but has "
+                f"{format_shapes(shapes[name])}; write kinds= if a kernel has another layout"
             )
 
 
-def written(shapes: Shapes) -> str:
+def format_shapes(shapes: Shapes) -> str:
     """The shapes as text."""
     return ", ".join(f"{name.split()[1]} {list(shape)}" for name, shape in shapes)

@@ -11,17 +11,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SUFFIX = ".jaxnorm-tmp"
-_ONE = threading.Lock()  # two threads would give their temporary files the same names
+_LOCK = threading.Lock()  # the temporary files of two threads would have the same names
 
 
-def check_place(function: str, file: Path, *, replace: bool) -> None:
+def check_path(function: str, file: Path, *, replace: bool) -> None:
     """Checks that a file may be written to this path."""
     if not file.parent.is_dir():
         raise ValueError(
-            f"{function}: {file} should be in a folder, but {str(file.parent)!r} is none; make it"
+            f"{function}: {file} should be in a folder that exists, but {str(file.parent)!r} does "
+            f"not; create it"
         )
     if file.is_dir():
-        raise ValueError(f"{function}: {file} should be a file, but is a folder; add a file's name")
+        raise ValueError(
+            f"{function}: {file} should be a file, but is a folder; add the name of a file"
+        )
     if file.exists() and not file.is_file():
         raise ValueError(f"{function}: {file} should be a regular file, but is a device or a pipe")
     if file.exists() and not replace:
@@ -32,27 +35,27 @@ def check_place(function: str, file: Path, *, replace: bool) -> None:
 
 
 @contextlib.contextmanager
-def put(files: Sequence[Path]) -> Iterator[list[Path]]:
+def replacing(files: Sequence[Path]) -> Iterator[list[Path]]:
     """Yields a temporary path for each file, and renames the files when the block ends."""
-    places = [Path(os.path.realpath(file)) for file in files]  # replaces the target of a link
-    written = [_temporary(place) for place in places]
-    with _ONE:
-        for folder in {place.parent for place in places}:
+    targets = [Path(os.path.realpath(file)) for file in files]  # follows links
+    temporaries = [_temporary(target) for target in targets]
+    with _LOCK:
+        for folder in {target.parent for target in targets}:
             _remove_leftovers(folder)
         try:
-            yield written
-            for path in written:
+            yield temporaries
+            for path in temporaries:
                 with path.open("r+b") as file:
                     os.fsync(file.fileno())
-            for path, place in zip(written, places, strict=True):
-                os.replace(path, place)
+            for path, target in zip(temporaries, targets, strict=True):
+                os.replace(path, target)
         finally:
-            for path in written:
+            for path in temporaries:
                 path.unlink(missing_ok=True)
 
 
-def _temporary(place: Path) -> Path:
-    return place.with_name(f".{place.name}.{platform.node()}.{os.getpid()}{SUFFIX}")
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}{SUFFIX}")
 
 
 def _remove_leftovers(folder: Path) -> None:

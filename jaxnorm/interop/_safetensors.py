@@ -24,12 +24,13 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def safetensors(function: str) -> ModuleType:
-    """Imports the safetensors library, which only files need."""
+    """The safetensors library, which is imported only to read and write files."""
     try:
         import safetensors
     except ImportError as error:
         raise ImportError(
-            f"{function}: files need safetensors; write pip install 'jaxnorm[interop]'"
+            f"{function}: safetensors should be installed, because files need it, but is missing; "
+            f"write pip install 'jaxnorm[interop]'"
         ) from error
     return safetensors
 

@@ -1,4 +1,4 @@
-"""Extracts a state dict from a PyTorch checkpoint, by key and prefix."""
+"""Extracts a state dict from a PyTorch checkpoint, by a key and a prefix."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +17,7 @@ def state_dict_of(
     leave_out: Collection[str] = (),
 ) -> dict[str, Any]:
     """The arrays below the key by name, without the prefix and without the names to leave out."""
-    found = _kept(function, _below(function, given, key), leave_out)
+    found = _without_left_out(function, _mapping_at(function, given, key), leave_out)
     unnamed = [name for name in found if not isinstance(name, str)]
     if unnamed:
         raise ValueError(
@@ -25,18 +25,18 @@ def state_dict_of(
         )
     others = {name: value for name, value in found.items() if not _is_array(value)}
     if others:
-        raise ValueError(f"{function}: {_what_they_are(found, others, key)}")
+        raise ValueError(f"{function}: {_not_arrays(found, others, key)}")
     return _without_prefix(function, found, prefix) if prefix else found
 
 
-def common_front(names: Collection[str]) -> str:
+def common_prefix(names: Collection[str]) -> str:
     """The longest common prefix of the names in whole parts, such as 'module.', without leaves."""
     parts = [name.split(".")[:-1] for name in names]
     same = itertools.takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
     return "".join(f"{column[0]}." for column in same)
 
 
-def _below(function: str, given: Any, key: str | None) -> Mapping[str, Any]:
+def _mapping_at(function: str, given: Any, key: str | None) -> Mapping[str, Any]:
     """The mapping that the key selects."""
     node = given
     for part in key.split(".") if key is not None else ():
@@ -54,7 +54,9 @@ def _below(function: str, given: Any, key: str | None) -> Mapping[str, Any]:
     return node
 
 
-def _kept(function: str, given: Mapping[str, Any], leave_out: Collection[str]) -> dict[str, Any]:
+def _without_left_out(
+    function: str, given: Mapping[str, Any], leave_out: Collection[str]
+) -> dict[str, Any]:
     """The entries that match no pattern; raises if a pattern matches nothing."""
     patterns = [leave_out] if isinstance(leave_out, str) else [*leave_out]
     unused = [p for p in patterns if not any(fnmatchcase(str(name), p) for name in given)]
@@ -67,19 +69,19 @@ def _kept(function: str, given: Mapping[str, Any], leave_out: Collection[str]) -
     }
 
 
-def _what_they_are(found: Mapping[str, Any], others: Mapping[str, Any], key: str | None) -> str:
+def _not_arrays(found: Mapping[str, Any], others: Mapping[str, Any], key: str | None) -> str:
     """The text of an error: the entries that are not arrays, and what to write."""
     extra = [name for name in others if str(name).endswith(EXTRA_STATE)]
     mappings = [".".join([*([key] if key else []), name]) for name in _mappings(found)]
-    if mappings and not extra:
+    if extra:
+        return (
+            f"the state dict should be arrays by name, but {_listed(extra)} are extra states of "
+            f"modules (get_extra_state); {_to_leave_out('*' + EXTRA_STATE)}"
+        )
+    if mappings:
         return (
             f"the state dict should be arrays by name, but {_listed(mappings)} are mappings of "
             f"arrays; write key={mappings[0]!r}, or --key {mappings[0]} on the command line"
-        )
-    if extra:
-        return (
-            f"the state dict should be arrays by name, but {_listed(extra)} are what modules of "
-            f"PyTorch save besides (get_extra_state); {_to_leave_out('*' + EXTRA_STATE)}"
         )
     kinds = [f"{name!r} is {type(value).__name__}" for name, value in others.items()]
     first = next(iter(others))

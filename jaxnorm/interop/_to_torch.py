@@ -9,7 +9,18 @@ import numpy as np
 
 from jaxnorm.interop._files import Contents, write
 from jaxnorm.interop._kernels import check_names_of_kernels
-from jaxnorm.interop._leaves import RUNNING, THEIRS, Convert, Entry, check
+from jaxnorm.interop._leaves import (
+    COUNT,
+    INITIAL,
+    LEAVES,
+    LEFT_OUT,
+    RUNNING,
+    Convert,
+    Entry,
+    check_names_and_shapes,
+    converted,
+    initial_statistics,
+)
 from jaxnorm.interop._trees import (
     Arrays,
     array,
@@ -84,14 +95,17 @@ def to_torch(
     )
     state_dict: dict[str, np.ndarray] = {}
     for entry in entries:
-        if entry.theirs is None:
+        if entry.torch_name is None:
             continue
-        if entry.theirs in state_dict:
-            raise ValueError(f"to_torch: {entry.theirs!r} should be one array, but is two")
-        state_dict[entry.theirs] = np.array(entry.value, order="C")
+        if entry.torch_name in state_dict:
+            raise ValueError(
+                f"to_torch: {entry.torch_name!r} should be one array, but is two; give one of them "
+                f"another name"
+            )
+        state_dict[entry.torch_name] = np.array(entry.value, order="C")
     if like is not None:
         shapes = {key: tuple(np.shape(value)) for key, value in like.items()}
-        check("to_torch", {k: v.shape for k, v in state_dict.items()}, shapes, {})
+        check_names_and_shapes("to_torch", {k: v.shape for k, v in state_dict.items()}, shapes, {})
         state_dict = {
             key: state_dict[key].astype(array("to_torch", key, like[key]).dtype) for key in like
         }
@@ -111,33 +125,31 @@ def write_torch(
 ) -> list[Entry]:
     """Every array of the variables, with its name in PyTorch; copied only if necessary."""
     check_names_of_kernels("to_torch", convert, names)
-    theirs = inverted("to_torch", names or {})
+    torch_names = inverted("to_torch", names or {})
     params, stats = (
         {k: array("to_torch", k, v) for k, v in _flat(variables.get(name, {})).items()}
         for name in ("params", "batch_stats")
     )
-    check_names("to_torch", theirs, (*params, *stats), "the variables")
-    unknown = sorted(name for name in stats if ("batch_stats", split(name)[1]) not in THEIRS)
+    check_names("to_torch", torch_names, (*params, *stats), "the variables")
+    unknown = sorted(
+        name for name in stats if ("batch_stats", split(name)[1]) not in LEAVES.values()
+    )
     if unknown:
         raise ValueError(
-            f"to_torch: batch_stats should hold mean, var and count of norms, which PyTorch has "
-            f"too, but hold {unknown}; leave them out"
+            f"to_torch: batch_stats should contain only mean, var and count, because PyTorch's "
+            f"norms have no others, but contains {unknown}; leave them out"
         )
-    found = _norms(params, stats, theirs, norms, like)
+    torch_modules = _norms(params, stats, torch_names, norms, like)
     entries = []
-    for module, known in found.items():
-        uncounted = like is not None and join(known, RUNNING[2]) not in like
-        entries += _write_norm(module, known, params, stats, track_running_stats, uncounted)
+    for module, torch_module in torch_modules.items():
+        uncounted = like is not None and join(torch_module, COUNT) not in like
+        entries += _write_norm(module, torch_module, params, stats, track_running_stats, uncounted)
     for name, value in params.items():
         module, leaf = split(name)
-        if module in found and leaf in ("scale", "bias"):
-            continue
-        known = join(renamed(module, theirs), leaf)
-        new_name, new = (
-            (known, value) if convert is None else convert(known, value) or (None, value)
-        )
-        note = "left out" if new_name is None else "" if new is value else "converted"
-        entries.append(Entry(new_name, "params", name, np.asarray(new), note))
+        if module not in torch_modules or leaf not in ("scale", "bias"):
+            torch_name = join(renamed(module, torch_names), leaf)
+            new_name, new, note = converted(convert, torch_name, value)
+            entries.append(Entry(new_name, "params", name, np.asarray(new), note))
     return entries
 
 
@@ -148,17 +160,20 @@ def _flat(tree: Any) -> dict[str, Any]:
 def _norms(
     params: Arrays,
     stats: Arrays,
-    theirs: Mapping[str, str],
+    torch_names: Mapping[str, str],
     norms: Collection[str] | None,
     like: Mapping[str, Any] | None,
 ) -> dict[str, str]:
     """The modules that are norms, with their names in PyTorch."""
     tracked = dict.fromkeys(split(name)[0] for name in stats)
     scaled = dict.fromkeys(split(name)[0] for name in params if split(name)[1] == "scale")
-    found = {module: renamed(module, theirs) for module in scaled | tracked}
+    found = {module: renamed(module, torch_names) for module in scaled | tracked}
     if norms is None:
-        own = {m for m, known in found.items() if like and join(known, "scale") in like}
-        return {m: known for m, known in found.items() if m in tracked or m not in own}
+        return {
+            module: torch_module
+            for module, torch_module in found.items()
+            if module in tracked or not like or join(torch_module, "scale") not in like
+        }
     absent = sorted(set(norms) - set(found.values()))
     unnamed = sorted(found[module] for module in tracked if found[module] not in norms)
     if absent or unnamed:
@@ -166,52 +181,50 @@ def _norms(
             f"to_torch: norms should name all modules with running statistics, and no others than "
             f"those with a scale, but it lacks {unnamed}, and {absent} have no scale"
         )
-    return {module: known for module, known in found.items() if known in norms}
+    return {module: torch_module for module, torch_module in found.items() if torch_module in norms}
 
 
 def _write_norm(
     module: str,
-    theirs: str,
+    torch_module: str,
     params: Arrays,
     stats: Arrays,
     track_running_stats: bool | None,
     uncounted: bool,
 ) -> list[Entry]:
     """The entries of one norm, without the count if PyTorch's norm has none."""
-    leaves = {
-        ours: (params if ours[0] == "params" else stats)[join(module, ours[1])]
-        for ours in THEIRS
-        if join(module, ours[1]) in (params if ours[0] == "params" else stats)
+    variables = {"params": params, "batch_stats": stats}
+    values = {
+        torch_leaf: variables[collection][join(module, leaf)]
+        for torch_leaf, (collection, leaf) in LEAVES.items()
+        if join(module, leaf) in variables[collection]
     }
-    tracked = [ours for ours in leaves if ours[0] == "batch_stats"]
+    tracked = [leaf for leaf in RUNNING if leaf in values]
     if 0 < len(tracked) < len(RUNNING):
         raise ValueError(
-            f"to_torch: batch_stats of {module!r} should have mean, var and count, but has "
-            f"{[leaf for _, leaf in tracked]}"
+            f"to_torch: batch_stats of {module!r} should have mean, var and count, because "
+            f"PyTorch's norm has all or none, but has "
+            f"{[LEAVES[leaf][1] for leaf in tracked]}"
         )
-    notes = dict.fromkeys(leaves, "")
+    notes = dict.fromkeys(values, "")
     if track_running_stats is False:
-        notes |= dict.fromkeys(tracked, "left out")
+        notes |= dict.fromkeys(tracked, LEFT_OUT)
     elif track_running_stats and not tracked:
-        shape = next(iter(leaves.values())).shape
-        for leaf, value in (("mean", np.zeros), ("var", np.ones)):
-            leaves["batch_stats", leaf] = value(shape, np.float32)
-        leaves["batch_stats", "count"] = np.zeros((), np.int32)
-        notes |= dict.fromkeys([o for o in leaves if o[0] == "batch_stats"], "a first one")
-    count = "batch_stats", "count"
-    if count in leaves:
-        leaves[count] = _count(module, leaves[count])
+        values |= initial_statistics(next(iter(values.values())).shape)
+        notes |= dict.fromkeys(RUNNING, INITIAL)
+    if COUNT in values:
+        values[COUNT] = _count(module, values[COUNT])
         if uncounted:
-            notes[count] = "left out"
+            notes[COUNT] = LEFT_OUT
     return [
         Entry(
-            None if notes[ours] == "left out" else join(theirs, THEIRS[ours]),
-            ours[0],
-            None if notes[ours] == "a first one" else join(module, ours[1]),
+            None if notes[leaf] == LEFT_OUT else join(torch_module, leaf),
+            LEAVES[leaf][0],
+            None if notes[leaf] == INITIAL else join(module, LEAVES[leaf][1]),
             value,
-            notes[ours],
+            notes[leaf],
         )
-        for ours, value in leaves.items()
+        for leaf, value in values.items()
     ]
 
 
@@ -221,7 +234,7 @@ def _count(module: str, count: np.ndarray) -> np.ndarray:
     if not whole or np.any(count < 0):
         raise ValueError(
             f"to_torch: the count of {module!r} should be a whole number, not negative, but is "
-            f"{count.dtype} {count}; write the number of batches that its statistics stand for"
+            f"{count.dtype} {count}; write the number of batches that its statistics represent"
         )
     return count.astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""Calls a PyTorch model in evaluation, and records the order and the outputs of its modules."""
+"""Calls a PyTorch model in evaluation mode, and records the order and outputs of its modules."""
 
 import contextlib
 import copy
@@ -26,24 +26,24 @@ class TorchCalls:
         self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, keep: set[str]
     ):
         modules = named_modules("match", module)
-        called: dict[int, int] = {}
+        positions: dict[int, int] = {}
         returned: dict[int, Any] = {}
         kept = {id(m) for name, m in modules if name in keep}
 
-        def before(m: Any, _: Any) -> None:
-            called.setdefault(id(m), len(called))
+        def pre_hook(m: Any, _: Any) -> None:
+            positions.setdefault(id(m), len(positions))
 
-        def after(m: Any, _: Any, output: Any) -> None:
+        def hook(m: Any, _: Any, output: Any) -> None:
             if id(m) in kept and id(m) not in returned and hasattr(output, "detach"):
                 # The next module may change it in place.
                 returned[id(m)] = array("match", "output", output.detach().float().cpu()).copy()
 
         with _evaluating(module), contextlib.ExitStack() as stack:
             for _, m in modules:
-                stack.callback(m.register_forward_pre_hook(before).remove)
-                stack.callback(m.register_forward_hook(after).remove)
+                stack.callback(m.register_forward_pre_hook(pre_hook).remove)
+                stack.callback(m.register_forward_hook(hook).remove)
             self.output = module(*args, **kwargs)
-        self.order = _order(modules, called)
+        self.order = _order(modules, positions)
         self.outputs = {name: returned[id(m)] for name, m in modules if id(m) in returned}
 
 
@@ -56,22 +56,22 @@ def with_distinct_values(module: Any) -> Any:
 
     module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
-    seen: set[int] = set()
+    visited: set[int] = set()
     with torch.no_grad():
         for prefix, m in named_modules("match", module):
             parameters = dict(m.named_parameters(recurse=False))
             buffers = dict(m.named_buffers(recurse=False))
             kept = {k: a for k, a in buffers.items() if k in ("weight", "bias", *RUNNING[:2])}
             for name, a in {**parameters, **kept}.items():
-                if id(a) in seen or not a.is_floating_point():
+                if id(a) in visited or not a.is_floating_point():
                     continue
-                seen.add(id(a))
+                visited.add(id(a))
                 noise = torch.randn(a.shape, generator=generator)
-                a.copy_(_moved(join(prefix, name), a, noise.to(a.device, a.dtype)))
+                a.copy_(_perturbed(join(prefix, name), a, noise.to(a.device, a.dtype)))
     return module
 
 
-def _moved(name: str, a: Any, noise: Any) -> Any:
+def _perturbed(name: str, a: Any, noise: Any) -> Any:
     """The tensor plus noise of a tenth of the size of its values."""
     if name.endswith(RUNNING[1]):
         return a * (0.2 * noise).exp()
@@ -96,17 +96,17 @@ def _evaluating(module: Any) -> Iterator[None]:
             m.training = training
 
 
-def _order(modules: list[tuple[str, Any]], called: Mapping[int, int]) -> dict[str, int]:
+def _order(modules: list[tuple[str, Any]], positions: Mapping[int, int]) -> dict[str, int]:
     def first_call(name: str, m: Any) -> int:
-        while id(m) not in called and name:
+        while id(m) not in positions and name:
             name = name.rpartition(".")[0]
             m = by_name[name]
-        return called.get(id(m), len(called))
+        return positions.get(id(m), len(positions))
 
     by_name = dict(modules)
     # Sorting is stable: modules with the same position stay in the order of registration.
     names = sorted(by_name, key=lambda name: first_call(name, by_name[name]))
-    return {name: place for place, name in enumerate(names)}
+    return {name: position for position, name in enumerate(names)}
 
 
 def tensors_of(output: Any) -> list[np.ndarray]:

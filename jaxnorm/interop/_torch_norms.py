@@ -50,8 +50,8 @@ class NormRow:
         """The call that creates the layer in Linen."""
         if self.layer == UNKNOWN:
             return UNKNOWN
-        written = (f"{name}={value!r}" for name, value in self.arguments.items())
-        return f"{self.layer}({', '.join(written)})"
+        arguments = (f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"{self.layer}({', '.join(arguments)})"
 
     def with_note(self, note: str) -> "NormRow":
         """The row with a further note, if it is not empty."""
@@ -61,25 +61,25 @@ class NormRow:
 def norm_row(name: str, module: Any) -> NormRow | None:
     """The row of one module; None if it is not a norm."""
     for class_name in class_names(module):
-        if class_name in OF_ANOTHER_KIND:
-            return _unknown(name, module, OF_ANOTHER_KIND[class_name])
+        if class_name in OTHER_NORMS:
+            return _unknown(name, module, OTHER_NORMS[class_name])
         if class_name in CLASSES:
             return _known(name, module, CLASSES[class_name])
     return _unknown(name, module) if _looks_like_a_norm(module) else None
 
 
-def _known(name: str, module: Any, kind: Callable[[str, Any], NormRow]) -> NormRow | None:
+def _known(name: str, module: Any, create: Callable[[str, Any], NormRow]) -> NormRow | None:
     """The row of a module whose class has the name of a norm."""
     try:
-        row = kind(name, module)
+        row = create(name, module)
     except AttributeError as error:  # another class of the same name
-        if _holds_norms(module):
+        if _contains_norms(module):
             return None
         return _unknown(name, module, str(error))
     others = sorted(own_arrays(module).keys() - LEAVES.get(row.layer, AFFINE))
     if others:
-        return _unknown(name, module, f"holds {', '.join(others)} besides")
-    return row.with_note(_state(module)).with_note(_forward(module))
+        return _unknown(name, module, f"also has {', '.join(others)}")
+    return row.with_note(_lazy_note(module)).with_note(_forward_note(module))
 
 
 def _unknown(name: str, module: Any, note: str = "") -> NormRow:
@@ -93,15 +93,15 @@ def _unknown(name: str, module: Any, note: str = "") -> NormRow:
 def _batch_norm(name: str, module: Any) -> NormRow:
     # In evaluation, PyTorch uses running statistics if there are any, whatever the attribute is.
     tracks = module.running_mean is not None
-    moves = tracks and bool(module.track_running_stats)
+    updates = tracks and bool(module.track_running_stats)
     arguments = {"epsilon": _epsilon(module), **_affine(module)}
     if not tracks:
         arguments["track_running_stats"] = False
-    elif not moves:
+    elif not updates:
         arguments["update_stats"] = False
     else:
         arguments |= _momentum(module.momentum)
-    momentum = module.momentum if moves else None
+    momentum = module.momentum if updates else None
     return _row(name, module, "BatchNorm", arguments, momentum=momentum, tracks=tracks)
 
 
@@ -179,16 +179,16 @@ CLASSES: dict[str, Callable[[str, Any], NormRow]] = {
     **dict.fromkeys(("RMSNorm", "RmsNorm", "FusedRMSNorm"), _rms_norm),
 }
 # Classes of Hugging Face's transformers with the forward of LlamaRMSNorm or T5LayerNorm.
-COPIES = (
+RMS_NORMS = (
     *("T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm", "LongT5LayerNorm", "Pix2StructLayerNorm"),
     *("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Phi3RMSNorm", "Qwen2RMSNorm"),
     *("Qwen2MoeRMSNorm", "Qwen3RMSNorm", "DeepseekV2RMSNorm", "DeepseekV3RMSNorm"),
     *("GraniteRMSNorm", "OlmoeRMSNorm"),
 )
-CLASSES |= dict.fromkeys(COPIES, _rms_norm)
-# Classes with similar names or parameters that compute something else.
+CLASSES |= dict.fromkeys(RMS_NORMS, _rms_norm)
+# Norms whose names and parameters are similar, but which compute something else.
 ONE_ADDED = "an RMSNorm that multiplies by 1 + weight: add 1 to the scale"
-OF_ANOTHER_KIND = dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), ONE_ADDED)
+OTHER_NORMS = dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), ONE_ADDED)
 
 # ---- Reading the attributes ----
 
@@ -234,34 +234,34 @@ AFFINE = {"weight", "bias"}
 TRACKED = AFFINE | {"running_mean", "running_var", "num_batches_tracked"}
 LEAVES = {"BatchNorm": TRACKED, "InstanceNorm": TRACKED, "RMSNorm": {"weight"}}
 # Norms of weights, such as those of torch.nn.utils.parametrizations.
-OF_WEIGHTS = re.compile(r"(weight|spectral)_?norm", re.IGNORECASE)
-LOOKS_LIKE = re.compile(r"(?i:norm)|Abn|ABN|LRN")
+WEIGHT_NORMS = re.compile(r"(weight|spectral)_?norm", re.IGNORECASE)
+NORM_NAMES = re.compile(r"(?i:norm)|Abn|ABN|LRN")
 # In these packages, the classes in CLASSES compute the norm of their name.
 PACKAGES = ("torch", "torchvision", "transformers", "apex")
 
 
-def _state(module: Any) -> str:
+def _lazy_note(module: Any) -> str:
     lazy = any(is_uninitialized(array) for array in own_arrays(module).values())
     return "not initialized yet" if lazy else ""
 
 
-def _forward(module: Any) -> str:
+def _forward_note(module: Any) -> str:
     """A note if the forward is from another package, which may compute something else."""
     defined_in = getattr(getattr(type(module), "forward", None), "__module__", "torch")
     known = defined_in.partition(".")[0] in PACKAGES
-    return "" if known else "has a forward of its own: compare the outputs"
+    return "" if known else "has its own forward: compare the outputs"
 
 
 def _looks_like_a_norm(module: Any) -> bool:
     """Whether class or buffers suggest a norm; not if it contains norms, which are listed."""
     names = class_names(module)
-    if any(OF_WEIGHTS.search(name) for name in names):
+    if any(WEIGHT_NORMS.search(name) for name in names):
         return False
     if "running_mean" in own_arrays(module):
         return True
-    return any(LOOKS_LIKE.search(name) for name in names) and not _holds_norms(module)
+    return any(NORM_NAMES.search(name) for name in names) and not _contains_norms(module)
 
 
-def _holds_norms(module: Any) -> bool:
+def _contains_norms(module: Any) -> bool:
     inside = list(module.modules())[1:]
     return any(norm_row("", child) is not None for child in inside)

@@ -21,8 +21,8 @@ def flatten(function: str, tree: Any) -> dict[str, Any]:
         name = ".".join(parts)
         if any("." in part or not part for part in parts):
             raise ValueError(
-                f"{function}: the names of modules and arrays should not be empty and hold no dot, "
-                f"because the parts of {list(parts)} are joined by dots; rename them"
+                f"{function}: the names of modules and arrays should not be empty nor contain "
+                f"dots, because the parts of {list(parts)} are joined by dots; rename them"
             )
         if name in flat:
             raise ValueError(
@@ -53,8 +53,8 @@ def nest(function: str, flat: Mapping[str, Any]) -> Tree:
                 )
         if last in node:
             raise ValueError(
-                f"{function}: {name!r} should be one thing, but is two; give one of them another "
-                f"name"
+                f"{function}: {name!r} should be one array or module, but is two; give one of "
+                f"them another name"
             )
         node[last] = value
     return tree
@@ -72,22 +72,22 @@ def join(*names: str) -> str:
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str:
-    """The name with its longest prefix in the map replaced."""
+    """The name, with the longest of its prefixes that is in the map replaced."""
     parts = name.split(".") if name else []
     for end in range(len(parts), -1, -1):
-        front = ".".join(parts[:end])
-        if front in names:
-            return join(names[front], *parts[end:])
+        prefix = ".".join(parts[:end])
+        if prefix in names:
+            return join(names[prefix], *parts[end:])
     return name
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of an error: the known names that are close to a wrong one, if any are."""
+    """The end of an error message: the known names that are similar to the wrong one, if any."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}" if close else ""
 
 
-def check_names(function: str, names: Iterable[str], found: Iterable[str], whose: str) -> None:
+def check_names(function: str, names: Iterable[str], found: Iterable[str], owner: str) -> None:
     """Checks that every name is a module that contains arrays; "" is the whole model."""
     modules: set[str] = set()
     for name in found:
@@ -96,41 +96,42 @@ def check_names(function: str, names: Iterable[str], found: Iterable[str], whose
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise ValueError(
-            f"{function}: names should name modules of {whose} that hold arrays, but it has no "
+            f"{function}: names should name modules of {owner} that contain arrays, but it has no "
             f"{unknown}{suggestion(unknown[0], modules - {''})}"
         )
 
 
 def inverted(function: str, names: Mapping[str, str]) -> dict[str, str]:
     """The inverse map; raises if two modules have the same new name."""
-    back = {ours: theirs for theirs, ours in names.items()}
-    if len(back) != len(names):
-        twice = sorted(o for o in back if list(names.values()).count(o) > 1)
+    inverse = {name: torch_name for torch_name, name in names.items()}
+    if len(inverse) != len(names):
+        new_names = list(names.values())
+        twice = sorted(name for name in inverse if new_names.count(name) > 1)
         raise ValueError(
-            f"{function}: names should give each module a name of its own, but {twice} stand for "
-            f"several"
+            f"{function}: names should give each module a different name, because the map is also "
+            f"inverted, but {twice} stand for several modules"
         )
-    return back
+    return inverse
 
 
 def array(function: str, name: str, value: Any) -> np.ndarray:
-    """Converts an array to NumPy and keeps its dtype; JAX would narrow 64 bits to 32."""
+    """Converts an array to NumPy and keeps its dtype; JAX would convert 64 bits to 32."""
     try:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
-            value = _of_tensor(torch, value.detach())
+            value = _from_tensor(torch, value.detach())
         return np.asarray(value)
     except (TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{function}: {name!r} should be an array in this machine's memory, but is "
+            f"{function}: {name!r} should be an array in the memory of the CPU, but is "
             f"{type(value).__name__}: {error}; for PyTorch, write tensor.cpu()"
         ) from error
 
 
-def _of_tensor(torch: Any, tensor: Any) -> np.ndarray:
+def _from_tensor(torch: Any, tensor: Any) -> np.ndarray:
     """The array of a PyTorch tensor, with ml_dtypes for bfloat16 and float8."""
     dtype = getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch."), None)
     if dtype is None:
         return np.asarray(tensor.resolve_conj().resolve_neg().numpy())
-    of_the_size = {1: torch.uint8, 2: torch.int16}[tensor.element_size()]
-    return np.asarray(tensor.view(of_the_size).numpy()).view(dtype)
+    integers = {1: torch.uint8, 2: torch.int16}[tensor.element_size()]
+    return np.asarray(tensor.view(integers).numpy()).view(dtype)

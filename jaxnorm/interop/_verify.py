@@ -52,17 +52,21 @@ class Twins:
         )
 
     def verify(self, variables: Mapping[str, Any] | None, *, tolerance: float) -> float:
-        """The largest difference of the outputs, with the current values and with distinct ones."""
-        given = self.variables() if variables is None else variables
-        difference = self._compare(self.module, given, tolerance, "")
+        """The largest difference of the outputs, with the current values and with distinct ones.
+
+        If variables are given, only these are compared.
+        """
         if variables is not None:
-            return difference
-        moved = with_distinct_values(self.module)
-        how = " when no two of PyTorch's modules have the same values"
-        return max(difference, self._compare(moved, self.variables(moved), tolerance, how))
+            return self._compare(self.module, variables, tolerance, "")
+        difference = self._compare(self.module, self.variables(), tolerance, "")
+        distinct = with_distinct_values(self.module)
+        condition = " when no two of PyTorch's modules have the same values"
+        return max(
+            difference, self._compare(distinct, self.variables(distinct), tolerance, condition)
+        )
 
     def _compare(
-        self, module: Any, variables: Mapping[str, Any], tolerance: float, how: str
+        self, module: Any, variables: Mapping[str, Any], tolerance: float, condition: str
     ) -> float:
         calls = TorchCalls(module, self.args, self.kwargs, keep=set())
         expected = tensors_of(calls.output)
@@ -77,18 +81,19 @@ class Twins:
         if not worst <= tolerance:  # it may be NaN
             raise ValueError(
                 f"verify: the outputs should agree within {tolerance:g} of the largest value, but "
-                f"differ by {worst:.2g}{how}{self._where(module, variables, tolerance)}; {HINT}"
+                f"differ by {worst:.2g}{condition}"
+                f"{self._first_difference(module, variables, tolerance)}; {HINT}"
             )
         return worst
 
-    def _where(self, module: Any, variables: Mapping[str, Any], tolerance: float) -> str:
-        """Names the first module whose output is not among the arrays that the model computes."""
+    def _first_difference(self, module: Any, variables: Mapping[str, Any], tolerance: float) -> str:
+        """The part of the error that names the first module whose output Flax does not compute."""
         partner = {pair.torch: pair for pair in self.pairs}
         calls = TorchCalls(module, self.args, self.kwargs, keep=set(partner))
         arrays = {k: jnp.asarray(a) for k, a in flatten("verify", variables).items()}
         sizes = {a.size for a in calls.outputs.values()}
         results = Equations(self.model.call_flat, arrays).results(arrays, sizes)
-        computed = [np.asarray(a, np.float32) for a in results]  # as the outputs are, to compare
+        computed = [np.asarray(a, np.float32) for a in results]  # as the outputs are
         for name in sorted(calls.outputs, key=calls.order.__getitem__):
             if not any(_same_values(a, calls.outputs[name], tolerance) for a in computed):
                 pair = partner[name]
@@ -104,17 +109,17 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     layouts = [expected]
     if expected.ndim > 2:
         layouts.append(np.moveaxis(expected, 1, -1))
-    alike = [a.astype(np.float64) for a in layouts if a.shape == found.shape]
-    if not alike:
+    same_shape = [a.astype(np.float64) for a in layouts if a.shape == found.shape]
+    if not same_shape:
         raise ValueError(
-            f"verify: the outputs should have the same shape, or differ in where the channels are, "
+            f"verify: the outputs should have the same shape, up to the axis of the channels, "
             f"but that of module has {expected.shape}, and the one here {found.shape}; "
             f"wrap one of the models"
         )
-    largest = np.abs(alike[0]).max(initial=0)
-    off = [float(np.abs(found.astype(np.float64) - a).max(initial=0)) for a in alike]
-    least = min(off, key=lambda value: (np.isnan(value), value))
-    return least / float(largest) if largest > 0 else least
+    largest = np.abs(same_shape[0]).max(initial=0)
+    errors = [float(np.abs(found.astype(np.float64) - a).max(initial=0)) for a in same_shape]
+    error = min(errors, key=lambda value: (np.isnan(value), value))
+    return error / float(largest) if largest > 0 else error
 
 
 def _same_values(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
@@ -124,5 +129,5 @@ def _same_values(found: np.ndarray, expected: np.ndarray, tolerance: float) -> b
     largest = np.abs(expected).max(initial=0)
     if not abs(found.mean() - expected.mean()) <= 10 * tolerance * largest:
         return False
-    off = np.abs(np.sort(found, axis=None) - np.sort(expected, axis=None)).max(initial=0)
-    return bool(off <= tolerance * largest)
+    error = np.abs(np.sort(found, axis=None) - np.sort(expected, axis=None)).max(initial=0)
+    return bool(error <= tolerance * largest)

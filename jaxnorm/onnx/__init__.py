@@ -1,4 +1,4 @@
-"""The export to ONNX, in which each norm becomes one operator of ONNX."""
+"""Exports functions and models to ONNX, with one ONNX operator for each norm."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ def to_onnx(
     """Exports a function or a Flax model in evaluation, with one ONNX operator for each norm.
 
     This calls `jax2onnx.to_onnx`, which supports the norms of this package once this module is
-    imported. jax2onnx leaves its traces in JAX's caches, where later calls of jitted functions find
-    them, and reuses earlier traces from there. The caches are therefore cleared before and after.
+    imported. JAX's caches are cleared before and after, because jax2onnx would reuse the traces of
+    earlier calls, and later calls of jitted functions would reuse those of jax2onnx.
 
     A norm with running statistics becomes BatchNormalization, with the statistics in the graph; a
     mask on it becomes a Where. Parameters with the rank of x that vary over more axes than the
@@ -73,7 +73,7 @@ def to_onnx(
       ONNX operators, opset 23. https://onnx.ai/onnx/operators
       jax2onnx 0.17.1. https://github.com/enpasos/jax2onnx
     """
-    token = OPTIONS.set(Options(native, _never_true(update_stats)))
+    token = OPTIONS.set(Options(native, _checked(update_stats)))
     try:
         # The formulation for GPU has no loop and no choice of platforms. This clears the caches.
         with platforms.formulated_for("cuda"):
@@ -88,8 +88,8 @@ def to_onnx(
     return model
 
 
-def _never_true(update_stats: bool | None) -> bool | None:
-    """Checks the argument of `to_onnx`."""
+def _checked(update_stats: bool | None) -> bool | None:
+    """Checks that the argument of `to_onnx` is False or None."""
     if update_stats is None or not arguments.boolean("to_onnx", "update_stats", update_stats):
         return update_stats
     raise ValueError(

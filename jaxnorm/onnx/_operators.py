@@ -1,4 +1,4 @@
-"""The norms as traced for an export: as the primitive of one operator, or as JAX primitives.
+"""Traces norms for an export, as the primitive of one ONNX operator or as JAX primitives.
 
 While jax2onnx traces, `tracked_norm` and `untracked_norm` replace the two functions of these names
 that every norm calls. Norms that no operator computes still call the original functions, and become
@@ -30,13 +30,13 @@ from jaxnorm.onnx._primitive import norm_p
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The arguments of `to_onnx` that the norms use at trace time."""
+    """The arguments of `to_onnx` that the norms need at trace time."""
 
     native: bool = True
     update_stats: bool | None = None
 
 
-# The default applies to direct calls of `jax2onnx.to_onnx`; it is frozen.
+# The default, which is immutable, applies to direct calls of `jax2onnx.to_onnx`.
 OPTIONS = contextvars.ContextVar("options", default=Options())  # noqa: B039
 
 
@@ -57,7 +57,7 @@ class Operator:
     num_groups: int | None = None
 
     @property
-    def of_rows(self) -> bool:
+    def normalizes_last_axes(self) -> bool:
         """Whether it normalizes the last axes; otherwise the input is (N, C, *space)."""
         return self.name in ("LayerNormalization", "RMSNormalization")
 
@@ -65,7 +65,7 @@ class Operator:
         """Its attributes, except epsilon."""
         if self.name in ("BatchNormalization", "InstanceNormalization"):
             return {}
-        if self.of_rows:
+        if self.normalizes_last_axes:
             return {"axis": -len(self.shape), "stash_type": int(dtype)}
         return {"num_groups": self.num_groups, "stash_type": int(dtype)}
 
@@ -83,32 +83,27 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
         tracking: Tracking,
     ) -> tuple[jax.Array, Any]:
         function = options.function
-        first = () if layout.batch is None else (layout.batch,)
+        batch_axes = () if layout.batch is None else (layout.batch,)
         statistics, mask = {}, None
+        operator: Operator | None
         if OPTIONS.get().update_stats is not None:
             tracking = dataclasses.replace(tracking, update_stats=OPTIONS.get().update_stats)
-        if _by_state(function, batch_stats, tracking):
+        if _uses_running_stats(function, batch_stats, tracking):
             state = state_checks.batch_stats(function, batch_stats, layout.shape(x))
             statistics = {key: state[key] for key in ("mean", "var")}
             mask = checks.mask(function, options.mask, x.shape)
             # With the state, any axis except the channels can be the first.
-            operator = _of_channels("BatchNormalization", layout, first or layout.reduced[:1], x)
+            first = batch_axes or layout.reduced[:1]
+            operator = _channel_operator("BatchNormalization", layout, first, x)
         else:
-            # Without a batch axis, as in batch norm, x is one sample.
-            operator = _of_channels("InstanceNormalization", layout, first, x)
-            _alone(function, tracking.stats_axes)
-            special = options.mask, tracking.limits, tracking.virtual_batch_size
-            if any(option is not None for option in special):
-                operator = None
-            else:
-                checks.more_than_one_value(function, x.shape, layout, 1)
+            operator = _instance_operator(layout, batch_axes, x, options, tracking)
 
-        def plain(x: jax.Array, params: Any, statistics: dict[str, Any]) -> jax.Array:
+        def fallback(x: jax.Array, params: Any, statistics: dict[str, Any]) -> jax.Array:
             state = {**batch_stats, **statistics} if statistics else batch_stats
             y: jax.Array = original(x, params, state, layout, options, tracking)[0]
             return y
 
-        run = functools.partial(_by_operator, options, operator, plain, layout)
+        run = functools.partial(_by_operator, options, operator, fallback, layout)
         return run(x, params, statistics, mask), batch_stats
 
     return norm
@@ -121,42 +116,44 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     def norm(
         x: jax.Array, params: Any, layout: Layout, sample: Sample, options: NormOptions
     ) -> jax.Array:
-        _alone(options.function, sample.mapped_axes)
+        _check_one_device(options.function, sample.mapped_axes)
         groups = sample.groups or sample.split
-        reduced = () if sample.split else sample.axes  # or they count the split axis as two
+        # With split, sample.axes are those of an array in which the split axis is two axes.
+        reduced = () if sample.split else sample.axes
         kept = tuple(a for a in range(x.ndim) if a not in (*reduced, *layout.channels))
         operator = None
         if options.mask is None and groups is not None:
-            operator = _of_channels("GroupNormalization", layout, kept, x, groups[1])
+            operator = _channel_operator("GroupNormalization", layout, kept, x, groups[1])
         elif options.mask is None and layout.channels:
             name = "LayerNormalization" if sample.centered else "RMSNormalization"
             parts = tuple((a,) for a in (*kept, *layout.channels))
             operator = Operator(name, parts, layout.shape(x))
 
-        def plain(x: jax.Array, params: Any, _: Any) -> jax.Array:
+        def fallback(x: jax.Array, params: Any, _: Any) -> jax.Array:
             y: jax.Array = original(x, params, layout, sample, options)
             return y
 
-        return _by_operator(options, operator, plain, layout, x, params, {}, None)
+        return _by_operator(options, operator, fallback, layout, x, params, {}, None)
 
     return norm
 
 
-def _by_state(function: str, batch_stats: Any, tracking: Tracking) -> bool:
+def _uses_running_stats(function: str, batch_stats: Any, tracking: Tracking) -> bool:
     """Whether to normalize by the running statistics; raises if they would be updated."""
-    tracking = tracking.checked(function, batch_stats is not None)
-    if tracking.update_stats:
+    checked = tracking.checked(function, batch_stats is not None)
+    if checked.update_stats:
         raise ValueError(
-            f"{function}: the running statistics should not move in an export, because a graph "
-            f"keeps no state, but they do with use_running_average={tracking.use_running_average} "
-            f"and update_stats={tracking.update_stats}; to evaluate, write "
-            f"use_running_average=True, in NNX model.eval(); to normalize by the batch, or by each "
-            f"sample, write update_stats=False, or to_onnx(..., update_stats=False) for all norms"
+            f"{function}: the running statistics should not be updated in an export, because a "
+            f"graph keeps no state, but they are updated with "
+            f"use_running_average={tracking.use_running_average} and "
+            f"update_stats={tracking.update_stats}; to evaluate, write use_running_average=True, "
+            f"in NNX model.eval(); to normalize by the batch, or by each sample, write "
+            f"update_stats=False, or to_onnx(..., update_stats=False) for all norms"
         )
-    return bool(tracking.use_running_average)
+    return bool(checked.use_running_average)
 
 
-def _alone(function: str, mapped_axes: MappedAxes) -> None:
+def _check_one_device(function: str, mapped_axes: MappedAxes) -> None:
     """Checks that the statistics of x do not need other devices."""
     if mapped_axes != LOCAL:
         raise ValueError(
@@ -165,7 +162,7 @@ def _alone(function: str, mapped_axes: MappedAxes) -> None:
         )
 
 
-def _of_channels(
+def _channel_operator(
     name: str, layout: Layout, first: Sequence[int], x: jax.Array, num_groups: int | None = None
 ) -> Operator:
     """An operator on (N, C, *space), in which the first axes form N."""
@@ -174,13 +171,30 @@ def _of_channels(
     return Operator(name, parts, (math.prod(layout.shape(x)),), num_groups)
 
 
+def _instance_operator(
+    layout: Layout,
+    batch_axes: Sequence[int],
+    x: jax.Array,
+    options: NormOptions,
+    tracking: Tracking,
+) -> Operator | None:
+    """The operator that normalizes by the statistics of x; None if there is none."""
+    _check_one_device(options.function, tracking.stats_axes)
+    special = options.mask, tracking.limits, tracking.virtual_batch_size
+    if any(option is not None for option in special):
+        return None
+    checks.more_than_one_value(options.function, x.shape, layout, 1)
+    # Without a batch axis, as in batch norm, x is one sample.
+    return _channel_operator("InstanceNormalization", layout, batch_axes, x)
+
+
 # ---- From x to y ----
 
 
 def _by_operator(
     options: NormOptions,
     operator: Operator | None,
-    plain: Callable[[jax.Array, Any, Any], jax.Array],
+    fallback: Callable[[jax.Array, Any, Any], jax.Array],
     layout: Layout,
     x: jax.Array,
     params: Any,
@@ -188,37 +202,39 @@ def _by_operator(
     mask: jax.Array | None,
 ) -> jax.Array:
     """y by the operator, or by ordinary operators if there is none or it cannot be used."""
-    function, epsilon, dtype = options.function, cast(Any, options.epsilon), options.dtype
-    scale, bias = checks.params(function, params, x.shape, layout.shape(x))
+    epsilon = cast(Any, options.epsilon)
+    scale, bias = checks.params(options.function, params, x.shape, layout.shape(x))
     params = {key: a for key, a in (("scale", scale), ("bias", bias)) if a is not None}
     if operator is None or not OPTIONS.get().native or not _constant(epsilon, *operator.shape):
-        return plain(x, params, statistics)
+        return fallback(x, params, statistics)
 
     @jax.custom_jvp
     def by_operator(x: jax.Array, params: Any, statistics: dict[str, Any]) -> jax.Array:
-        wide = x.astype(statistics_dtype(x.dtype))
+        x_wide = x.astype(statistics_dtype(x.dtype))
         (scale, bias), after = _split(operator, layout, params, x)
-        scale = np.ones(operator.shape, wide.dtype) if scale is None else scale
-        bias = np.zeros(operator.shape, wide.dtype) if bias is None else bias
-        operands = (scale,) if operator.name == "RMSNormalization" else (scale, bias)
-        order = [a for part in operator.parts for a in part]
-        moved = lax.transpose(wide, order)
-        y = norm_p.bind(
-            lax.reshape(moved, [math.prod(x.shape[a] for a in part) for part in operator.parts]),
-            *operands,
-            *(statistics[key] for key in ("mean", "var") if statistics),
-            function=function,
-            operator=operator,
-            epsilon=float(epsilon),
+        scale = np.ones(operator.shape, x_wide.dtype) if scale is None else scale
+        bias = np.zeros(operator.shape, x_wide.dtype) if bias is None else bias
+        operands: tuple[Any, ...] = (
+            (scale,) if operator.name == "RMSNormalization" else (scale, bias)
         )
-        y = lax.transpose(lax.reshape(y, moved.shape), np.argsort(order).tolist())
+        operands += tuple(statistics[key] for key in ("mean", "var") if statistics)
+        y = _bind(operator, x_wide, operands, function=options.function, epsilon=float(epsilon))
         y = affine(y, *(None if a is None else layout.expand(a) for a in after))
-        return select(mask, y).astype(x.dtype if dtype is None else dtype)
+        return select(mask, y).astype(x.dtype if options.dtype is None else options.dtype)
 
-    # Operators have no derivative: a function that differentiates uses the ordinary operators.
-    by_operator.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    # Operators have no derivative, so derivatives are those of the fallback.
+    by_operator.defjvp(lambda primals, tangents: jax.jvp(fallback, primals, tangents))
     y: jax.Array = by_operator(x, params, statistics)
     return y
+
+
+def _bind(operator: Operator, x: jax.Array, operands: Sequence[Any], **params: Any) -> jax.Array:
+    """Applies the operator to x, whose axes are transposed and reshaped to its input and back."""
+    order = [a for part in operator.parts for a in part]
+    transposed = lax.transpose(x, order)
+    shape = [math.prod(x.shape[a] for a in part) for part in operator.parts]
+    y = norm_p.bind(lax.reshape(transposed, shape), *operands, operator=operator, **params)
+    return lax.transpose(lax.reshape(y, transposed.shape), np.argsort(order).tolist())
 
 
 def _constant(epsilon: Any, *sizes: Any) -> bool:
@@ -231,14 +247,16 @@ def _split(
 ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Scale and bias for the operator, and those to apply after it; None if there is none."""
     scale, bias = params.get("scale"), params.get("bias")
-    if scale is not None and not _along(layout, scale, x):
+    if scale is not None and not _varies_along_channels(layout, scale, x):
         return (None, None), (scale, bias)
-    if bias is not None and (operator.name == "RMSNormalization" or not _along(layout, bias, x)):
+    if bias is not None and (
+        operator.name == "RMSNormalization" or not _varies_along_channels(layout, bias, x)
+    ):
         return (scale, None), (None, bias)
     return (scale, bias), (None, None)
 
 
-def _along(layout: Layout, a: jax.Array, x: jax.Array) -> bool:
+def _varies_along_channels(layout: Layout, a: jax.Array, x: jax.Array) -> bool:
     """Whether a parameter has one entry for each channel, in the order of the channels."""
     if a.ndim == len(layout.channels):
         return True

@@ -1,4 +1,4 @@
-"""The plugin of jax2onnx: the functions to replace while it traces, and the primitive's node."""
+"""Defines the plugin of jax2onnx, which replaces functions at trace time and creates the nodes."""
 
 import sys
 import types
@@ -52,8 +52,8 @@ class NormPlugin(PrimitiveLeafPlugin):
         if ctx.opset < OPSETS[operator.name]:
             raise ValueError(
                 f"to_onnx: opset should be at least {OPSETS[operator.name]}, because {function} "
-                f"becomes {operator.name} as of then, but is {ctx.opset}; native=False makes do "
-                f"without the operator"
+                f"becomes {operator.name}, which needs it, but is {ctx.opset}; write a higher "
+                f"opset, or native=False to export without this operator"
             )
         x = ctx.get_value_for_var(eqn.invars[0])
         y = getattr(ctx.builder, operator.name)(
@@ -68,7 +68,7 @@ class NormPlugin(PrimitiveLeafPlugin):
 
 
 def _operand(ctx: Any, var: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A parameter in the operator's shape and x's dtype, as an initializer if it is constant."""
+    """A parameter in the shape and dtype of the operator, as an initializer if it is constant."""
     value = ctx.get_value_for_var(var)
     if value.const_value is not None:
         a = value.const_value.numpy()

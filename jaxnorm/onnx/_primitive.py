@@ -1,4 +1,4 @@
-"""The JAX primitive for an ONNX operator, and its batching rule."""
+"""Defines the JAX primitive of an ONNX operator, and its batching rule."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,18 +16,18 @@ norm_p.def_abstract_eval(lambda x, *operands, **params: x)
 def _batched(
     args: Sequence[jax.Array], dims: Sequence[Any], **params: Any
 ) -> tuple[jax.Array, int]:
-    """Batches into one node as further samples; batched parameters need one node per member."""
+    """Adds the batch axis to the samples of one node; batched parameters need a node per member."""
     (x, *operands), (axis, *others) = args, dims
     if any(d is not None for d in others):
         size = next(a.shape[d] for a, d in zip(operands, others, strict=True) if d is not None)
-        rows = (
+        unstacked = (
             [a] * size if d is None else jnp.unstack(a, axis=d)
             for a, d in zip(args, dims, strict=True)
         )
-        members = [norm_p.bind(*row, **params) for row in zip(*rows, strict=True)]
-        return jnp.stack(members), 0
+        results = [norm_p.bind(*member, **params) for member in zip(*unstacked, strict=True)]
+        return jnp.stack(results), 0
     x = jnp.moveaxis(x, axis, 0)
-    if params["operator"].of_rows:
+    if params["operator"].normalizes_last_axes:
         return norm_p.bind(x, *operands, **params), 0
     y = norm_p.bind(lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), *operands, **params)
     return lax.reshape(y, x.shape), 0
