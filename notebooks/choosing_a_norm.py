@@ -16,10 +16,10 @@
 #
 # # Choosing a norm
 #
-# Does a norm help at all, which one learns best, from what batch size on, and what happens when the
-# images at test time are darker or brighter than those of training? Five small networks that differ
-# in nothing but their norm answer for themselves: 400 training runs on scanned digits, in a minute
-# or two on two CPU cores.
+# This notebook compares five small networks that differ only in their norm, on scanned digits. It
+# shows whether a norm helps at all, which norm learns best, how the batch size matters, and what
+# happens if the test images are darker or brighter than the training images. It makes 400 training
+# runs, which take a minute or two on two CPU cores.
 
 # %% tags=["skip-execution"]
 # %pip install --quiet "jaxnorm[examples] @ git+https://github.com/jaxnorm/jaxnorm"
@@ -55,12 +55,12 @@ plt.rcParams |= {
 # %% [markdown]
 # ## The images
 #
-# scikit-learn's 1,797 digits, 8 x 8 pixels: 1,097 to train on, 250 to choose the learning rate by,
-# 450 to test. Whoever has MNIST's four IDX files can give their folder; everything below then takes
-# its part of MNIST, and much longer.
+# The data are scikit-learn's 1,797 digits of 8 x 8 pixels: 1,097 for training, 250 for choosing the
+# learning rate, and 450 for testing. If you have the four IDX files of MNIST, set `MNIST` to their
+# folder; all cells below then use a part of MNIST, and take much longer.
 
 # %%
-MNIST = None  # or the folder that holds MNIST's four files
+MNIST = None  # or the folder of MNIST's four files
 
 if MNIST is None:
     images, labels = load_digits(return_X_y=True)
@@ -72,7 +72,7 @@ if MNIST is None:
         rest, rest_y, test_size=250, random_state=0, stratify=rest_y
     )
 else:
-    sys.path += ["../examples", "jaxnorm/examples"]  # beside this notebook, or cloned above
+    sys.path += ["../examples", "jaxnorm/examples"]  # in this checkout or the clone
     import digits
 
     train, test = digits.load_mnist(Path(MNIST))
@@ -80,15 +80,15 @@ else:
     train_y, valid_y = train.labels[:3000], train.labels[3000:3500]
     test_x, test_y = test.images[:1000], test.labels[:1000]
 
-print(f"{len(train_y)} to train on, {len(valid_y)} to choose by, {len(test_y)} to test")
+print(f"{len(train_y)} for training, {len(valid_y)} for validation, {len(test_y)} for testing")
 
 # %% [markdown]
 # ## The network
 #
-# Two convolutions, each followed by the norm, and a dense layer. A convolution is written as what
-# it is, a product of patches and a matrix. Many runs are to be trained side by side by
-# `jax.vmap`, each with weights of its own: a product of matrices then becomes a batched product,
-# which is quick, while XLA makes of `nn.Conv` a grouped convolution, which is slow on a CPU.
+# The network has two convolutions, each followed by the norm, and a dense layer. The convolution is
+# written as a product of patches and a matrix, because `jax.vmap` trains many runs at once, each
+# with different weights. The matrix product then becomes a batched matrix product, which is fast,
+# while XLA turns `nn.Conv` into a grouped convolution, which is slow on a CPU.
 
 # %%
 NORMS: dict[str, Any] = {
@@ -109,13 +109,13 @@ def conv(features, x):
 
 
 class Classifier(nn.Module):
-    """The logits of ten classes."""
+    """Returns the logits of ten classes."""
 
     norm: Any
 
     @nn.compact
     def __call__(self, x, train, update_stats=None):
-        """Normalizes by the images' own statistics in training, by running ones if not."""
+        """Normalizes by the images' own statistics in training, and else by running statistics."""
 
         def normalize(x):
             if self.norm is None:
@@ -135,11 +135,11 @@ class Classifier(nn.Module):
 # %% [markdown]
 # ## Many runs at once
 #
-# One run is two nested `lax.scan`: over epochs, and over the steps of an epoch. It is an ordinary
-# function of the learning rate, the first weights and the order of the images, so `jax.vmap`
-# makes 20 runs of it, 4 learning rates times 5 seeds. All norms get the same orders, and plain
-# SGD with momentum 0.9. Every run sees each image 8 times; a batch of 2 therefore has 64 times
-# the steps of a batch of 128.
+# One run consists of two nested `lax.scan`, over the epochs and over the steps of an epoch. It is a
+# function of the learning rate, the initial weights and the order of the images, so `jax.vmap`
+# turns it into 20 runs: 4 learning rates times 5 seeds. All norms use the same orders, and plain
+# SGD with momentum 0.9. Every run uses each image 8 times; a batch size of 2 therefore makes 64
+# times as many steps as a batch size of 128.
 
 # %%
 BATCH_SIZES = (2, 8, 32, 128)
@@ -152,12 +152,12 @@ x, y = jnp.asarray(train_x), jnp.asarray(train_y)
 
 
 def cross_entropy(logits, labels):
-    """Of the right labels, the mean over images."""
+    """Returns the cross-entropy, as the mean over images."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1)
 
 
 def fit(model, batch_size, learning_rate, order, variables):
-    """The variables after training, and after each epoch the loss and the test accuracy."""
+    """Returns the variables after training, and the loss and test accuracy of each epoch."""
     optimizer = optax.sgd(learning_rate, momentum=0.9)
 
     def step(carry, chosen):
@@ -188,21 +188,21 @@ def fit(model, batch_size, learning_rate, order, variables):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def fit_all(model, batch_size, orders, variables):
-    """Of every learning rate and seed: two leading axes."""
+    """Fits every learning rate and seed, which are the two leading axes of the results."""
     run = functools.partial(fit, model, batch_size)
     seeds = jax.vmap(run, in_axes=(None, 0, 0))
     return jax.vmap(seeds, in_axes=(0, None, None))(LEARNING_RATES, orders, variables)
 
 
 # %% [markdown]
-# After training, each network is asked about the images to choose by, about the test images, and
-# about the test images at half the contrast and brighter. "Own" logits are those of the given
-# images' own statistics, with the running ones left alone (`update_stats=False`).
+# After training, each network classifies the validation images, the test images, and the test
+# images with half the contrast and more brightness. The "own" logits normalize by the statistics of
+# the images that are given, and do not update the running statistics (`update_stats=False`).
 
 
 # %%
 def change_contrast(images):
-    """Half the contrast, and brighter: black becomes 0.4 and white 0.9."""
+    """Halves the contrast and adds brightness: black becomes 0.4 and white 0.9."""
     return np.float32(0.5) * images + np.float32(0.4)
 
 
@@ -210,7 +210,7 @@ changed_x = change_contrast(test_x)
 
 
 def ask(model, variables):
-    """The logits of one network."""
+    """Returns the logits of one network for each set of images."""
     return {
         "valid": model.apply(variables, valid_x, train=False),
         "test": model.apply(variables, test_x, train=False),
@@ -221,7 +221,7 @@ def ask(model, variables):
 
 
 def measured(variables):
-    """Running statistics anew: those of all the training images, for the weights as they are."""
+    """Recomputes the running statistics from all training images, for the final weights."""
     model = Classifier(functools.partial(BatchNorm, momentum=None))  # the cumulative average
     fresh = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     given = {"params": variables["params"], "batch_stats": fresh}
@@ -231,12 +231,12 @@ def measured(variables):
 
 @functools.partial(jax.jit, static_argnums=0)
 def ask_all(model, variables):
-    """The logits of every learning rate and seed."""
+    """Returns the logits for every learning rate and seed."""
     return jax.vmap(jax.vmap(functools.partial(ask, model)))(variables)
 
 
 def study(setting):
-    """Every run of one norm and batch size: how they went, and what they answer."""
+    """Returns the history and the logits of every run of one norm and batch size."""
     name, size = setting
     model = Classifier(NORMS[name])
     keys = jax.vmap(jax.random.key)(jnp.arange(SEEDS))
@@ -258,13 +258,13 @@ logits = {setting: answers for setting, (_, answers) in studies.items()}
 print(len(settings) * len(LEARNING_RATES) * SEEDS, "runs of", EPOCHS, "epochs")
 
 # %% [markdown]
-# The learning rate is chosen for each norm and each batch size, by the median accuracy on the
-# images to choose by. The test images have no say in it.
+# The learning rate is chosen for each norm and each batch size by the median accuracy on the
+# validation images. The test images are not used for this choice.
 
 
 # %%
 def accuracy(logits, labels):
-    """The share that is right; the axes of the runs stay."""
+    """Returns the fraction of correct predictions, for each run."""
     return np.mean(np.argmax(logits, -1) == labels, axis=-1)
 
 
@@ -279,8 +279,8 @@ for name in NORMS:
 # %% [markdown]
 # ## Loss and accuracy
 #
-# Batches of 32, the chosen learning rates; the line is the median of five seeds, the band goes from
-# the smallest to the largest.
+# This plot is for batches of 32 and the chosen learning rates. Lines are medians of five seeds, and
+# bands range from the smallest to the largest value.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
@@ -291,7 +291,7 @@ for name, color in COLORS.items():
     for axes, values in ((left, loss), (right, 100 * correct)):
         axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
         axes.plot(epochs, np.median(values, 0), color=color, marker="o", ms=3, label=final)
-left.set(title="Training loss, the mean of each epoch", ylabel="cross-entropy", yscale="log")
+left.set(title="Training loss, mean of each epoch", ylabel="cross-entropy", yscale="log")
 right.set(title="Test accuracy after each epoch", ylabel="correct (%)", ylim=(80, 100))
 for axes in (left, right):
     axes.set_xlabel("epoch")
@@ -307,19 +307,19 @@ assert max(losses, key=losses.get) == "no norm"
 assert min(c.max() for c in correct) >= max(c.min() for c in correct) - 0.01  # or nearly overlap
 
 # %% [markdown]
-# Any norm is better than none: without, the loss is the highest at the end. Which norm, these
-# curves do not say. The training losses differ, but in test accuracy the bands of all four
-# overlap after the last epoch, or lie within a percent of each other.
+# Every norm is better than none: without a norm, the final loss is the highest. These curves do not
+# show which norm is best. The training losses differ, but the bands of the test accuracies of all
+# four norms overlap after the last epoch, or lie within a percent of each other.
 
 # %% [markdown]
 # ## Batch size
 #
-# The test accuracy after the last epoch, each norm in a panel of its own and the others' medians
-# in gray. Small batches burden batch norm twice. In training, the mean of few images is a noisy
-# one; in evaluation, the running statistics are an average of about the last ten batches, which
-# is twenty images where a batch has two. The dashed line takes the second burden away: the same
-# weights, with the statistics of all training images measured anew, as
-# `jaxnorm.linen.recalibrate` does.
+# This plot shows the test accuracy after the last epoch, with one panel for each norm and the
+# medians of the other norms in gray. Small batches affect batch norm in two ways. In training, the
+# mean of few images is noisy; in evaluation, the running statistics average about the last ten
+# batches, which are only twenty images if a batch has two. The dashed line removes the second
+# effect: it uses the same weights, with statistics that were recomputed from all training images,
+# as `jaxnorm.linen.recalibrate` does.
 
 # %%
 best = {
@@ -357,15 +357,17 @@ assert abs(small - again[0]) < 1
 assert all(np.median(best[name, 2]) > np.median(best[name, 128]) - 0.5 for name in NORMS)
 
 # %% [markdown]
-# Here neither burden weighs much. A batch of 2 is enough for batch norm: even in the second layer
-# each mean is of 18 numbers (2 images of 3 x 3 positions), in the first of 72, and measuring anew
-# changes less than one point. What costs accuracy is the batch of 128: it leaves 64 steps in 8
-# epochs, and no network is more than half a point better for it than with batches of 2.
+# Both effects are small here. A batch of 2 is enough for batch norm: even in the second layer, each
+# mean is over 18 values (2 images of 3 x 3 positions), and in the first layer over 72. Recomputing
+# the statistics changes the accuracy by less than one point. Batches of 128 reduce the accuracy
+# more, because they leave only 64 steps in 8 epochs: no network is more than half a point better
+# with them than with batches of 2.
 
 # %% [markdown]
 # ## A change of contrast
 #
-# The same 450 test images at half the contrast, and brighter. Nobody who can read takes any notice.
+# The same 450 test images are shown with half the contrast and more brightness. A human reader has
+# no difficulty with this change.
 
 # %%
 figure, panels = plt.subplots(2, 10, figsize=(9, 2.0))
@@ -379,12 +381,13 @@ for row, (what, pictures) in zip(
 plt.show()
 
 # %% [markdown]
-# Running statistics belong to the images of training, and cannot know that these are others.
-# Measured on the images that are given, they can; but it matters over what. A brighter image adds
-# to each channel behind a convolution a number of its own, the sum of that channel's kernel times
-# the brightness. One mean for each channel, as in batch norm by own statistics and in instance
-# norm, takes it out. One mean for several channels, as in group norm, takes out their common part
-# only, and one for all channels, as in layer norm, takes out the least.
+# Running statistics describe the training images, and do not change with the test images. The test
+# images' own statistics do change, but it matters which entries share a mean. A brighter image adds
+# a constant to each channel after a convolution: the sum of that channel's kernel times the added
+# brightness. A mean for each channel, as in instance norm and in batch norm with the test images'
+# own statistics, removes this constant. A mean for several channels, as in group norm, removes only
+# what these channels have in common, and a mean for all channels, as in layer norm, removes the
+# least.
 
 # %%
 evaluations = {
@@ -428,10 +431,10 @@ assert lost["layer norm, each image's own"] > lost["group norm, each image's own
 assert max(lost, key=lost.get) == "batch norm, running statistics"
 
 # %% [markdown]
-# ## What they get wrong
+# ## Misclassified images
 #
-# The first seed, batches of 32: a row for each norm, and in it the first test images that it
-# misreads.
+# For the first seed and batches of 32, each row shows the first test images that one norm's network
+# misclassifies.
 
 # %%
 SHOWN = 10
@@ -454,13 +457,14 @@ for row, (name, color) in zip(rows, COLORS.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# ## Everything at once
+# ## All settings in one plot
 #
-# Each line is one setting, a norm with a batch size and a learning rate, drawn to the accuracy
-# and the cross-entropy on the test images that it ends at (medians of five seeds). Up is better
-# on both. The thick lines are the learning rates chosen above for each norm and batch size. Those
-# at the bottom guess: small batches with steps that were too long. (A cross-entropy beyond 4 is
-# drawn at 4.)
+# Each line is one setting: a norm with a batch size and a learning rate. It leads to the accuracy
+# and the cross-entropy that this setting reaches on the test images (medians of five seeds). Higher
+# is better on both of these axes. Thick lines are the learning rates that were chosen above for
+# each norm and batch size. The lines that end at the bottom are no better than guessing; they
+# combine small batches with a learning rate that is too large. (Cross-entropies above 4 are drawn
+# at 4.)
 
 # %%
 settings = list(itertools.product(NORMS, BATCH_SIZES, range(len(LEARNING_RATES))))
@@ -477,12 +481,12 @@ assert max(guessing) < 0.3
 
 
 def position(values, low, high):
-    """From 0 at low to 1 at high."""
+    """Maps low to 0 and high to 1."""
     return np.clip((np.asarray(values, float) - low) / (high - low), 0, 1)
 
 
 def odds(correct):
-    """Spreads accuracies near 1: each digit of the error has the same width."""
+    """Spreads accuracies near 1, so that each power of ten of the error has the same width."""
     return -np.log10(1 - np.minimum(np.asarray(correct), 0.999))
 
 
@@ -495,7 +499,7 @@ spread = {name: k for k, name in enumerate(NORMS)}
 
 
 def heights(name, size, rate):
-    """Where the setting's line meets each axis; the first three are spread a little."""
+    """Returns the height of a setting's line at each axis; the first three are spread a little."""
     k = 0.012 * (spread[name] - 2)
     return [
         1
@@ -569,15 +573,15 @@ plt.show()
 # %% [markdown]
 # ## What to choose
 #
-# What was seen here, on 1,797 images of 64 pixels and networks of two convolutions:
+# The results on 1,797 images of 64 pixels, with networks of two convolutions, were:
 #
-# - Take a norm: every one of them trained to a lower loss than none.
-# - For accuracy on images like those of training, the norms are equals: at batches of 32, five
-#   seeds on 450 test images do not tell them apart. The learning rate mattered more than the norm:
-#   with batches of 2 and the largest learning rate, every network guessed.
-# - Where brightness and contrast may change, instance norm, or batch norm by the statistics of the
-#   images at hand, did not lose a point. Batch norm by running statistics lost the most, layer norm
-#   and no norm much, group norm less.
+# - Use a norm: each of them reached a lower training loss than the network without one.
+# - For accuracy on images like the training images, the norms are equally good: with batches of 32,
+#   five seeds on 450 test images do not separate them. The learning rate mattered more than the
+#   norm: with batches of 2 and the largest learning rate, no network was better than guessing.
+# - Where brightness and contrast may change, instance norm, and batch norm with the statistics of
+#   the given images, lost less than a point. Batch norm with running statistics lost the most,
+#   layer norm and no norm lost much, and group norm lost less.
 #
-# On larger images and deeper networks the order may well be another; the cells above are made to be
-# run on them.
+# The order may differ for larger images and deeper networks. You can run the cells above with your
+# own.

@@ -16,10 +16,11 @@
 #
 # # From PyTorch to Flax to ONNX
 #
-# Does a PyTorch model compute the same in Flax, its running statistics included, and still the
-# same in onnxruntime? And what is it to evaluate instance norm by running statistics at all?
-# StarGAN's generator (instance norm with running statistics) and a ResNet-18 (batch norm) make
-# the journey, at an eighth and a quarter of their published width, on photographs.
+# This notebook converts two PyTorch models to Flax, with their running statistics, and exports them
+# to ONNX: the StarGAN generator (instance norm with running statistics) and a ResNet-18 (batch
+# norm), at an eighth and a quarter of their published width. It compares the outputs of PyTorch,
+# Flax and onnxruntime on photographs, and shows how evaluating instance norm with running
+# statistics differs from normalizing each image by its own statistics.
 
 # %% tags=["skip-execution"]
 # %pip install --quiet "jaxnorm[examples,onnx] @ git+https://github.com/jaxnorm/jaxnorm" torch
@@ -39,7 +40,7 @@ import jaxnorm
 import jaxnorm.onnx
 from jaxnorm import interop
 
-# Beside this notebook, or cloned above: the models in Flax (examples) and in PyTorch (tests).
+# The folders with the models in Flax (examples) and PyTorch (tests): in this checkout or the clone.
 sys.path += ["../examples", "../tests", "jaxnorm/examples", "jaxnorm/tests"]
 import resnet
 import stargan
@@ -55,25 +56,25 @@ plt.rcParams |= {
 
 
 def to_torch_layout(x):
-    """Channels second, as PyTorch has them."""
+    """Moves the channels to the second axis, as in PyTorch."""
     return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
 
 
 def from_torch_layout(x):
-    """Channels last, as Flax has them."""
+    """Moves the channels to the last axis, as in Flax."""
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
 def apart(a, b):
-    """The largest difference."""
+    """Returns the largest difference."""
     return float(np.abs(np.asarray(a) - np.asarray(b)).max())
 
 
 # %% [markdown]
 # ## The photographs
 #
-# Square parts of the two photographs that come with scikit-learn, a temple and a flower, 64 x 64
-# pixels at half size, from -1 to 1.
+# The images are square parts of the two photographs that come with scikit-learn, a temple and a
+# flower. They have 64 x 64 pixels, at half the original size, with values from -1 to 1.
 
 # %%
 photographs = stargan.photographs(size=64)
@@ -82,9 +83,10 @@ print(photographs.shape, photographs.dtype, photographs.min(), photographs.max()
 # %% [markdown]
 # ## StarGAN's generator, trained in PyTorch
 #
-# Random weights would do for equal numbers, but not for a picture. So the generator learns for some
-# seconds to give back its input, whatever the labels; training mode, as always: each image is
-# normalized by its own statistics, and the running ones follow.
+# Random weights would be enough to compare numbers, but would not give recognizable pictures. So
+# the generator is trained for some seconds to reproduce its input for any label. As usual in
+# training mode, each image is normalized by its own statistics, and the running statistics are
+# updated.
 
 # %%
 FEATURES, STEPS = 8, 400
@@ -111,17 +113,17 @@ for key in ("main.1.weight", "main.1.bias", "main.1.running_mean", "main.1.runni
 print(f"{'main.1.num_batches_tracked':28} {state_dict['main.1.num_batches_tracked'].item()}")
 
 # %% [markdown]
-# The last line is PyTorch's: with instance norm it saves a count and never moves it. Nothing here
-# depends on it, as long as `momentum` is a number. `jaxnorm.check_batch_stats` tells of such
-# counts.
+# The count in the last line is 0 because PyTorch's instance norm saves a count and never updates
+# it. Nothing here depends on the count as long as `momentum` is a number.
+# `jaxnorm.check_batch_stats` reports such counts.
 #
 # ## To Flax
 #
-# `interop.from_torch` takes the state dict apart: what is a norm's goes to `params` and
-# `batch_stats`, bit for bit, all else to `params`. `names` says what PyTorch's numbered modules are
-# called here, and `convert`, made by `interop.kernels`, gives the kernels Flax's order of axes. `like`
-# holds the outcome against the model: an array that is missing, left over or of another shape is an
-# error.
+# `interop.from_torch` converts the state dict: the arrays of norms go to `params` and
+# `batch_stats`, bit for bit, and all other arrays to `params`. `names` maps PyTorch's numbered
+# modules to the names in Flax, and `convert`, which `interop.kernels` returns, transposes the
+# kernels to Flax's order of axes. `like` compares the result with the model: an array that is
+# missing, unexpected or of another shape is an error.
 
 # %%
 generator = stargan.Generator(features=FEATURES)
@@ -141,7 +143,8 @@ for finding in jaxnorm.check_batch_stats(variables)[:1]:
     print(finding)
 
 # %% [markdown]
-# One part of each photograph, and the same two at half the contrast, in both modes.
+# The models are compared in both modes, on one part of each photograph and on the same two parts
+# with half the contrast.
 
 # %%
 clear = photographs[[20, 93]]
@@ -151,13 +154,13 @@ label = np.tile(labels[:1], (len(images), 1))
 
 @jax.jit
 def evaluate(x, label):
-    """By the running statistics."""
+    """Normalizes by the running statistics."""
     return generator.apply(variables, x, label, use_running_average=True)
 
 
 @jax.jit
 def by_own(x, label):
-    """By each image's own; the state that would follow is dropped."""
+    """Normalizes each image by its own statistics, and discards the new state."""
     y, _ = generator.apply(variables, x, label, use_running_average=False, mutable=["batch_stats"])
     return y
 
@@ -174,15 +177,16 @@ assert apart(y, expected) < 1e-4
 assert apart(y_own, expected_own) < 1e-4
 
 # %% [markdown]
-# ## Two ways of evaluation
+# ## Two ways to evaluate
 #
-# These are two functions, and only one of them was trained.
+# The two modes are different functions, and only the one with each image's own statistics was
+# trained.
 
 # %%
 columns = {
     "input": images,
-    "by running statistics": y,
-    "by each image's own": y_own,
+    "running statistics": y,
+    "each image's own statistics": y_own,
     "difference of the two": np.abs(y - y_own) - 1,
 }
 figure, grid = plt.subplots(len(images), len(columns), figsize=(8.6, 8.6))
@@ -201,25 +205,25 @@ half, ratios = len(clear), {}
 for name, out in (("running statistics", y), ("own statistics", y_own)):
     wrong = np.abs(out[:half] - clear).mean()
     ratios[name] = out[half:].std((1, 2)).mean() / out[:half].std((1, 2)).mean()
-    print(f"{name:19} mean error {wrong:.3f}; half the contrast comes out at {ratios[name]:.0%}")
+    print(f"{name:19} mean error {wrong:.3f}, contrast of the changed images {ratios[name]:.0%}")
 assert ratios["own statistics"] > 0.9
 assert ratios["running statistics"] < 0.85
 
 # %% [markdown]
-# By each image's own statistics half the contrast makes no difference: each norm divides it out,
-# and the output has the contrast that it would have had. By running statistics less contrast
-# remains less, and the colors are others. Whoever exports the one and meant the other gets no
-# error, only these pictures.
+# With each image's own statistics, halving the contrast makes no difference: each norm divides it
+# out, and the output has its usual contrast. With running statistics, the output has less contrast,
+# and its colors change. If you export one function where you need the other, there is no error,
+# only different pictures.
 #
 # ## To ONNX
 #
-# `jaxnorm.onnx.to_onnx` exports the function that evaluates. An instance norm by running statistics
-# is what ONNX calls BatchNormalization.
+# `jaxnorm.onnx.to_onnx` exports the evaluation function. An instance norm with running statistics
+# is exported as ONNX's BatchNormalization.
 
 
 # %%
 def run(exported, **inputs):
-    """What onnxruntime computes."""
+    """Returns the output that onnxruntime computes."""
     session = onnxruntime.InferenceSession(exported.SerializeToString())
     (out,) = session.run(None, inputs)
     return out
@@ -239,8 +243,9 @@ assert apart(y_onnx, expected) < 1e-4
 # %% [markdown]
 # ## ResNet-18
 #
-# torchvision's layout and names, so that no map is needed, with random weights: what is to be shown
-# are equal numbers. The running statistics are those that a few batches of photographs leave.
+# This model has torchvision's layout and names, so that no map of names is needed. Its weights are
+# random, since only equal outputs are to be shown, and its running statistics are those of a few
+# batches of photographs.
 
 # %%
 torch.manual_seed(0)
@@ -256,7 +261,7 @@ resnet_flax = resnet.ResNet18(classes=10, features=16)
 
 
 def classify(x):
-    """The logits, by the running statistics."""
+    """Returns the logits, normalized by the running statistics."""
     return resnet_flax.apply(resnet_variables, x, train=False)
 
 
@@ -270,11 +275,12 @@ assert apart(logits, expected_logits) < 1e-4 * largest
 assert apart(logits_onnx, expected_logits) < 1e-4 * largest
 
 # %% [markdown]
-# ## What is in the graphs
+# ## The operators of the graphs
 #
-# Every norm is one operator: 17 instance norms by running statistics and 20 batch norms are 37
-# BatchNormalization, with their statistics in the graph. Transposes stand where Flax's channels
-# last meet ONNX's channels second; between a convolution and its norm there are none.
+# Every norm is one operator: 17 instance norms with running statistics and 20 batch norms become 37
+# BatchNormalization nodes, with their statistics in the graph. There are transposes where Flax's
+# channels-last layout meets ONNX's channels-first layout, but none between a convolution and its
+# norm.
 
 # %%
 graphs = {"StarGAN's generator": stargan_onnx, "ResNet-18": resnet_onnx}

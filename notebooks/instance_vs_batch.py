@@ -13,8 +13,9 @@
 #
 # # Instance norm and batch norm
 #
-# The questions that people ask about the two, answered by running them: what is counted, what is
-# learned, what is only tracked, and when the running statistics of instance norm hurt.
+# This notebook runs small examples that answer common questions about the two norms: what they
+# count, what they learn, what they only track, and when the running statistics of instance norm
+# reduce quality.
 
 # %% tags=["skip-execution"]
 # %pip install --quiet "jaxnorm[examples] @ git+https://github.com/jaxnorm/jaxnorm" scikit-image
@@ -33,11 +34,11 @@ import jaxnorm
 import jaxnorm.inspect
 
 # %% [markdown]
-# ## One step, two choices of what shares a mean
+# ## The same formula over different entries
 #
 # Both compute $y = \gamma\,(x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta$ with a scale $\gamma$ and a
-# bias $\beta$ for each channel. Batch norm takes $\mu$ and $\sigma^2$ for each channel over all
-# samples; instance norm for each channel of each sample.
+# bias $\beta$ for each channel. Batch norm computes $\mu$ and $\sigma^2$ for each channel over all
+# samples; instance norm computes them for each channel of each sample.
 
 # %%
 x = jax.random.normal(jax.random.key(0), (8, 6, 6, 3)) * 2 + 5  # N, H, W, C
@@ -50,15 +51,17 @@ print("  batch norm   ", np.float64(batch[:2].mean((1, 2))).round(3).tolist())
 print("  instance norm", (np.float64(instance[:2].mean((1, 2))).round(3) + 0.0).tolist())
 
 # %% [markdown]
-# So instance norm is batch norm with every sample for a batch of its own. In JAX that is one word:
+# So instance norm is batch norm in which every sample is a separate batch. In JAX, `vmap` expresses
+# this:
 
 # %%
 by_vmap, _ = jax.vmap(lambda sample: jaxnorm.batch_norm(sample[None], params))(x)
 np.testing.assert_allclose(by_vmap[:, 0], instance, atol=1e-6)
 
 # %% [markdown]
-# PyTorch has no vmap there, and folds the samples into the channels instead: N samples of C channels
-# become one sample of N x C channels, and batch norm does the rest. It is the same.
+# PyTorch's implementation has no vmap, and folds the samples into the channels: N samples of C
+# channels become one sample of N x C channels, to which it applies batch norm. The result is the
+# same.
 
 # %%
 n, h, w, c = x.shape
@@ -68,12 +71,13 @@ by_folding = y.reshape(h, w, n, c).transpose(2, 0, 1, 3)
 np.testing.assert_allclose(by_folding, instance, atol=1e-6)
 
 # %% [markdown]
-# ## Why does `num_batches_tracked` move in batch norm, and not in PyTorch's instance norm?
+# ## The count of batches
 #
-# Because of that folding: PyTorch's instance norm calls the batch norm kernel on the folded input and
-# leaves out the lines that count. The counter is saved with the model, and stays 0 for ever. With
-# `momentum=None`, which should give the plain average over all batches and needs the count, PyTorch's
-# instance norm takes a momentum of 0: its running statistics never leave 0 and 1.
+# PyTorch's batch norm updates `num_batches_tracked`, and its instance norm does not. The reason is
+# the folding: PyTorch's instance norm calls the batch norm kernel on the folded input, without the
+# lines that count. The counter is saved with the model, and stays 0. `momentum=None` should give
+# the plain average over all batches and needs the count, so PyTorch's instance norm then uses a
+# momentum of 0: its running statistics stay at 0 and 1.
 
 # %%
 if importlib.util.find_spec("torch"):
@@ -97,7 +101,7 @@ else:
     print("PyTorch is not installed: skipped")
 
 # %% [markdown]
-# In jaxnorm both count, and `momentum=None` is the average that it says.
+# In jaxnorm both norms count, and `momentum=None` gives the average over all batches.
 
 # %%
 calls = {
@@ -114,11 +118,11 @@ for name, (norm, momentum) in calls.items():
     assert state["count"] == 3
 
 # %% [markdown]
-# ## What is learned, and what is only tracked?
+# ## Learned and tracked values
 #
-# A norm over C channels learns 2C numbers, the scale and the bias: gradients reach them, and the
-# optimizer moves them. It tracks 2C + 1 more, the running mean, the running variance and the count.
-# No gradient reaches those; the forward pass moves them.
+# A norm over C channels learns 2C numbers, the scale and the bias, which have gradients and are
+# updated by the optimizer. It tracks 2C + 1 more: the running mean, the running variance and the
+# count. These have no gradients, and are updated by the forward pass.
 
 # %%
 channels = 8
@@ -156,15 +160,17 @@ figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right", frame
 plt.show()
 
 # %% [markdown]
-# The bars of the running statistics are not small, they are 0: the state is a constant for the
-# derivative, in training (where it is not used for y at all) and in evaluation (where it is).
+# The gradients of the running statistics are exactly 0, so they have no bars. The derivative treats
+# the state as a constant in training, where y does not depend on it, and also in evaluation, where
+# y does.
 
 # %% [markdown]
-# ## Running statistics of instance norm: the same output in training, another in evaluation
+# ## Running statistics of instance norm
 #
-# Running statistics are off by default in instance norm. With them, training is the same to the last
-# bit, since each image is still normalized by its own statistics, and the running ones are only
-# tracked. In evaluation they take over.
+# Running statistics are off by default in instance norm. If they are enabled, the output in
+# training does not change, to the last bit: each image is still normalized by its own statistics,
+# and the running statistics are only tracked. In evaluation, the running statistics are used
+# instead.
 
 # %%
 photos = np.stack(
@@ -176,7 +182,9 @@ photos = np.stack(
 
 state = jaxnorm.init_batch_stats(3)
 without, _ = jaxnorm.instance_norm(photos)
-for _ in range(60):  # enough for the running average to arrive: what is left of the start is 0.2 %
+for _ in range(
+    60
+):  # after 60 updates, the initial value has a weight of 0.2 % in the running average
     with_state, state = jaxnorm.instance_norm(photos, None, state)
 assert (with_state == without).all()
 
@@ -185,10 +193,11 @@ print("training:   largest difference", float(abs(with_state - without).max()))
 print("evaluation: largest difference", float(abs(running - without).max()))
 
 # %% [markdown]
-# ## When does that hurt?
+# ## When running statistics change the output
 #
-# When an image is not like the average one. Here each photo is given half the contrast and made
-# brighter. Its own statistics divide the change out; running statistics let it through.
+# Running statistics change the output if an image differs from the average image. Here each photo
+# gets half the contrast and more brightness. Normalizing by its own statistics removes the change;
+# normalizing by running statistics does not.
 
 # %%
 changed = 0.5 * photos + 0.4
@@ -222,8 +231,9 @@ print("root mean square difference that the change makes in y:", apart)
 assert apart["own statistics"] < 0.01 < 0.5 < apart["running statistics"]
 
 # %% [markdown]
-# How far each photo is from the running statistics, channel by channel: the band is what evaluation
-# takes for granted, the points are what the changed photos have.
+# This plot shows how far each photo is from the running statistics, channel by channel. The band is
+# the running statistics that evaluation uses, and the points are the statistics of the changed
+# photos.
 
 # %%
 of_photos = jaxnorm.moments(changed, (1, 2))
@@ -237,11 +247,12 @@ jaxnorm.inspect.plot_layers(
 )
 
 # %% [markdown]
-# What to take from it:
+# In summary:
 #
-# - Styles, contrast and exposure that vary from image to image: instance norm without running
+# - If style, contrast or exposure vary from image to image, use instance norm without running
 #   statistics, which is the default.
-# - A model that was trained and evaluated with them, as StarGAN's generator was, keeps them: the same
-#   weights with the other statistics are another function (`from_pytorch.ipynb`).
-# - Batch norm needs its running statistics in evaluation: without them the output for one image
-#   depends on the others in the batch.
+# - A model that was trained and evaluated with running statistics, as the StarGAN generator was,
+#   should keep them: the same weights with other statistics are a different function (see
+#   `from_pytorch.ipynb`).
+# - Batch norm needs its running statistics in evaluation: without them, the output for one image
+#   depends on the other images in the batch.

@@ -16,17 +16,18 @@
 #
 # # Many devices
 #
-# When a batch is spread over devices, whose mean does batch norm subtract? What has to be written
-# so that it is the whole batch's, what happens if it is not, and can running statistics that went
-# their own ways be put together again? Last, a kindred question: what are running statistics
-# worth after weights were averaged?
+# This notebook distributes a batch over devices. It shows how to make batch norm use the statistics
+# of the whole batch, what happens if it does not, and how to merge running statistics that were not
+# synchronized. The last section shows why running statistics should be recomputed after averaging
+# weights.
 
 # %% tags=["skip-execution"]
 # %pip install --quiet "jaxnorm[examples] @ git+https://github.com/jaxnorm/jaxnorm" scikit-image
 # !git clone -q https://github.com/jaxnorm/jaxnorm
 
 # %% [markdown]
-# Four devices, on any machine: JAX divides the CPU if it is told to before it is imported.
+# The notebook uses four devices on any machine: with these environment variables, which have to be
+# set before JAX is imported, JAX splits the CPU into four.
 
 # %%
 import os
@@ -50,7 +51,7 @@ import jaxnorm
 import jaxnorm.inspect
 import jaxnorm.linen
 
-sys.path += ["../examples", "jaxnorm/examples"]  # beside this notebook, or cloned above
+sys.path += ["../examples", "jaxnorm/examples"]  # in this checkout or the clone
 import averaging
 import digits
 import tqdm
@@ -68,10 +69,10 @@ mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 print(mesh)
 
 # %% [markdown]
-# ## A batch, a quarter on each device
+# ## A batch with a quarter on each device
 #
-# Parts of four photographs, 64 x 64 pixels, 16 of each. Each device gets one photograph: a loader
-# that does not shuffle does no better.
+# The batch has 16 parts of 64 x 64 pixels from each of four photographs. Each device gets the parts
+# of one photograph, as can happen with a data loader that does not shuffle.
 
 # %%
 PHOTOGRAPHS = {
@@ -85,7 +86,7 @@ rng = np.random.default_rng(0)
 
 
 def parts(photograph, number):
-    """Square parts at random places, at half size, from 0 to 1."""
+    """Returns square parts at random positions, at half the size, with values from 0 to 1."""
     image = photograph[::2, ::2] / np.float32(255)
     tops = rng.integers(image.shape[0] - SIZE, size=number)
     lefts = rng.integers(image.shape[1] - SIZE, size=number)
@@ -98,9 +99,10 @@ spread = jax.device_put(x, NamedSharding(mesh, P("data")))
 print(spread.shape, "as", [shard.data.shape for shard in spread.addressable_shards])
 
 # %% [markdown]
-# ## Under jit: nothing to write
+# ## Under jit
 #
-# The array is spread, the program is the same. `jit` means the whole batch, wherever it lies.
+# Under `jit`, no change is needed. The array is distributed and the program is the same: it
+# normalizes by the whole batch on however many devices.
 
 # %%
 train = jax.jit(jaxnorm.batch_norm)
@@ -109,7 +111,7 @@ y_jit, stats_jit = train(spread, params, batch_stats)
 
 
 def apart(a, b):
-    """The largest difference of two trees of arrays."""
+    """Returns the largest difference between two trees of arrays."""
     differences = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), a, b)
     return max(jax.tree.leaves(differences))
 
@@ -120,11 +122,11 @@ print(f"state {apart(stats_jit, stats_one):.0e}")
 assert apart((y_jit, stats_jit), (y_one, stats_one)) < 1e-5
 
 # %% [markdown]
-# ## Under shard_map: axis_name
+# ## Under shard_map
 #
-# In `shard_map` a function sees the part that its own device has. `axis_name` says over which
-# axis of the mesh the rest of the batch lies. `out_specs=P()` claims that the new state is the
-# same on all devices, and JAX checks it.
+# In `shard_map`, a function sees only the part of the batch on its device. `axis_name` names the
+# mesh axis over which the batch is distributed. `out_specs=P()` declares that the new state is the
+# same on all devices, and JAX checks this.
 
 # %%
 synced = jax.jit(
@@ -141,15 +143,15 @@ print(f"state {apart(stats_synced, stats_one):.0e}")
 assert apart((y_synced, stats_synced), (y_one, stats_one)) < 1e-5
 
 # %% [markdown]
-# ## Without it: four norms that have never met
+# ## Without axis_name
 #
-# The same without `axis_name`. Now there are four states, and had we claimed `out_specs=P()` for
-# them, JAX would have refused. They come out as four rows.
+# Without `axis_name`, there are four different states. JAX raises an error for `out_specs=P()`, so
+# they are returned as four rows.
 
 
 # %%
 def own(x, params, batch_stats):
-    """Batch norm of what this device has; a row of the states."""
+    """Applies batch norm to this device's part, and returns the state as a row."""
     y, new = jaxnorm.batch_norm(x, params, batch_stats)
     return y, jax.tree.map(lambda leaf: leaf[None], new)
 
@@ -168,8 +170,8 @@ except ValueError as error:
 print("refused:", refused.splitlines()[0])
 
 # %% [markdown]
-# Of each color the mean and the standard deviation that every device measured, and in gray those
-# of the whole batch.
+# This plot shows the mean and the standard deviation of each color on every device and, in gray, of
+# the whole batch.
 
 # %%
 by_device = x.reshape(devices, -1, 3)
@@ -193,11 +195,11 @@ for c, (axes, (name, color)) in enumerate(zip(panels, COLORS.items(), strict=Tru
 plt.show()
 
 # %% [markdown]
-# What that does to y: the two lower rows show it from -2 (black) to 2 (white) in each color. By
-# the whole batch's statistics the coffee stays red, and the night before the start dark and blue.
-# By each device's own every photograph has mean 0 and variance 1 in each color: the night turns
-# gray, and what told the devices apart is gone. A network behind it never learns that there is a
-# night.
+# The next figure shows the effect on y. The two lower rows show y from -2 (black) to 2 (white) in
+# each color. With the statistics of the whole batch, the coffee stays red, and the night sky behind
+# the rocket stays dark and blue. With each device's own statistics, every photograph has mean 0 and
+# variance 1 in each color: the night sky turns gray, and the differences between the devices are
+# lost. The layers after such a norm cannot see that the sky was dark.
 
 # %%
 figure, grid = plt.subplots(3, 2 * devices, figsize=(10, 4.1))
@@ -223,11 +225,11 @@ print("mean of y by device, the whole batch's statistics:")
 print(np.asarray(y_synced).reshape(devices, -1, 3).mean(1).round(2))
 
 # %% [markdown]
-# ## Replicas that were not synced, put together
+# ## Merging replicas that were not synchronized
 #
-# Suppose it has happened: four replicas saw 12 batches each, of their own photograph, and hold four
-# states. The variance of the whole is the mean of the variances plus the variance of the means;
-# averaging the states leaf by leaf forgets the second. `merge_batch_stats` does not.
+# Suppose that four replicas were trained on 12 batches each, of one photograph per replica, and
+# have four states. The variance of all data is the mean of the variances plus the variance of the
+# means. Averaging the states leaf by leaf omits the second term; `merge_batch_stats` includes it.
 
 # %%
 BATCHES = 12
@@ -240,7 +242,7 @@ epoch = np.stack(
 
 
 def over_all(x, batch_stats, axis_name):
-    """The state after all batches, momentum=None: every batch weighs the same."""
+    """Returns the state after all batches; with momentum=None, all batches weigh the same."""
 
     def step(batch_stats, x):
         return jaxnorm.batch_norm(x, None, batch_stats, momentum=None, axis_name=axis_name)[1], None
@@ -273,18 +275,19 @@ assert apart(jaxnorm.merge_batch_stats(once)["mean"], expected["mean"]) < 1e-5
 assert np.abs(jaxnorm.merge_batch_stats(once)["var"] / expected["var"] - 1).max() < 1e-4
 
 # %% [markdown]
-# After one batch the merged state is the one that syncing would have made. After many the mean
-# still is, and the variance is a little less, here by about one part in a hundred: how much each
-# replica's own mean moved from batch to batch is in no state. The averaged variance misses a
-# third in the red, which is where the photographs differ most.
+# After one batch, the merged state equals the state with synchronization. After many batches the
+# mean still does, but the variance is slightly smaller, here by about one percent: no state stores
+# how much each replica's mean varied from batch to batch. The averaged variance of the red channel,
+# in which the photographs differ most, is too small by a third.
 
 # %% [markdown]
 # ## Averaged weights
 #
-# Averaging weights, of the last epochs or of replicas, makes a network that training never went
-# through; the running statistics that it left are nobody's. `jaxnorm.linen.recalibrate` measures
-# them anew, in one pass over the training images. Here for two networks that learn scikit-learn's
-# scanned digits at a high learning rate ([averaging.py](../examples/averaging.py)).
+# Averaging weights, over the last epochs or over replicas, gives a network that did not occur in
+# training, so no running statistics from training match it. `jaxnorm.linen.recalibrate` recomputes
+# them in one pass over the training images. Here this is shown for two networks that learn
+# scikit-learn's scanned digits with a high learning rate
+# ([averaging.py](../examples/averaging.py)).
 
 # %%
 averaging.tqdm = functools.partial(tqdm.tqdm, disable=True)  # no progress bars here
@@ -326,7 +329,7 @@ for row, (pairs, color) in enumerate(zip(accuracies.values(), palette, strict=Tr
         )
         axes.scatter(before, height, s=26, facecolors="white", edgecolors=color, zorder=3)
         axes.scatter(after, height, s=26, color=color, zorder=3)
-axes.scatter([], [], s=26, facecolors="white", edgecolors="black", label="as training left them")
+axes.scatter([], [], s=26, facecolors="white", edgecolors="black", label="from training")
 axes.scatter([], [], s=26, color="black", label="recalibrated")
 axes.set_yticks(range(len(accuracies)), accuracies)
 axes.set_ylim(len(accuracies) - 0.5, -0.5)
@@ -336,18 +339,18 @@ axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="running statistics",
 plt.show()
 
 # %% [markdown]
-# Where the change comes from: for the last seed's mean over epochs, the running statistics that
-# training left (line and band) and those of the averaged weights (points and bars), channel by
-# channel.
+# This plot shows the cause of the change, for the last seed's mean over epochs: the running
+# statistics from training (line and band) and those of the averaged weights (points and bars),
+# channel by channel.
 
 # %%
 left, anew = states["mean over epochs (SWA)"]
-names = ("left by training", "recalibrated")
+names = ("from training", "recalibrated")
 display(jaxnorm.inspect.plot_layers(left.batch_stats, anew.batch_stats, names=names))
 for name, value in jaxnorm.inspect.drift(left.batch_stats, anew.batch_stats).items():
     print(f"{name:28} {value:.2f}")
 
 # %% [markdown]
-# Distances of about a tenth of a standard deviation are hard to see. What they cost differs from
-# seed to seed, from nothing to some points of accuracy; over the seeds recalibration helped both
-# averages. So recalibrate averaged weights before you judge them.
+# Differences of about a tenth of a standard deviation are hard to see. Their effect varies with the
+# seed, from none to a few points of accuracy; on average over the seeds, recalibration improved
+# both averages. So recalibrate averaged weights before you evaluate them.

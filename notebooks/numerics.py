@@ -13,9 +13,9 @@
 #
 # # Numerics
 #
-# One formula, $y = (x - \mu) / \sqrt{\sigma^2 + \epsilon}$, and several ways to lose its digits: data
-# far from zero, running statistics in half precision, padding. Each is measured here, against float64
-# and beside the other libraries, as far as they are installed.
+# The formula $y = (x - \mu) / \sqrt{\sigma^2 + \epsilon}$ can lose digits in several ways: with
+# data far from zero, with running statistics in half precision, and with padding. This notebook
+# measures each loss against float64, for jaxnorm and for the other libraries that are installed.
 
 # %% tags=["skip-execution"]
 # %pip install --quiet "jaxnorm[examples] @ git+https://github.com/jaxnorm/jaxnorm"
@@ -41,19 +41,20 @@ PEERS = ("haiku", "equinox", "keras", "torch")
 INSTALLED = [name for name in PEERS if importlib.util.find_spec(name)]
 for name in PEERS:
     if name not in INSTALLED:
-        print(f"{name} is not installed: its lines are left out")
+        print(f"{name} is not installed: the plots omit it")
 
 # %% [markdown]
 # ## Far from zero
 #
-# Temperatures in kelvin, pressures, pixel values, timestamps: data whose mean is large beside its
-# standard deviation. The shortest way to a variance, $E[x^2] - E[x]^2$, subtracts two large numbers
-# there. In float32, with a mean of 1,000 and a standard deviation of 1, both are about 1,000,000 and
-# the last digit that they have is 0.06.
+# In many data sets, such as temperatures in kelvin, pressures, pixel values and timestamps, the
+# mean is large compared with the standard deviation. The shortest formula for a variance,
+# $E[x^2] - E[x]^2$, then subtracts two large numbers. In float32, with a mean of 1,000 and a
+# standard deviation of 1, both are about 1,000,000, and the spacing of float32 numbers there is
+# 0.06.
 #
-# jaxnorm subtracts the mean of a part of the data first, and then takes moments of what is left.
-# Below, standard normal data is moved by an offset, normalized by each library, and compared with
-# float64 applied to the same float32 numbers.
+# jaxnorm computes the moments about a number near the mean, so that the difference loses few bits.
+# Below, standard normal data are shifted by an offset, normalized by each library, and compared
+# with float64 applied to the same float32 numbers.
 
 # %%
 rng = np.random.default_rng(0)
@@ -174,12 +175,13 @@ for title, errors in results.items():
     assert max(errors["jaxnorm"]) < 5e-6
 
 # %% [markdown]
-# Above the dotted line the error is as large as y itself. Where lines lie on each other, one hides the
-# others: two-pass formulas are one line (Flax's, Equinox's, and Haiku's layer norm), and Haiku's batch
-# norm goes with Flax's default until its variance is negative, and y NaN. Flax's variance is clipped
-# to 0 there, and nothing tells: y is finite, and off by more than a thousand.
+# Above the dotted line, the error is larger than y itself. Some lines coincide, so that one hides
+# the others: those of the two-pass formulas (Flax's, Equinox's, and Haiku's layer norm), and those
+# of Haiku's batch norm and Flax's default, until Haiku's variance is negative and its y is NaN.
+# Flax clips the variance to 0 there, so y is finite and wrong by more than a thousand, without a
+# warning.
 #
-# Gradients stand on the same moments, and keep their digits too:
+# Gradients are computed from the same moments, and are equally accurate:
 
 # %%
 x = (NOISE + 1e4).astype(np.float32)
@@ -187,7 +189,7 @@ weights = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
 
 
 def exact_gradient(x, w):
-    """The textbook gradient of sum(w * y) in float64."""
+    """Returns the textbook gradient of sum(w * y) in float64."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     y, r = exact(x, 0), 1 / np.sqrt(x.var(0) + EPSILON)
     return r * (w - w.mean(0) - y * (w * y).mean(0))
@@ -202,10 +204,10 @@ for name in ("jaxnorm", "flax, default", "flax, two-pass"):
 # %% [markdown]
 # ## bfloat16
 #
-# Activations in bfloat16 have three digits, and that is all that is lost: the moments are taken in
-# float32, and y is rounded once, at the end. What must not be in bfloat16 are the running statistics.
-# An update of a tenth or a hundredth of the difference is soon less than half a digit, and is rounded
-# away: the average stands still, far from where it should arrive.
+# Activations in bfloat16 have about three digits, and no more is lost: the moments are computed in
+# float32, and y is rounded once, at the end. Running statistics, however, must not be stored in
+# bfloat16. An update of a tenth or a hundredth of the difference soon is less than half of the last
+# digit and is rounded away, so that the average stops far from the correct value.
 
 # %%
 steps, target = 600, 3.0
@@ -242,8 +244,8 @@ plt.show()
 # %% [markdown]
 # ## Masks, and NaN in the padding
 #
-# Sequences of different lengths are padded to one. The padding is not data: it must not count, and
-# whatever is in it, NaN too, must not reach the output, the statistics or the gradients.
+# Sequences of different lengths are padded to the same length. The padding is not data: whatever
+# its values are, even NaN, it must not affect the output, the statistics or the gradients.
 
 # %%
 lengths = rng.integers(8, 40, 24)
@@ -256,10 +258,10 @@ unmasked, _ = jaxnorm.batch_norm(padded["zeros in the padding"][..., None])
 masked, _ = jaxnorm.batch_norm(padded["NaN in the padding"][..., None], mask=mask[..., None])
 unmasked, masked = (np.where(mask, np.asarray(y)[..., 0], np.nan) for y in (unmasked, masked))
 
-values = series[mask].astype(np.float64)  # only what is there, as one long list
+values = series[mask].astype(np.float64)  # without the padding, as one long list
 expected = (values - values.mean()) / np.sqrt(values.var() + EPSILON)
 print("mask:                error", np.abs(masked[mask] - expected).max())
-print("zeros, and no mask:  error", np.abs(unmasked[mask] - expected).max())
+print("zeros, no mask:      error", np.abs(unmasked[mask] - expected).max())
 assert np.abs(masked[mask] - expected).max() < 2e-6
 
 figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained", sharey=True)
@@ -289,5 +291,5 @@ assert jnp.isfinite(gradient).all()
 assert (gradient[~mask] == 0).all()
 
 # %% [markdown]
-# The bounds behind these numbers, and what each library does with its moments, are in the docstring
-# of `jaxnorm.moments`; the sweep over every norm and dtype is in the test suite.
+# The docstring of `jaxnorm.moments` describes the method, and the test suite measures the error for
+# every norm and dtype.

@@ -13,8 +13,9 @@
 #
 # # Quickstart
 #
-# A small network with batch norm, trained on scanned digits: once in Flax Linen, once in NNX. Where
-# do the running statistics live, who moves them, and what happens if you forget one of the steps?
+# This notebook trains a small network with batch norm on scanned digits, first in Flax Linen and
+# then in NNX. It shows where the running statistics are stored, what updates them, and which errors
+# you get if you forget a step.
 
 # %% tags=["skip-execution"]
 # %pip install --quiet "jaxnorm[examples] @ git+https://github.com/jaxnorm/jaxnorm"
@@ -37,7 +38,8 @@ import jaxnorm.nnx
 # %% [markdown]
 # ## The data
 #
-# 1,797 digits of 8 x 8 pixels, which ship with scikit-learn. A quarter is kept for testing.
+# The data are 1,797 digits of 8 x 8 pixels, which come with scikit-learn. A quarter of them is kept
+# for testing.
 
 # %%
 images, labels = load_digits(return_X_y=True)
@@ -56,7 +58,7 @@ plt.show()
 
 # %%
 def batches(epochs, size=32, seed=0):
-    """Shuffled batches; the few images left over at an epoch's end wait for the next."""
+    """Yields shuffled batches, and drops the incomplete batch at the end of an epoch."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
         order = rng.permutation(len(train_x))
@@ -68,8 +70,8 @@ def batches(epochs, size=32, seed=0):
 # %% [markdown]
 # ## Flax Linen
 #
-# The layer takes the place of `flax.linen.BatchNorm`. In the call, `use_running_average=False`
-# trains: the batch's own statistics normalize, and the running statistics move.
+# The layer replaces `flax.linen.BatchNorm`. In training (`use_running_average=False`), it
+# normalizes by the statistics of the batch, and updates the running statistics.
 
 
 # %%
@@ -88,9 +90,9 @@ variables = model.init(jax.random.key(0), train_x[:1], train=False)
 jax.tree.map(jnp.shape, variables)
 
 # %% [markdown]
-# Two collections: `params`, which the optimizer moves, and `batch_stats`, which the forward pass
-# moves. Both are plain dicts of arrays. A layer never holds its state, and so a step has to hand
-# the new one on: `mutable=["batch_stats"]` makes `apply` return it.
+# There are two collections: `params`, which the optimizer updates, and `batch_stats`, which the
+# forward pass updates. Both are plain dicts of arrays. A Linen layer does not store its state, so
+# each step has to return the new state: `mutable=["batch_stats"]` makes `apply` return it.
 
 # %%
 optimizer = optax.adam(3e-3)
@@ -127,9 +129,9 @@ print(f"{len(losses)} steps, test accuracy {accuracy:.1%}")
 assert accuracy > 0.9
 
 # %% [markdown]
-# Where the statistics went, from step to step. Each line is a layer, and zero is where it ended. In
-# the first tens of steps they leave their start (mean 0, variance 1) for what the data has; from then
-# on they follow the weights, which move until the end.
+# This plot shows how the statistics change from step to step. Each line is a layer, and zero is its
+# final value. In the first tens of steps, the statistics move from their initial values (mean 0,
+# variance 1) to those of the data; after that, they follow the weights, which change until the end.
 
 # %%
 jaxnorm.inspect.plot_drift(history)
@@ -141,8 +143,8 @@ for name, value in jaxnorm.inspect.scalars(batch_stats).items():
 # %% [markdown]
 # ## The same in NNX
 #
-# Here the layer holds its state, in a variable of the kind `nnx.BatchStat`; `nnx.jit` carries it
-# through. `model.train()` and `model.eval()` switch.
+# NNX layers store their state themselves, in variables of type `nnx.BatchStat`, and `nnx.jit`
+# updates them. `model.train()` and `model.eval()` switch between the modes.
 
 
 # %%
@@ -191,10 +193,10 @@ axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# ## The classical mistakes, and what each one gets
+# ## Errors for common mistakes
 #
-# The state cannot be lost by accident: each of these is an error while tracing, before any number
-# is computed.
+# The state cannot be lost by accident: each of these mistakes raises an error at trace time, before
+# anything is computed.
 
 
 # %%
@@ -210,53 +212,54 @@ def error_of(mistake):
 state = {"params": params, "batch_stats": batch_stats}
 
 # %% [markdown]
-# **Training, and the new state has nowhere to go:** `mutable` forgotten.
+# **Training without `mutable`:** the new state would be lost.
 
 # %%
 error_of(lambda: model.apply(state, train_x[:8], train=True))
 
 # %% [markdown]
-# **Evaluation without the statistics:** only the params were saved.
+# **Evaluation without `batch_stats`:** for example, only the params were saved.
 
 # %%
 error_of(lambda: model.apply({"params": params}, test_x[:8], train=False))
 
 # %% [markdown]
-# **Flax's momentum.** Flax counts how much of the old value stays, PyTorch and jaxnorm how much of
-# the new one comes in. 0.99 would take the last batch for everything.
+# **Flax's momentum:** in Flax, the momentum is the weight of the old value; in PyTorch and jaxnorm,
+# it is the weight of the new value. With 0.99, the running statistics would be almost those of the
+# last batch.
 
 # %%
 error_of(lambda: jaxnorm.linen.BatchNorm(momentum=0.99))
 
 # %% [markdown]
-# **Neither training nor evaluation said.**
+# **Neither training nor evaluation:** `use_running_average` is not set.
 
 # %%
 norm = jaxnorm.linen.BatchNorm()
 error_of(lambda: norm.init(jax.random.key(0), train_x[:8]))
 
 # %% [markdown]
-# **One value per channel:** a batch of one, at the end of an epoch, has no variance.
+# **One value per channel:** a batch of one, as at the end of an epoch, has no variance.
 
 # %%
 error_of(lambda: jaxnorm.batch_norm(jnp.ones((1, 16))))
 
 # %% [markdown]
-# **Integers:** uint8 images straight from a file.
+# **Integers:** for example, uint8 images that were read from a file.
 
 # %%
 error_of(lambda: jaxnorm.batch_norm(jnp.ones((8, 8, 8, 3), jnp.uint8)))
 
 # %% [markdown]
-# **The wrong number of channels:** a state of another model.
+# **The wrong number of channels:** for example, the state of another model.
 
 # %%
 error_of(lambda: jaxnorm.batch_norm(jnp.ones((8, 4, 4, 32)), None, jaxnorm.init_batch_stats(16)))
 
 # %% [markdown]
-# **A batch that holds NaN** cannot be seen while tracing. It does not ruin the running statistics,
-# where peers keep NaN for ever: that channel's update is skipped, and the output and the gradients
-# of that batch still show it.
+# **A batch with NaN** cannot be detected at trace time. The update of the affected channel is
+# skipped, so the running statistics stay finite, while those of other libraries stay NaN. The
+# output and the gradients of that batch still contain the NaN.
 
 # %%
 x = jnp.asarray(train_x[:32]).at[0, 0, 0, 0].set(jnp.nan)
@@ -267,10 +270,10 @@ assert jnp.isnan(y).any()
 assert after["mean"] == before["mean"]
 
 # %% [markdown]
-# ## Where next
+# ## Other notebooks
 #
-# - `instance_vs_batch.ipynb`: what batch and instance norm count, learn and track.
-# - `choosing_a_norm.ipynb`: the norms beside each other, over batch sizes and learning rates.
-# - `from_pytorch.ipynb`: models that come from PyTorch, and leave for ONNX.
-# - `numerics.ipynb`: why the same formula is right here and off by a thousand elsewhere.
-# - `many_devices.ipynb`: one batch over several devices.
+# - `instance_vs_batch.ipynb`: what batch norm and instance norm count, learn and track.
+# - `choosing_a_norm.ipynb`: a comparison of the norms for several batch sizes and learning rates.
+# - `from_pytorch.ipynb`: conversion from PyTorch, and export to ONNX.
+# - `numerics.ipynb`: the accuracy with large offsets, bfloat16 and padding.
+# - `many_devices.ipynb`: a batch that is distributed over devices.
