@@ -1,11 +1,11 @@
-"""Measures what the compilers for TPUs and NVIDIA GPUs make of every library's norms.
+"""Compiles the norms of every library for TPUs and NVIDIA GPUs, and reports the estimated costs.
 
     python benchmarks/accelerators.py            # TPU v5e and H100; under an hour on two cores
     python benchmarks/accelerators.py --full     # every library and target, and full depth
-    python benchmarks/accelerators.py --report   # the page and the plot anew, from the last run
+    python benchmarks/accelerators.py --report   # only writes the page and the plot again
 
-Nothing is run, and neither a TPU nor a GPU is needed. Each of the two compilers is asked in a
-process and an environment of its own, both at the same time. A run goes on where it was stopped.
+Nothing is run, and neither a TPU nor a GPU is needed. Each of the two compilers runs in a separate
+process and environment, both at the same time. A run continues where it was stopped.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LIBRARIES = ("jaxnorm", "flax.linen")
 MORE_LIBRARIES = ("flax.nnx", "dm-haiku", "equinox", "keras")
 NORMS = ("batch", "instance", "group32", "group4", "layer", "rms")
 MODES = ("forward", "forward+backward")
-# Past the 50 MB of the H100's cache: images, and tokens as rows.
+# These exceed the 50 MB of the H100's cache: images, and tokens as rows.
 SHAPES = ((256, 28, 28, 256), (65536, 1024))
 MORE_SHAPES = ((64, 1024, 1024),)
 RESNETS = tuple(f"ResNet-50, {norm} norm" for norm in ("batch", "instance", "group"))
@@ -50,9 +50,9 @@ MODULES = {
 UNROLLED = (*RESNETS, "StarGAN, instance norm", *TRANSFORMERS)
 DEEP = (RESNETS[0], *UNROLLED[len(RESNETS) :])
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "dm-haiku", "equinox", "keras")
-# Reasons why an answer is missing that lie in the environment, and not in the library.
+# Reasons for a missing answer that are in the environment, and not in the library.
 AGAIN = ("ModuleNotFoundError", "the process has ended")
-MOST_PROCESSES = 8  # a whole network takes a compiler a few gigabytes
+MOST_PROCESSES = 8  # compiling a whole network takes a few gigabytes
 Job = dict[str, Any]
 
 
@@ -60,7 +60,7 @@ Job = dict[str, Any]
 
 
 def jobs(full: bool, targets: list[str], only: str | None) -> Iterator[Job]:
-    """Everything to compile: the steps first, and then the cells."""
+    """Returns everything to compile: first the steps, and then the cells."""
     for job in itertools.chain(
         steps(full) if only != "cells" else (),
         cells(full) if only != "steps" else (),
@@ -71,10 +71,10 @@ def jobs(full: bool, targets: list[str], only: str | None) -> Iterator[Job]:
 
 
 def libraries(job: Job, target: str, full: bool) -> tuple[str, ...]:
-    """The libraries that a job is compiled with.
+    """Returns the libraries that a job is compiled with.
 
     With `--full` every library is compiled for the first two targets, at reduced depth. The other
-    two targets show whether what holds for jaxnorm and Flax on one device holds on another.
+    two targets show whether the results for jaxnorm and Flax also hold on other devices.
     """
     first = target in TARGETS
     if job["kind"] == "cell":
@@ -88,7 +88,7 @@ def libraries(job: Job, target: str, full: bool) -> tuple[str, ...]:
 
 
 def steps(full: bool) -> Iterator[Job]:
-    """The training steps at reduced depth, and each model at full depth with one norm."""
+    """Returns the training steps at reduced depth, and each model at full depth with one norm."""
     for model in (*UNROLLED, *SCANS, *MODULES):
         yield {"kind": "step", "model": model, "full": False}
     for model in DEEP if full else ():
@@ -96,7 +96,7 @@ def steps(full: bool) -> Iterator[Job]:
 
 
 def cells(full: bool) -> Iterator[Job]:
-    """Single norms, in training, and batch norm with running statistics in evaluation."""
+    """Returns single norms in training, and batch norm with running statistics in evaluation."""
     shapes = SHAPES + MORE_SHAPES if full else SHAPES
     for layout, norm, shape in itertools.product(("last", "first"), NORMS, shapes):
         if len(shape) == 2 and (norm == "instance" or layout == "first"):
@@ -132,7 +132,7 @@ class Worker:
         os.sched_setaffinity(self.process.pid, {core})
 
     def ask(self, job: Job) -> dict[str, Any]:
-        """What came of the job; `missing` where it could not be done."""
+        """Returns the result of the job, or the reason as `missing` if the job failed."""
         sent, received = self.process.stdin, self.process.stdout
         assert sent is not None
         assert received is not None
@@ -145,21 +145,21 @@ class Worker:
 
 
 class Results:
-    """What came of the jobs so far, in a file that is written after each of them."""
+    """The results of the jobs so far, in a file that is written after each job."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, threading.Lock()
         self.all = json.loads(path.read_text()) if path.exists() else {"versions": {}, "rows": {}}
 
     def answers(self, job: Job) -> dict[str, Any]:
-        """The answers of all libraries to a job, for its target."""
+        """Returns the answers of all libraries to a job, for its target."""
         shared = {k: v for k, v in job.items() if k not in ("target", "library")}
         key = json.dumps(shared)
         row = self.all["rows"].setdefault(key, {"job": shared, "targets": {}})
         return row["targets"].setdefault(job["target"], {})
 
     def has(self, job: Job) -> bool:
-        """Whether an answer is there that another try would not change."""
+        """Returns whether there is an answer that another attempt would not change."""
         answer = self.answers(job).get(job["library"])
         return answer is not None and not answer.get("missing", "").startswith(AGAIN)
 
@@ -170,17 +170,16 @@ class Results:
             self.write()
 
     def write(self) -> None:
-        """Writes the file as a whole, or not at all."""
+        """Writes the file atomically."""
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(self.all, indent=1) + "\n")
         new.replace(self.path)
 
 
 def run(wanted: list[Job], results: Results) -> None:
-    """Asks both compilers at the same time for what is not there yet.
+    """Runs the remaining jobs with both compilers at the same time.
 
-    Each core begins with a compiler of its own, and helps the other one when its own has nothing
-    more to do.
+    Each core begins with one of the compilers, and takes jobs of the other when its own are done.
     """
     wanted = [job for job in wanted if not results.has(job)]
     queues = {
@@ -217,7 +216,7 @@ def run(wanted: list[Job], results: Results) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What was measured, in both environments."""
+    """Returns the versions of the packages in both environments."""
     ask = (
         "import json; from importlib import metadata as m;"
         "print(json.dumps({d.metadata['Name'].lower(): d.version for d in m.distributions()}))"

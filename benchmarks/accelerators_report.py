@@ -1,4 +1,4 @@
-"""Writes the page and the plot of what the compilers for TPUs and NVIDIA GPUs make of the norms."""
+"""Writes the page and the plot of the estimates of the compilers for TPUs and NVIDIA GPUs."""
 
 import json
 import math
@@ -15,30 +15,31 @@ Row = dict[str, Any]
 Answer = dict[str, Any]
 
 INTRODUCTION = """\
-These figures are estimates and counts that the compilers make. Nothing was run, and no figure is a
-time that a device takes.
+These numbers are estimates and counts of the compilers. Nothing was run, and none of the numbers is
+a measured time.
 
 - **Cycles** (TPU) are the sum of the estimates that XLA's TPU compiler attaches to its
-  instructions. A program with an instruction that has no estimate is not comparable: n/c.
-- **Bytes** are those that the instructions' operands and results have: on a GPU, what its kernels
-  read and write.
-- **Kernels** (GPU) are counted apart from bytes: a small one takes microseconds, whatever it moves.
-  Kernels per norm are those that the program has more than the same model without norms, divided
-  by the number of norms.
-- **Temporaries** are the peak memory that the program allocates beside its arguments and results.
-- **To compile** is the time to trace, lower and compile, the one figure that depends on the load of
-  the machine that compiles.
-- jaxnorm measures a second time where the first sums were not good. The rounds of that loop are not
-  known to the compiler and count as none; the cost with one round of every such loop stands in
-  square brackets.
-- A ratio is jaxnorm's figure divided by the other library's: below 1, jaxnorm is ahead. A dash
-  means that the library has no such norm, or not in this layout; an empty place, that the program
-  was not compiled. Out of memory: the compiler refuses the program, which would need more than the
-  16 GB of a TPU v5e. Compiler ended: it ended with a fault, twice."""
+  instructions. A program with an instruction without an estimate cannot be compared (n/c).
+- **Bytes** are those of the operands and results of the instructions: on a GPU, the bytes that its
+  kernels read and write.
+- **Kernels** (GPU) are listed in addition to bytes, because even a small kernel takes microseconds.
+  Kernels per norm are the difference to the same model without norms, divided by the number of
+  norms.
+- **Temporaries** are the peak memory that the program allocates in addition to its arguments and
+  results.
+- **Compile time** is the time to trace, lower and compile. It is the only number that depends on
+  the load of the compiling machine.
+- jaxnorm computes the moments a second time if the first result is not accurate enough. The
+  compiler does not know how many rounds this loop runs, and counts none; the cost with one round of
+  every such loop is in square brackets.
+- A ratio is jaxnorm's number divided by the other library's: below 1, jaxnorm is better. A dash
+  means that the library has no such norm, or not in this layout. An empty cell means that the
+  program was not compiled. "Out of memory" means that the program needs more than the 16 GB of a
+  TPU v5e. "Compiler crash" means that the compiler crashed, twice."""
 
 
 def write_report(path: Path) -> str:
-    """Writes the page and the plot beside the results; the page's text."""
+    """Writes the page and the plot next to the results, and returns the text of the page."""
     results = json.loads(path.read_text())
     rows = list(results["rows"].values())
     steps = [row for row in rows if row["job"]["kind"] == "step"]
@@ -48,7 +49,8 @@ def write_report(path: Path) -> str:
     )
     found.sort(key=is_tpu, reverse=True)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    page = ["# What compilers make of the norms", "", INTRODUCTION, "", f"Versions: {versions}."]
+    page = ["# TPU and GPU: estimates of the compilers", "", INTRODUCTION]
+    page += ["", f"Versions: {versions}."]
     page += ["", "## Summary", "", summary(cells, steps, found)]
     page += ["", f"![The norms' share of a training step]({path.stem}.png)"]
     for title, chosen, table in (
@@ -70,37 +72,37 @@ def write_report(path: Path) -> str:
 
 
 def is_tpu(target: str) -> bool:
-    """Whether cycles are estimated."""
+    """Returns whether the compiler of the target estimates cycles."""
     return target.startswith("TPU")
 
 
 def figure(answer: Answer | None, target: str) -> float | None:
-    """What a program costs: cycles on a TPU, bytes on a GPU."""
+    """Returns the cost of a program: cycles on a TPU, bytes on a GPU."""
     return (answer or {}).get("cycles" if is_tpu(target) else "bytes")
 
 
 def ratio(ours: float | None, other: float | None) -> float | None:
-    """Ours divided by the other, where both are known."""
+    """Returns jaxnorm's number divided by the other one, or None if one of them is unknown."""
     return ours / other if ours is not None and other else None
 
 
 def written(number: float | None, form: str = ".2f") -> str:
-    """A number, or a dash."""
+    """Formats a number, or returns a dash."""
     return DASH if number is None else f"{number:{form}}"
 
 
 def twin(job: dict[str, Any]) -> str:
-    """The library that a model is compared with."""
+    """Returns the library that a model is compared with."""
     return "flax.nnx" if "NNX" in job["model"] else "flax.linen"
 
 
 def name_of_step(job: dict[str, Any]) -> str:
-    """The model's name, and its depth where that is the full one."""
+    """Returns the name of the model, which says if it has full depth."""
     return job["model"] + (", full depth" if job["full"] else "")
 
 
 def name_of_cell(job: dict[str, Any]) -> str:
-    """The norm, the array and the mode, as cells of a table."""
+    """Returns the norm, the array and the mode, as cells of a table."""
     shape = "x".join(map(str, job["shape"]))
     first = ", channels first" if job["layout"] == "first" else ""
     mode = job["mode"] if job["training"] else f"evaluation, {job['mode']}"
@@ -111,11 +113,11 @@ def name_of_cell(job: dict[str, Any]) -> str:
 
 
 def summary(cells: list[Row], steps: list[Row], targets: list[str]) -> str:
-    """For each target the cells' ratios to the best other library, and each step's to Flax."""
+    """Summarizes, for each target, the norms' ratios to the best library and the steps' to Flax."""
     lines = [
-        "Single norms, channels last: jaxnorm's figure divided by that of the best other library.",
+        "Single norms, channels last: jaxnorm's number divided by that of the best other library.",
         "",
-        "| target | figure | cells | geometric mean | worst | above 1.03 |",
+        "| target | number | cells | geometric mean | worst | above 1.03 |",
         "|---|---|---|---|---|---|",
     ]
     for target in targets:
@@ -133,7 +135,7 @@ def summary(cells: list[Row], steps: list[Row], targets: list[str]) -> str:
                 f"| {target} | {unit} | {len(found)} | {mean:.2f} "
                 f"| {found[worst]:.2f} ({worst}) | {above} |"
             )
-    lines += ["", "Training steps: jaxnorm's figure divided by that of Flax.", ""]
+    lines += ["", "Training steps: jaxnorm's number divided by that of Flax.", ""]
     lines += ["| model | " + " | ".join(targets) + " |", "|---" * (1 + len(targets)) + "|"]
     for row in steps:
         name, other = name_of_step(row["job"]), twin(row["job"])
@@ -143,23 +145,23 @@ def summary(cells: list[Row], steps: list[Row], targets: list[str]) -> str:
 
 
 def ratio_to(row: Row, target: str, library: str) -> float | None:
-    """jaxnorm's figure divided by a library's."""
+    """Returns jaxnorm's number divided by that of a library."""
     answers = row["targets"].get(target, {})
     return ratio(figure(answers.get(OURS), target), figure(answers.get(library), target))
 
 
 def ratio_to_best(row: Row, target: str) -> float | None:
-    """jaxnorm's figure divided by that of the best other library."""
+    """Returns jaxnorm's number divided by that of the best other library."""
     others = [library for library in row["targets"].get(target, {}) if library != OURS]
     ratios = [ratio_to(row, target, library) for library in others]
     return max((value for value in ratios if value is not None), default=None)
 
 
 def missing(answer: Answer) -> str | None:
-    """Why there is no program, where the reason is the target's."""
+    """Returns why there is no program, if the reason is in the target and not in the library."""
     said = answer.get("missing", "")
     if said.startswith("the process has ended"):
-        return "compiler ended"
+        return "compiler crash"
     return "out of memory" if "Ran out of memory" in said else None
 
 
@@ -167,10 +169,10 @@ def missing(answer: Answer) -> str | None:
 
 
 def step_table(steps: list[Row], target: str) -> str:
-    """A row for each model and library; ratios are to Flax."""
+    """Returns a table with a row for each model and library, and ratios to Flax."""
     tpu = is_tpu(target)
     head = ["model", "library", *(["million cycles", "ratio"] if tpu else []), "GB", "ratio"]
-    head += ["" if tpu else "kernels per norm", "temporaries, MB", "ratio", "to compile, ratio"]
+    head += ["" if tpu else "kernels per norm", "temporaries, MB", "ratio", "compile time, ratio"]
     head = [title for title in head if title]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in steps:
@@ -181,11 +183,12 @@ def step_table(steps: list[Row], target: str) -> str:
             else:
                 text = step_cells(answers, library, twin(row["job"]), tpu)
             lines.append(f"| {name_of_step(row['job'])} | {library} | " + " | ".join(text) + " |")
-    return "\n".join(lines) + "\n\nRatios in this table are the row's figure divided by Flax's."
+    lines += ["", "Ratios in this table are the number of the row divided by that of Flax."]
+    return "\n".join(lines)
 
 
 def step_cells(answers: dict[str, Answer], library: str, other: str, tpu: bool) -> list[str]:
-    """What stands in the columns of one library."""
+    """Returns the columns of one library."""
     answer, flax = answers[library], answers.get(other, {})
 
     def column(key: str, unit: float, form: str) -> list[str]:
@@ -208,14 +211,14 @@ def step_cells(answers: dict[str, Answer], library: str, other: str, tpu: bool) 
 
 
 def cell_table(cells: list[Row], target: str) -> str:
-    """A row for each cell, a column for each library."""
+    """Returns a table with a row for each cell and a column for each library."""
     libraries = list(
         dict.fromkeys(library for row in cells for library in row["targets"].get(target, {}))
     )
     unit = (
         "Million cycles" if is_tpu(target) else "Bytes as multiples of x's bytes; number of kernels"
     )
-    lines = [f"{unit}; in brackets jaxnorm's figure as a ratio to it.", ""]
+    lines = [f"{unit}; jaxnorm's number as a ratio to it is in brackets.", ""]
     lines += ["| norm | x | dtype | mode | " + " | ".join(libraries) + " |"]
     lines.append("|---" * (4 + len(libraries)) + "|")
     for row in cells:
@@ -226,7 +229,7 @@ def cell_table(cells: list[Row], target: str) -> str:
 
 
 def cell_text(row: Row, target: str, library: str) -> str:
-    """A library's figure, with one round of the loops, and the ratio."""
+    """Returns a library's number, the one with one round of each loop, and the ratio."""
     answer = row["targets"][target].get(library)
     if answer is None:
         return ""
@@ -244,7 +247,7 @@ def cell_text(row: Row, target: str, library: str) -> str:
 
 
 def bytes_of_x(job: dict[str, Any]) -> int:
-    """How many bytes the array has that is normalized."""
+    """Returns the number of bytes of x."""
     return math.prod(job["shape"]) * {"float32": 4, "bfloat16": 2}[job["dtype"]]
 
 
@@ -252,7 +255,7 @@ def bytes_of_x(job: dict[str, Any]) -> int:
 
 
 def plot(steps: list[Row], targets: list[str], path: Path) -> None:
-    """The norms' share of a step: a column of panels for each model, a row for each target."""
+    """Plots the share of the norms in a step: a column for each model, a row for each target."""
     steps = [row for row in steps if not row["job"]["full"]]
     libraries = [
         library
@@ -337,7 +340,7 @@ def ratio_of_temporaries(row: Row, target: str) -> float | None:
 
 
 def draw_panel(axes: Any, answers: dict[str, Answer], target: str, libraries: list[str]) -> None:
-    """A bar for each library: what its norms add to the model without norms, in percent."""
+    """Draws the percentage that the norms of each library add to the model without norms."""
     without = figure(answers.get(NONE), target)
     shown = [library for library in libraries if library in answers]
     if not shown or not without:  # the step is not compiled for this target

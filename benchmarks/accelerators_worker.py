@@ -1,7 +1,7 @@
-"""Compiles what it is told to for one target, and answers with the program's cost, in JSON.
+"""Compiles programs for one target, and answers with their costs in JSON.
 
-Each line of standard input is a job, and each line of standard output is what came of it. It runs
-in the environment of a compiler, as `python benchmarks/accelerators_worker.py`.
+Each line of standard input is a job, and each line of standard output is its result. It runs in
+the environment of a compiler, as `python benchmarks/accelerators_worker.py`.
 """
 
 import functools
@@ -20,14 +20,14 @@ import jax.numpy as jnp
 from libraries import LIBRARIES
 from models import NONE, make_step
 
-# Models that are one program where there is no norm, and are then compiled once.
+# Models that are the same program without norms, which is compiled once.
 SAME = dict.fromkeys(("ResNet-50, instance norm", "ResNet-50, group norm"), "ResNet-50, batch norm")
 
 
 def make_cell(job: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
-    """One norm, forward, or forward and backward, and the shapes of its arguments."""
+    """Returns one norm, forward or forward and backward, and the shapes of its arguments."""
     shape, training = tuple(job["shape"]), job["training"]
-    space = (2,) * (len(shape) - 2)  # parameters depend on the channels alone
+    space = (2,) * (len(shape) - 2)  # parameters only depend on the channels
     small = (2, shape[1], *space) if job["layout"] == "first" else (2, *space, shape[-1])
     params, state, apply = LIBRARIES[job["library"]](job["norm"], small, job["layout"])
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(job["dtype"]))
@@ -41,7 +41,7 @@ def make_cell(job: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
 
     def both(params: Any, state: Any, x: jax.Array, g: jax.Array) -> Any:
         y, vjp, new = jax.vjp(lambda p, x: cast(p, x, state), params, x, has_aux=True)
-        # In a model other layers stand between the two passes, and keep them apart.
+        # In a model, other layers separate the two passes.
         y, g = jax.lax.optimization_barrier((y, g))
         return y, new, vjp(g)
 
@@ -50,7 +50,7 @@ def make_cell(job: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
 
 @functools.cache
 def facts(text: str) -> dict[str, Any]:
-    """What a program costs; `once` is the cost with one round of every loop of unknown rounds."""
+    """Returns the cost of a program; `once` has one round of every loop of unknown length."""
     job = json.loads(text)
     number = 1
     if job["kind"] == "cell":
@@ -74,7 +74,7 @@ def facts(text: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answers until standard input ends."""
+    """Answers jobs until standard input ends."""
     for line in sys.stdin:
         job = json.loads(line)
         if job["library"] == NONE:

@@ -1,4 +1,4 @@
-"""Counts the collectives of norms whose batch is spread over devices, and their bytes.
+"""Counts the collectives of norms whose batch is distributed over devices, and their bytes.
 
     python benchmarks/collectives.py
 
@@ -34,18 +34,18 @@ from models import Net, resnet50, training_step
 import jaxnorm
 from jaxnorm._core import platforms
 
-# (layers, channels, devices): each of the three grows alone.
+# (layers, channels, devices): only one of the three grows at a time.
 MEASURED = [(1, 64, 2), (1, 64, 4), (1, 64, 8), (1, 256, 8), (3, 64, 8)]
 LAYERS, CHANNELS, ON_PAPER = 50, 256, (8, 64, 512)
 
-# How well the machine code is optimized does not change the collectives.
+# The optimization level of the machine code does not change the collectives.
 QUICK = {"xla_backend_optimization_level": 0}
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
-GPU = ", on GPU"  # behind the name of a kind
+GPU = ", on GPU"  # appended to the name of a kind
 
 
 def programs(kind, layers, channels, devices):
-    """Forward, and a step of SGD, through a stack of norms; the batch lies on the devices."""
+    """Returns the forward pass and an SGD step of a stack of norms, with a distributed batch."""
     by_name = "axis_name" in kind
     norm = jaxnorm.batch_norm if kind.startswith("batch") else jaxnorm.instance_norm
     norm = functools.partial(norm, axis_name="d" if by_name else None)
@@ -85,7 +85,7 @@ def programs(kind, layers, channels, devices):
 
 
 def payloads(text: str) -> list[int]:
-    """The bytes that each device puts into each all-reduce of the program, in rising order."""
+    """Returns the bytes that each device sends in each all-reduce of the program, sorted."""
     computations, entry = parse(text)
     found = sent(computations[entry])
     assert {op for op, _ in found} <= {"all-reduce"}, "a collective other than an all-reduce"
@@ -93,7 +93,7 @@ def payloads(text: str) -> list[int]:
 
 
 def sent(computation: Computation) -> list[tuple[str, int]]:
-    """The kind and the bytes of each collective of a computation, its loops left out."""
+    """Returns the kind and the bytes of each collective of a computation, without its loops."""
     ops = ((i, i.op.removesuffix("-start")) for i in computation.values())
     return [
         (op, sum(nbytes(computation[name].type) for name in i.operands))
@@ -106,19 +106,19 @@ def sent(computation: Computation) -> list[tuple[str, int]]:
 
 
 def batch_norm(layers, channels, devices):
-    """Forward the sums of x - shift and of its square, and backward two sums."""
+    """Sends the sums of x - shift and of its square forward, and two sums backward."""
     sums = 4 * 2 * channels
     return [sums] * layers, [sums] * 2 * layers
 
 
 def batch_norm_on_gpu(layers, channels, devices):
-    """The same, and before them the shift, which is made of a part of x."""
+    """Sends the shift, which is computed from a part of x, before the sums of `batch_norm`."""
     sums, shift = 4 * 2 * channels, 4 * channels
     return [shift, sums] * layers, [shift, sums, sums] * layers
 
 
 def instance_norm(layers, channels, devices):
-    """Three sums for the state; backward, the two for scale and bias, in the same all-reduce."""
+    """Sends three sums for the state, and those of scale and bias in the same all-reduce."""
     return [4 * 3 * channels * layers], [4 * (3 + 2) * channels * layers]
 
 
@@ -133,7 +133,7 @@ KINDS = {
 
 
 def measure(kind, *case):
-    """What the compiled programs have, which is what the formula says."""
+    """Returns the collectives of the compiled programs, and checks them against the formula."""
     found = [payloads(text) for text in programs(kind, *case)]
     expected = [sorted(sizes) for sizes in KINDS[kind](*case)]
     assert found == expected, f"{kind} {case}: {found} in the program, {expected} by formula"
@@ -141,19 +141,19 @@ def measure(kind, *case):
 
 
 def grouped(sizes):
-    """As in "2 of 512, 1 of 8,192"."""
+    """Formats counts as in "2 of 512, 1 of 8,192"."""
     counts = sorted(collections.Counter(sizes).items())
     return ", ".join(f"{count} of {size:,}" for size, count in counts)
 
 
 def table(head, rows):
-    """A table of Markdown."""
+    """Returns a Markdown table."""
     cells = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def pod(topology: str) -> list[list[Any]]:
-    """A ResNet's training step on every device of a topology, with and without its batch norms."""
+    """Compiles a ResNet's training step for a topology, with and without its batch norms."""
     mesh = Mesh(compilers.devices("TPU v5e", topology), ("d",))
     data = (
         jax.ShapeDtypeStruct((16 * mesh.size, 64, 64, 3), jnp.bfloat16),
@@ -187,13 +187,13 @@ def pod(topology: str) -> list[list[Any]]:
 
 
 def make_by_name(norm: str, shape: tuple[int, ...], layout: str) -> Any:
-    """jaxnorm's batch norm over the devices of a mapped axis."""
+    """Returns jaxnorm's batch norm over the devices of a mapped axis."""
     params, state, _ = LIBRARIES["jaxnorm"](norm, shape, layout)
     return params, state, lambda p, s, x, training: jaxnorm.batch_norm(x, p, s, axis_name="d")
 
 
 def main():
-    """Prints both tables, or the one of a TPU topology."""
+    """Prints both tables, or the table of a TPU topology."""
     if sys.argv[1:2] == ["--pod"]:
         head = [
             "the batch is spread by",

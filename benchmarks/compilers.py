@@ -12,7 +12,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ |= {
-    # libtpu asks a metadata server for the machine that it runs on, unless it is told.
+    # Without these variables, libtpu asks a metadata server for the type of its machine.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -74,7 +74,7 @@ TARGETS = (*TPUS, *GPUS)
 
 
 def gpu_target(name: str) -> str:
-    """The text form of XLA's GpuTargetConfig."""
+    """Returns the text form of XLA's GpuTargetConfig."""
     gpu: dict[str, Any] = GPUS[name]
     fields = " ".join(f"{key}: {value}" for key, value in {**ALIKE, **gpu["fields"]}.items())
     return (
@@ -101,7 +101,7 @@ def _name_cuda_without_a_device() -> None:
 
 @functools.cache
 def devices(target: str, topology: str | None = None) -> np.ndarray:
-    """The devices of a target, or of a larger TPU topology such as "v5e:16x16"."""
+    """Returns the devices of a target, or of a larger TPU topology such as "v5e:16x16"."""
     if target in TPUS:
         name = topology or TPUS[target]
         return np.array(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
@@ -116,7 +116,7 @@ def devices(target: str, topology: str | None = None) -> np.ndarray:
 
 
 def compile_for(target: str, function: Callable[..., Any], *shapes: Any) -> Any:
-    """The compiled program of a function for one device of the target; nothing is run."""
+    """Compiles a function for one device of the target, without running it."""
     one = NamedSharding(Mesh(devices(target)[:1], ("d",)), PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
     return jax.jit(function, in_shardings=one, out_shardings=one).lower(*shapes).compile()

@@ -1,18 +1,17 @@
-"""Counts what a compiled program does, from its text: cycles, bytes and kernels.
+"""Counts the cycles, bytes and kernels of a compiled program, from its text.
 
-The cost of a program is that of the instructions of its ENTRY computation, plus that of the body
-of every loop that is called from it, times the number of its rounds. A loop whose number of rounds
-is not known when the program is compiled counts no round; the cost with one round is reported
-beside it.
+The cost of a program is that of the instructions of its ENTRY computation, plus that of the body of
+every loop that it calls, times the number of rounds. A loop whose number of rounds is not known at
+compile time counts as no round; the cost with one round is reported separately.
 
 - Cycles are the sum of XLA's `estimated_cycles`, which its TPU compiler gives to the instructions
-  of the vector and matrix units. Copies that run beside them, what is done with single numbers, and
-  the backward pass of max pooling, which is alike in all programs of a model, have no estimate and
-  count nothing. Reshapes and slices without an estimate count as copies: the compiler gives to
-  a copy 1824 cycles at least, and one more for 311 bytes that it reads or writes. Any other
+  of the vector and matrix units. Asynchronous copies, operations on single numbers, and the
+  backward pass of max pooling, which is the same in all programs of a model, have no estimate and
+  count as 0. Reshapes and slices without an estimate count as copies: the compiler's estimate for a
+  copy is at least 1824 cycles, plus one for each 311 bytes that it reads or writes. Any other
   instruction without an estimate, such as a custom call, makes the sum None.
 - Bytes are those of the operands and results of the instructions. An operand that is read through a
-  slice counts as the slice; one that is updated in place counts as the update.
+  slice counts as the slice, and an operand that is updated in place counts as the update.
 - Kernels are the instructions that take time.
 """
 
@@ -22,14 +21,14 @@ import re
 from collections.abc import Iterator
 
 BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128, "bf16": 16}
-# Instructions that take no time of their own: they name, group or reinterpret what is there.
+# Instructions that take no time: they name, group or reinterpret values.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "opt-barrier", "domain", "add-dependency",
 }  # fmt: skip
 # The second half of an asynchronous instruction; the first half has the operands and the result.
 ENDS = re.compile(r".*-(done|update)$")
-# Calls that hand out memory, or say something to the compiler, and compute nothing.
+# Calls that allocate memory or annotate the program, and compute nothing.
 EMPTY_CALLS = {
     "AllocateBuffer",
     "ConcatBitcast",
@@ -41,19 +40,19 @@ SLICES = {"slice", "dynamic-slice"}
 UNKNOWN_TO_ALL = {"select-and-scatter"}  # the transpose of max pooling
 NUMBER = 8  # bytes of a single number, at most
 COPIES = {"reshape", "slice", "dynamic-slice", "dynamic-update-slice"}
-COPY, BYTES_A_CYCLE = 1824, 311  # TPU v5e: what a copy takes at least, and f32[65536,1024]'s rate
+COPY, BYTES_A_CYCLE = 1824, 311  # TPU v5e: the minimum of a copy, and the rate of f32[65536,1024]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a program costs; `cycles` is None where an instruction has no estimate."""
+    """The cost of a program; `cycles` is None if an instruction has no estimate."""
 
     cycles: float | None = 0
     bytes: int = 0
     kernels: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        """The cost of one after the other."""
+        """Returns the cost of two programs that run in sequence."""
         known = self.cycles is not None and other.cycles is not None
         return Cost(
             self.cycles + other.cycles if known else None,  # type: ignore[operator]
@@ -62,7 +61,7 @@ class Cost:
         )
 
     def __mul__(self, times: int) -> "Cost":
-        """The cost of so many times the same."""
+        """Returns the cost of running the program `times` times."""
         cycles = None if self.cycles is None else self.cycles * times
         return Cost(cycles, self.bytes * times, self.kernels * times)
 
@@ -79,7 +78,7 @@ class Instruction:
     root: bool
 
     def called(self, attribute: str) -> str | None:
-        """The name of the computation that an attribute, such as `body`, names."""
+        """Returns the name of the computation that an attribute, such as `body`, refers to."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
         return found and found[1]
 
@@ -90,7 +89,7 @@ HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Every computation of a program, and the name of its entry."""
+    """Returns the computations of a program, and the name of its entry."""
     computations: dict[str, Computation] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -115,7 +114,7 @@ def _instruction(head: re.Match[str], text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """The position behind the parenthesis that closes the first one."""
+    """Returns the position after the parenthesis that closes the first one."""
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -125,7 +124,7 @@ def _closing(text: str) -> int:
 
 
 def nbytes(kind: str) -> int:
-    """The bytes of a type, or of all members of a tuple."""
+    """Returns the bytes of a type, or of all members of a tuple."""
     return sum(
         math.prod(int(n) for n in shape.split(",") if n) * _bits(dtype) // 8
         for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", kind)
@@ -138,17 +137,17 @@ def _bits(dtype: str) -> int:
 
 
 class Program:
-    """A compiled program, counted."""
+    """The counts of a compiled program."""
 
     def __init__(self, text: str) -> None:
         self.computations, self.entry = parse(text)
 
     def cost(self, rounds: int = 0) -> Cost:
-        """The cost, with so many rounds of each loop whose number of rounds is not known."""
+        """Returns the cost, with `rounds` rounds of each loop whose number is not known."""
         return self._cost(self.entry, rounds)
 
     def loops(self) -> tuple[int, int]:
-        """How many loops are called from the entry whose rounds are known, and how many others."""
+        """Returns the number of loops with a known number of rounds, and that of all others."""
         found = list(self._loops(self.entry))
         known = sum(rounds is not None for rounds in found)
         return known, len(found) - known
@@ -178,7 +177,7 @@ class Program:
         return total
 
     def _is_free(self, i: Instruction) -> bool:
-        if i.op == "fusion":  # of nothing but bitcasts
+        if i.op == "fusion":  # it only contains bitcasts
             return all(j.op in FREE for j in self.computations[_named(i, "calls")].values())
         return (
             i.op in FREE
@@ -187,11 +186,11 @@ class Program:
         )
 
     def rounds(self, loop: Instruction) -> int | None:
-        """The rounds of a loop, where the program says how many."""
+        """Returns the number of rounds of a loop, or None if the program does not contain it."""
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if found:
             return int(found[1])
-        # On a TPU only the condition says so: `i < constant`, for a scan, which begins at 0.
+        # On a TPU, only the condition contains it: `i < constant` for a scan, which begins at 0.
         condition = self.computations[_named(loop, "condition")]
         (root,) = (i for i in condition.values() if i.root)
         if root.op == "fusion":  # the same, as a fusion
@@ -200,7 +199,7 @@ class Program:
         if root.op != "compare" or "direction=LT" not in root.rest:
             return None
         limit = condition[root.operands[1]]
-        if limit.op == "parameter":  # of the fusion
+        if limit.op == "parameter":  # it is a parameter of the fusion
             constants = [i for i in condition.values() if i.op == "constant"]
             limit = constants[0] if len(constants) == 1 else limit
         found = re.match(r"(\d+)\)", limit.rest)
@@ -243,13 +242,13 @@ class Program:
         return total
 
     def _read(self, name: str, users: dict[str, list[Instruction]], whole: int) -> int:
-        """The bytes that a fusion reads of a parameter, which may be seen through slices alone."""
+        """Returns the bytes that a fusion reads of a parameter; it may read only slices of it."""
         total = 0
         for user in users.get(name, []):
             if user.op in SLICES and user.operands[0] == name:
                 total += nbytes(user.type)
             elif user.op == "dynamic-update-slice" and user.operands[0] == name:
-                continue  # updated in place
+                continue  # this is updated in place
             elif user.op == "bitcast":
                 total += self._read(user.name, users, whole)
             else:
@@ -257,7 +256,7 @@ class Program:
         return total
 
     def _written(self, root: Instruction, fused: Computation) -> int:
-        """The bytes that a fusion writes: of an update in place those of the update."""
+        """Returns the bytes that a fusion writes; for an update in place, those of the update."""
         if root.op == "tuple":
             return sum(self._written(fused[name], fused) for name in root.operands)
         if root.op == "bitcast" and root.operands[0] in fused:

@@ -9,7 +9,7 @@ from libraries import LIBRARIES
 
 
 class Net:
-    """Collects parameters and norms while a model is described on an example, then runs it."""
+    """Collects parameters and norms while a model runs on an example, and then applies them."""
 
     def __init__(self, library: str) -> None:
         self.make, self.params, self.state = LIBRARIES[library], [], []
@@ -17,7 +17,7 @@ class Net:
         self.running: tuple[Any, Any, list[Any]] | None = None
 
     def weight(self, *shape: int) -> jax.Array:
-        """A weight: made the first time, and the next of those given when running."""
+        """Returns the next weight, which is created in the first run."""
         if self.running is None:
             scale = (2 / max(jnp.prod(jnp.array(shape[:-1])), 1)) ** 0.5
             key = jax.random.key(len(self.params))
@@ -26,7 +26,7 @@ class Net:
         return next(self.running[0])
 
     def norm(self, kind: str, x: jax.Array) -> jax.Array:
-        """A norm of the library, in training."""
+        """Applies a norm of the library, in training."""
         if self.running is None:
             shape = x.shape
             params, state, apply = self.make(kind, shape, "last")
@@ -41,7 +41,7 @@ class Net:
 
 
 def conv(net: Net, x: jax.Array, features: int, size: int = 3, strides: int = 1) -> jax.Array:
-    """A convolution without bias."""
+    """Applies a convolution without bias."""
     kernel = net.weight(size, size, x.shape[-1], features)
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
@@ -50,14 +50,14 @@ def conv(net: Net, x: jax.Array, features: int, size: int = 3, strides: int = 1)
 
 
 def conv_net(net: Net, x: jax.Array) -> jax.Array:
-    """Twelve convolutions of 64 features, each with batch norm."""
+    """Applies twelve convolutions of 64 features, each with batch norm."""
     for _ in range(12):
         x = jax.nn.relu(net.norm("batch", conv(net, x, 64)))
     return x.mean((1, 2))
 
 
 def resnet18(net: Net, x: jax.Array) -> jax.Array:
-    """Four stages of two blocks, of 32 to 256 features."""
+    """Applies a ResNet-18 with four stages of two blocks, of 32 to 256 features."""
     x = jax.nn.relu(net.norm("batch", conv(net, x, 32)))
     for stage in range(4):
         for block in range(2):
@@ -71,7 +71,7 @@ def resnet18(net: Net, x: jax.Array) -> jax.Array:
 
 
 def transformer(net: Net, x: jax.Array) -> jax.Array:
-    """Six pre-norm layers of 256 features, with layer norm."""
+    """Applies six pre-norm transformer layers of 256 features, with layer norm."""
     features, heads = x.shape[-1], 4
     for _ in range(6):
         h = net.norm("layer", x)
@@ -87,7 +87,7 @@ def transformer(net: Net, x: jax.Array) -> jax.Array:
 
 
 def deep(net: Net, x: jax.Array) -> jax.Array:
-    """Fifty dense layers with batch norm: little work in each, and much to compile."""
+    """Applies fifty dense layers with batch norm, which do little work and take long to compile."""
     for _ in range(50):
         x = jax.nn.relu(net.norm("batch", x @ net.weight(x.shape[-1], x.shape[-1])))
     return x
@@ -102,7 +102,7 @@ INPUTS = {
 
 
 def step(library: str, name: str) -> tuple[Any, tuple[Any, ...]]:
-    """One step of gradient descent, and its arguments."""
+    """Returns a step of gradient descent, and its arguments."""
     model, shape = INPUTS[name]
     net, x = Net(library), jax.random.normal(jax.random.key(0), shape)
     model(net, x)

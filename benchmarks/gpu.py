@@ -1,11 +1,11 @@
-"""The same on an NVIDIA GPU: jaxnorm and flax beside PyTorch and a copy on the device.
+"""Compares jaxnorm and flax with PyTorch, and with a copy on the device, on an NVIDIA GPU.
 
     python benchmarks/gpu.py [--out gpu.json]
 
 It needs jax and PyTorch with CUDA, and flax; it downloads nothing. The limit of a forward and
-backward pass is what it has to read and write: x, the cotangent and the gradient of x backward, x
-and y forward, which is 2.5 copies of x. Times are by events on the device's stream for PyTorch, and
-of a chain of calls, divided by its length, for JAX.
+backward pass is given by the arrays that it has to read and write: x and y in the forward pass, and
+x, the cotangent and the gradient of x in the backward pass, which is 2.5 copies of x. PyTorch is
+timed by events on the device's stream, and JAX by a chain of calls, divided by its length.
 """
 
 import argparse
@@ -16,16 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch also needs memory
 
 SHAPES = ((128, 56, 56, 64), (64, 28, 28, 256), (64, 14, 14, 1024), (32768, 1024), (16384, 4096))
 NORMS = ("batch", "instance", "group32", "layer", "rms")
-COPIES = 2.5  # each copy reads and writes
+COPIES = 2.5  # a copy reads x and writes it
 CHAIN = 20
 
 
 def time_jax(library: str, norm: str, shape: tuple[int, ...], dtype: str) -> float:
-    """Seconds of a forward and backward pass."""
+    """Returns the seconds of a forward and backward pass."""
     import jax
     from libraries import LIBRARIES
 
@@ -52,7 +52,7 @@ def time_jax(library: str, norm: str, shape: tuple[int, ...], dtype: str) -> flo
 
 
 def time_torch(norm: str, shape: tuple[int, ...], dtype: str, compiled: bool) -> float:
-    """Seconds of a forward and backward pass, channels last in memory."""
+    """Returns the seconds of a forward and backward pass, with channels last in memory."""
     import torch
     from torch import nn
 
@@ -81,7 +81,7 @@ def time_torch(norm: str, shape: tuple[int, ...], dtype: str, compiled: bool) ->
 
 
 def time_copy(shape: tuple[int, ...], dtype: str) -> float:
-    """Seconds of a copy on the device."""
+    """Returns the seconds of a copy on the device."""
     import torch
 
     x = torch.randn(shape, device="cuda", dtype=getattr(torch, dtype))
@@ -90,7 +90,7 @@ def time_copy(shape: tuple[int, ...], dtype: str) -> float:
 
 
 def time_on_device(step: Any) -> float:
-    """The shortest of ten chains of calls, each call's share."""
+    """Returns the time per call in the shortest of ten chains of calls."""
     import torch
 
     best = math.inf
@@ -106,7 +106,7 @@ def time_on_device(step: Any) -> float:
 
 
 def measure(norm: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """Every library's time; what fails says why."""
+    """Returns the time of every library, or the reason why it failed."""
     runs = {
         library: lambda k=library: time_jax(k, norm, shape, dtype)
         for library in ("jaxnorm", "flax.linen")

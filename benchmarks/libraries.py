@@ -1,8 +1,8 @@
 """The norms of every JAX library, each as a pair of functions over plain trees.
 
-`make(library, norm, shape, layout)` gives `params, state, apply`, where
+`make(library, norm, shape, layout)` returns `params, state, apply`, where
 `apply(params, state, x, training)` returns y and the new state. x is (N, *space, C), or
-(N, C, *space) where the layout is "first".
+(N, C, *space) if the layout is "first".
 """
 
 import functools
@@ -22,12 +22,12 @@ class MissingError(Exception):
 
 
 def channels(shape: tuple[int, ...], layout: str) -> int:
-    """How many channels x has."""
+    """Returns the number of channels of x."""
     return shape[1] if layout == "first" else shape[-1]
 
 
 def make_jaxnorm(norm: str, shape: tuple[int, ...], layout: str) -> Made:
-    """The functions."""
+    """Makes the functions of jaxnorm."""
     import jaxnorm
 
     c, axis = channels(shape, layout), 1 if layout == "first" else -1
@@ -56,7 +56,7 @@ def make_jaxnorm(norm: str, shape: tuple[int, ...], layout: str) -> Made:
 
 
 def make_linen(norm: str, shape: tuple[int, ...], layout: str) -> Made:
-    """flax.linen."""
+    """Makes the layers of flax.linen."""
     import flax.linen as nn
 
     axis = 1 if layout == "first" else -1
@@ -84,7 +84,7 @@ def make_linen(norm: str, shape: tuple[int, ...], layout: str) -> Made:
 
 
 def make_nnx(norm: str, shape: tuple[int, ...], layout: str) -> Made:
-    """flax.nnx, split and merged."""
+    """Makes the layers of flax.nnx, which are split and merged."""
     from flax import nnx
 
     c, axis, rngs = channels(shape, layout), 1 if layout == "first" else -1, nnx.Rngs(0)
@@ -108,7 +108,7 @@ def make_nnx(norm: str, shape: tuple[int, ...], layout: str) -> Made:
 
 
 def make_haiku(norm: str, shape: tuple[int, ...], layout: str) -> Made:
-    """dm-haiku."""
+    """Makes the modules of dm-haiku."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import haiku as hk
@@ -132,7 +132,7 @@ def make_haiku(norm: str, shape: tuple[int, ...], layout: str) -> Made:
 
 
 def make_equinox(norm: str, shape: tuple[int, ...], layout: str) -> Made:
-    """Equinox, which works on one sample, channels first: x is laid out as it wants it."""
+    """Makes the layers of Equinox, which take one sample with channels first; x is transposed."""
     import equinox as eqx
 
     c = channels(shape, layout)
@@ -168,13 +168,13 @@ def make_equinox(norm: str, shape: tuple[int, ...], layout: str) -> Made:
 
 
 def make_keras(norm: str, shape: tuple[int, ...], layout: str) -> Made:
-    """Keras on the JAX backend."""
+    """Makes the layers of Keras on the JAX backend."""
     import os
 
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
-    if layout == "first" and norm == "rms":  # its scale does not broadcast there
+    if layout == "first" and norm == "rms":  # its scale does not broadcast in this layout
         raise MissingError
     axis = 1 if layout == "first" else -1
     layers = keras.layers
@@ -195,7 +195,7 @@ def make_keras(norm: str, shape: tuple[int, ...], layout: str) -> Made:
 
 
 def make_scale(norm: str, shape: tuple[int, ...], layout: str) -> Made:
-    """The limit of the memory: y = 1.0001 x."""
+    """Makes y = 1.0001 x, the lower limit that memory bandwidth sets."""
     return None, None, lambda p, s, x, training: (x * jnp.asarray(1.0001, x.dtype), s)
 
 
@@ -212,7 +212,7 @@ LIBRARIES: dict[str, Callable[[str, tuple[int, ...], str], Made]] = {
 
 @functools.cache
 def version(library: str) -> str:
-    """The installed version of what the library comes with."""
+    """Returns the installed version of the package that contains the library."""
     from importlib import metadata
 
     package = {"flax.linen": "flax", "flax.nnx": "flax", "scaling": "jax"}.get(library, library)

@@ -1,8 +1,8 @@
-"""Whole training steps in which only the norm differs: each model is one body in plain JAX.
+"""Defines whole training steps in plain JAX, in which only the norm differs.
 
 A library's norm enters a model as the pair of functions of `libraries.py`. Parameters are float32;
-convolutions and matrix products are in bfloat16. Everything is described by shapes and dtypes
-alone: the steps are made to be compiled, and not to be run.
+convolutions and matrix products are in bfloat16. The steps are made to be compiled, and not to be
+run, so everything is described by shapes and dtypes only.
 """
 
 import functools
@@ -24,17 +24,17 @@ NONE = "none"
 
 @functools.cache
 def make_norm(library: str, norm: str, channels: int, ndim: int) -> Any:
-    """A library's norm: parameters, state and the function. "none" is the identity."""
+    """Returns the parameters, the state and the function of a norm. "none" is the identity."""
     if library == NONE:
         return None, None, lambda params, state, x, training: (x, state)
     return LIBRARIES[library](norm, (2,) * (ndim - 1) + (channels,), "last")
 
 
 class Net:
-    """Collects the parameters' shapes while a model describes itself, or hands parameters out.
+    """Collects the shapes of the parameters while a model is traced, or returns the parameters.
 
     Args:
-      library: whose norm it is.
+      library: the library of the norm.
       norm: which norm, by its name in `libraries.NORMS`.
       given: the parameters and the norms' states. None collects their shapes.
     """
@@ -42,7 +42,7 @@ class Net:
     def __init__(self, library: str, norm: str, given: tuple[Any, Any] | None = None) -> None:
         self.library, self.norm_name = library, norm
         self.weights: list[Shape] = []
-        self.norms: list[tuple[int, int]] = []  # channels and number of axes
+        self.norms: list[tuple[int, int]] = []  # the channels and the number of axes
         self.scanned: list[tuple[Net, int]] = []
         self.new_states: dict[str, list[Any]] = {"norms": [], "scanned": []}
         self.given: dict[str, Iterator[Any]] | None = None
@@ -55,14 +55,14 @@ class Net:
             }
 
     def weight(self, *shape: int) -> jax.Array:
-        """The next weight, in bfloat16."""
+        """Returns the next weight, in bfloat16."""
         if self.given is None:
             self.weights.append(Shape(shape, jnp.float32))
             return jnp.zeros(shape, jnp.bfloat16)
         return next(self.given["weights"]).astype(jnp.bfloat16)
 
     def norm(self, x: jax.Array) -> jax.Array:
-        """The next norm of x, in training and in x's dtype."""
+        """Applies the next norm to x, in training and in the dtype of x."""
         if self.given is None:
             self.norms.append((x.shape[-1], x.ndim))
             return x
@@ -73,7 +73,7 @@ class Net:
         return y.astype(x.dtype)
 
     def scan(self, block: Callable[..., jax.Array], x: jax.Array, depth: int) -> jax.Array:
-        """So many blocks after each other under `lax.scan`, over parameters that are stacked."""
+        """Applies `depth` blocks under `lax.scan`, over stacked parameters."""
         if self.given is None:
             inner = Net(self.library, self.norm_name)
             self.scanned.append((inner, depth))
@@ -88,7 +88,7 @@ class Net:
         return x
 
     def variables(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The shapes of all parameters, and of the norms' states."""
+        """Returns the shapes of all parameters, and of the states of the norms."""
         made = [make_norm(self.library, self.norm_name, *norm) for norm in self.norms]
         inner = [stack(net.variables(), depth) for net, depth in self.scanned]
         params = {
@@ -103,17 +103,17 @@ class Net:
         return params, states
 
     def number_of_norms(self) -> int:
-        """How many norms one pass through the model applies."""
+        """Returns how many norms one pass through the model applies."""
         return len(self.norms) + sum(depth * net.number_of_norms() for net, depth in self.scanned)
 
 
 def shapes(tree: Any) -> Any:
-    """The shapes and dtypes of a tree's arrays."""
+    """Returns the shapes and dtypes of the arrays of a tree."""
     return jax.tree.map(lambda a: Shape(jnp.shape(a), jnp.result_type(a)), tree)
 
 
 def stack(tree: Any, depth: int) -> Any:
-    """The shapes of so many trees, stacked on a leading axis."""
+    """Returns the shapes of `depth` trees that are stacked on a leading axis."""
     return jax.tree.map(lambda a: Shape((depth, *a.shape), a.dtype), tree)
 
 
@@ -121,7 +121,7 @@ def stack(tree: Any, depth: int) -> Any:
 
 
 def conv(net: Net, x: jax.Array, features: int, size: int = 3, strides: int = 1) -> jax.Array:
-    """A convolution without bias."""
+    """Applies a convolution without bias."""
     kernel = net.weight(size, size, x.shape[-1], features)
     return lax.conv_general_dilated(
         x, kernel, (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -129,7 +129,7 @@ def conv(net: Net, x: jax.Array, features: int, size: int = 3, strides: int = 1)
 
 
 def bottleneck(net: Net, x: jax.Array, features: int, strides: int) -> jax.Array:
-    """He et al., Deep residual learning, 2015, with the stride in the 3x3 convolution."""
+    """Applies the block of He et al., 2015, with the stride in the 3x3 convolution."""
     y = jax.nn.relu(net.norm(conv(net, x, features, 1)))
     y = jax.nn.relu(net.norm(conv(net, y, features, 3, strides)))
     y = net.norm(conv(net, y, 4 * features, 1))
@@ -139,7 +139,7 @@ def bottleneck(net: Net, x: jax.Array, features: int, strides: int) -> jax.Array
 
 
 def resnet50(net: Net, x: jax.Array, labels: jax.Array, depth: int | None) -> jax.Array:
-    """The loss of a ResNet-50; `depth` is the number of bottlenecks a stage."""
+    """Returns the loss of a ResNet-50; `depth` is the number of bottlenecks of each stage."""
     x = jax.nn.relu(net.norm(conv(net, x, 64, 7, 2)))
     x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
     for stage, blocks in enumerate((3, 4, 6, 3) if depth is None else (depth,) * 4):
@@ -149,13 +149,13 @@ def resnet50(net: Net, x: jax.Array, labels: jax.Array, depth: int | None) -> ja
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean of -log p(label)."""
+    """Returns the mean of -log p(label)."""
     logits = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.take_along_axis(logits, labels[:, None], axis=1).mean()
 
 
 def stargan(net: Net, x: jax.Array, target: jax.Array, depth: int | None) -> jax.Array:
-    """The reconstruction loss of the StarGAN generator (Choi et al., 2018, table 4)."""
+    """Returns the reconstruction loss of the StarGAN generator (Choi et al., 2018, table 4)."""
 
     def normalized(x: jax.Array) -> jax.Array:
         return jax.nn.relu(net.norm(x))
@@ -180,7 +180,7 @@ def stargan(net: Net, x: jax.Array, target: jax.Array, depth: int | None) -> jax
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention over (batch, length, heads, features); the softmax is in float32."""
+    """Applies causal attention to (batch, length, heads, features), with a float32 softmax."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     length = q.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
@@ -190,13 +190,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def heads_of(net: Net, x: jax.Array, heads: int) -> jax.Array:
-    """A projection of x, (batch, length, heads, features)."""
+    """Returns a projection of x of shape (batch, length, heads, features)."""
     features = x.shape[-1]
     return (x @ net.weight(features, features)).reshape(*x.shape[:2], heads, features // heads)
 
 
 def gpt2_block(net: Net, x: jax.Array) -> jax.Array:
-    """Radford et al., Language models are unsupervised multitask learners, 2019."""
+    """Applies the block of Radford et al., GPT-2, 2019."""
     features = x.shape[-1]
     h = net.norm(x)
     q, k, v = (heads_of(net, h, 12) for _ in range(3))
@@ -206,7 +206,7 @@ def gpt2_block(net: Net, x: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al., RoFormer, 2021) of (batch, length, heads, features)."""
+    """Applies the rotary embedding (Su et al., RoFormer, 2021) to (batch, length, heads, k)."""
     half = x.shape[-1] // 2
     frequencies = 1e4 ** (-jnp.arange(half) / half)
     angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
@@ -216,7 +216,7 @@ def rotate(x: jax.Array) -> jax.Array:
 
 
 def llama_block(net: Net, x: jax.Array) -> jax.Array:
-    """Touvron et al., LLaMA, 2023."""
+    """Applies a block of Touvron et al., LLaMA, 2023."""
     features = x.shape[-1]
     h = net.norm(x)
     q, k, v = (heads_of(net, h, 16) for _ in range(3))
@@ -235,7 +235,7 @@ def transformer(
     target: jax.Array,
     depth: int | None,
 ) -> jax.Array:
-    """The mean-square loss of a stack of blocks and a last norm; embeddings are left out."""
+    """Returns the mean-square loss of a stack of blocks and a last norm, without embeddings."""
     depth = 12 if depth is None else depth
     if scanned:
         x = net.scan(block, x, depth)
@@ -248,7 +248,7 @@ def transformer(
 # ---- Training steps ----
 
 IMAGES = Shape((64, 224, 224, 3), jnp.bfloat16), Shape((64,), jnp.int32)
-# Three colors and five labels, as in the published generator.
+# The published generator also has three colors and five labels.
 PICTURES = Shape((16, 128, 128, 8), jnp.bfloat16), Shape((16, 128, 128, 3), jnp.float32)
 TOKENS = Shape((8, 1024, 768), jnp.bfloat16), Shape((8, 1024, 768), jnp.float32)
 WIDE_TOKENS = Shape((8, 1024, 1024), jnp.bfloat16), Shape((8, 1024, 1024), jnp.float32)
@@ -269,7 +269,7 @@ MODELS = (*BODIES, LINEN, NNX)
 
 
 def training_step(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of gradient descent on `loss(params, state, x, target)`, which has a new state."""
+    """Returns a step of gradient descent on `loss(params, state, x, target)`, with a new state."""
 
     def step(params: Any, state: Any, x: jax.Array, target: jax.Array) -> Any:
         grads, state = jax.grad(loss, has_aux=True)(params, state, x, target)
@@ -279,7 +279,7 @@ def training_step(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_step(model: str, library: str, full: bool) -> Step:
-    """A training step, the shapes of its arguments, and how many norms it has."""
+    """Returns a training step, the shapes of its arguments, and its number of norms."""
     if model in (LINEN, NNX):
         import modules
 

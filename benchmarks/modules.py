@@ -1,4 +1,4 @@
-"""The ResNet-50 of `models.py` as a Linen and as an NNX model, with either batch norm."""
+"""Defines the ResNet-50 of `models.py` in Linen and NNX, with either batch norm."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ FLAX = {"momentum": 0.9, "epsilon": 1e-5, "dtype": BF16}
 
 
 def linen_norm(library: str) -> Callable[[], Any]:
-    """A new batch norm in Linen, in training."""
+    """Makes a batch norm in Linen, in training."""
     if library == NONE:
         return lambda: lambda x: x
     if library == "jaxnorm":
@@ -26,14 +26,14 @@ def linen_norm(library: str) -> Callable[[], Any]:
 
 
 class LinenResNet(nn.Module):
-    """A ResNet-50 with so many bottlenecks a stage."""
+    """A ResNet-50; `depth` is the number of bottlenecks of each stage."""
 
     library: str
     blocks: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The logits of images."""
+        """Returns the logits of images."""
         norm = linen_norm(self.library)
 
         def conv(x: jax.Array, features: int, size: int = 3, strides: int = 1) -> jax.Array:
@@ -55,7 +55,7 @@ class LinenResNet(nn.Module):
 
 
 def linen_step(library: str, blocks: tuple[int, ...]) -> Step:
-    """A training step of the Linen model; `library` is jaxnorm, flax.linen or none."""
+    """Returns a training step of the Linen model; `library` is jaxnorm, flax.linen or none."""
     model = LinenResNet(library, blocks)
     state = jax.eval_shape(model.init, jax.random.key(0), IMAGES[0])
     params, stats = state["params"], state.get("batch_stats", {})
@@ -69,7 +69,7 @@ def linen_step(library: str, blocks: tuple[int, ...]) -> Step:
 
 
 def nnx_norm(library: str, features: int, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
-    """A new batch norm in NNX."""
+    """Makes a batch norm in NNX."""
     if library == NONE:
         return lambda x: x
     if library == "jaxnorm":
@@ -90,7 +90,7 @@ class ConvNorm(nnx.Module):
         self.norm = nnx_norm(library, outs, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The normalized convolution of x."""
+        """Returns the normalized convolution of x."""
         return self.norm(self.conv(x))
 
 
@@ -105,13 +105,13 @@ class Bottleneck(nnx.Module):
         self.short = ConvNorm(library, ins, 4 * features, 1, strides, rngs) if change else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The block's output."""
+        """Returns the output of the block."""
         y = self.third(nnx.relu(self.second(nnx.relu(self.first(x)))))
         return nnx.relu(y + (x if self.short is None else self.short(x)))
 
 
 class NNXResNet(nnx.Module):
-    """A ResNet-50 with so many bottlenecks a stage."""
+    """A ResNet-50; `depth` is the number of bottlenecks of each stage."""
 
     def __init__(self, library: str, blocks: tuple[int, ...], rngs: nnx.Rngs) -> None:
         self.enter, ins = ConvNorm(library, 3, 64, 7, 2, rngs), 64
@@ -124,7 +124,7 @@ class NNXResNet(nnx.Module):
         self.leave = nnx.Linear(ins, 1000, use_bias=False, dtype=BF16, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The logits of images."""
+        """Returns the logits of images."""
         x = nnx.max_pool(nnx.relu(self.enter(x)), (3, 3), (2, 2), "SAME")
         for block in self.blocks:
             x = block(x)
@@ -132,7 +132,7 @@ class NNXResNet(nnx.Module):
 
 
 def nnx_step(library: str, blocks: tuple[int, ...]) -> Step:
-    """A training step of the NNX model; `library` is jaxnorm, flax.nnx or none."""
+    """Returns a training step of the NNX model; `library` is jaxnorm, flax.nnx or none."""
     model = nnx.eval_shape(lambda: NNXResNet(library, blocks, nnx.Rngs(0)))
     graph, params, stats = nnx.split(model, nnx.Param, ...)
 
@@ -145,5 +145,5 @@ def nnx_step(library: str, blocks: tuple[int, ...]) -> Step:
 
 
 def number_of_norms(blocks: tuple[int, ...]) -> int:
-    """One behind the first convolution, three a bottleneck, and one where the shape changes."""
+    """Counts the first norm, three for each bottleneck, and one where the shape changes."""
     return 1 + 3 * sum(blocks) + len(blocks)

@@ -1,12 +1,12 @@
-"""Measures the norms of every library in one run, and writes what came of it.
+"""Measures the norms of every library in one run, and writes the results.
 
     python benchmarks/norms.py                 # float32, three sizes, one core, end to end
-    python benchmarks/norms.py --full          # every cell; goes on where it was stopped
-    python benchmarks/norms.py --report        # the table and the plot anew, from the last run
+    python benchmarks/norms.py --full          # every cell; continues where it was stopped
+    python benchmarks/norms.py --report        # only writes the table and the plot again
 
-Each library lives in a process of its own; all are asked in turn, several rounds, so that only
-ratios within one run are compared. The allocator's thresholds are raised alike for all: page faults
-of fresh outputs otherwise drown the result.
+Each library runs in a separate process. The libraries take turns for several rounds, so that only
+ratios within one run are compared. The thresholds of the allocator are raised for all libraries;
+otherwise page faults of new outputs dominate the times.
 """
 
 import argparse
@@ -30,14 +30,14 @@ ALL = (*LIBRARIES, "torch", "torch.compile")
 SHAPES = ((32, 56, 56, 64), (16, 28, 28, 256), (4096, 1024))
 MORE_SHAPES = ((8, 14, 14, 1024), (8192, 768), (4, 8, 8, 32), (64, 112, 112, 64))
 ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # glibc takes no larger one, and then keeps its own
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # glibc ignores larger values
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**28),
 }
 
 
 def cells(full: bool) -> list[dict[str, Any]]:
-    """Every job: a norm, a size, a dtype, a layout, a mode; and the steps end to end."""
+    """Returns every job: each norm, size, dtype, layout and mode, and the training steps."""
     jobs: list[dict[str, Any]] = []
     dtypes = ("float32", "bfloat16") if full else ("float32",)
     layouts = ("last", "first") if full else ("last",)
@@ -82,7 +82,7 @@ class Worker:
             os.sched_setaffinity(self.process.pid, {min(os.sched_getaffinity(0))})
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        """What came of the job; `missing` where it could not be done."""
+        """Returns the result of the job, or the reason as `missing` if the job failed."""
         pipes = self.process.stdin, self.process.stdout
         assert pipes[0] is not None and pipes[1] is not None  # noqa: PT018
         if self.process.poll() is not None:
@@ -94,7 +94,7 @@ class Worker:
 
 
 def run(jobs: list[dict[str, Any]], libraries: list[str], rounds: int, path: Path) -> None:
-    """Asks every worker for every job, and saves after each job; what is there already is kept."""
+    """Runs every job that has no result yet in every worker, and saves after each job."""
     results = json.loads(path.read_text()) if path.exists() else {"cells": {}}
     cores = {1: {}, os.cpu_count() or 1: {}} if "full" in path.stem else {1: {}}
     results |= {"machine": machine(), "versions": versions(libraries)}
@@ -124,14 +124,14 @@ def run(jobs: list[dict[str, Any]], libraries: list[str], rounds: int, path: Pat
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Describes the machine."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
     return {"processor": (models or [platform.processor()])[0], "cores": os.cpu_count()}
 
 
 def versions(libraries: list[str]) -> dict[str, str]:
-    """What was measured."""
+    """Returns the versions of the libraries."""
     from importlib import metadata
 
     found = {"python": platform.python_version(), "jaxlib": metadata.version("jaxlib")}

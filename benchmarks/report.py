@@ -20,7 +20,7 @@ LIMIT = "scaling"
 
 
 def write_report(path: Path) -> str:
-    """Writes the page and the plot beside the results; the page's text."""
+    """Writes the page and the plot next to the results, and returns the text of the page."""
     results = json.loads(path.read_text())
     cells = list(results["cells"].values())
     page = [f"# Benchmarks: {path.stem}", "", about(results), ""]
@@ -41,7 +41,7 @@ def write_report(path: Path) -> str:
         if steps:
             page += [f"## One training step, {cores} core(s)", "", step_table(steps), ""]
     kept = [c for c in cells if c["job"].get("mode") == "forward+backward" and c["cores"] == 1]
-    page += ["## Memory, which does not depend on the machine's speed", "", memory_table(kept), ""]
+    page += ["## Memory", "", memory_table(kept), ""]
     text = "\n".join(page)
     path.with_suffix(".md").write_text(text)
     plot(cells, path.with_suffix(".png"))
@@ -49,24 +49,25 @@ def write_report(path: Path) -> str:
 
 
 def about(results: dict[str, Any]) -> str:
-    """The machine and the versions."""
+    """Describes the machine, the versions and the table."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{results['machine']['processor']}, {results['machine']['cores']} cores. {versions}.\n\n"
-        "Times are minima, in milliseconds; in brackets jaxnorm's as a ratio to it. The limit is "
-        "y = 1.0001 x. A library that has no such norm, or not in this layout, has a dash."
+        "Times are minima, in milliseconds. jaxnorm's time as a ratio to each is in brackets. The "
+        "column scaling is y = 1.0001 x, which is the limit. A dash means that the library has no "
+        "such norm, or not in this layout."
     )
 
 
 def name_of(job: dict[str, Any]) -> str:
-    """The cell's name in a table."""
+    """Returns the name of the cell in a table."""
     shape = "x".join(map(str, job["shape"]))
     more = "" if job["layout"] == "last" else ", channels first"
     return f"{job['norm']} | {shape}{more} | {job['dtype']}"
 
 
 def norm_table(cells: list[dict[str, Any]]) -> str:
-    """A row a cell, a column a library."""
+    """Returns a table with a row for each cell and a column for each library."""
     libraries = [
         "jaxnorm",
         *[k for k in cells[0]["libraries"] if k not in ("jaxnorm", LIMIT)],
@@ -85,7 +86,7 @@ def norm_table(cells: list[dict[str, Any]]) -> str:
 
 
 def time_cell(answer: dict[str, Any], library: str, ours: float | None) -> str:
-    """The time, and ours as a ratio to it."""
+    """Returns the time of a library, and jaxnorm's as a ratio to it."""
     if "minimum" not in answer:
         return "–"  # noqa: RUF001
     text = f"{answer['minimum'] * 1e3:.2f}"
@@ -93,7 +94,7 @@ def time_cell(answer: dict[str, Any], library: str, ours: float | None) -> str:
 
 
 def step_table(cells: list[dict[str, Any]]) -> str:
-    """Milliseconds a step, and seconds to compile it."""
+    """Returns a table of milliseconds for a step, and of seconds to compile it."""
     libraries = [
         library
         for library in cells[0]["libraries"]
@@ -106,12 +107,12 @@ def step_table(cells: list[dict[str, Any]]) -> str:
         row = [time_cell(answers[library], library, ours) for library in libraries]
         lines.append(f"| {cell['job']['model']} | " + " | ".join(row) + " |")
         compiled = compile_cells(answers, libraries)
-        lines.append(f"| {cell['job']['model']}, to compile | {compiled} |")
+        lines.append(f"| {cell['job']['model']}, compile time | {compiled} |")
     return "\n".join(lines)
 
 
 def compile_cells(answers: dict[str, Any], libraries: list[str]) -> str:
-    """Seconds to trace, lower and compile, and ours as a ratio to them."""
+    """Returns the seconds to trace, lower and compile, and jaxnorm's as a ratio to them."""
     ours, row = answers.get("jaxnorm", {}).get("compile_seconds"), []
     for library in libraries:
         seconds = answers[library].get("compile_seconds")
@@ -121,9 +122,9 @@ def compile_cells(answers: dict[str, Any], libraries: list[str]) -> str:
 
 
 def memory_table(cells: list[dict[str, Any]]) -> str:
-    """Bytes kept for the backward pass, temporaries and bytes accessed, as multiples of x's."""
+    """Returns a table of residuals, temporaries and bytes accessed, as multiples of x."""
     libraries = [k for k in cells[0]["libraries"] if k != LIMIT and not k.startswith("torch")]
-    lines = ["Kept for the backward pass / temporaries / accessed, as multiples of x's bytes.", ""]
+    lines = ["Bytes kept for the backward pass / temporaries / accessed, as multiples of x's.", ""]
     lines += ["| norm | x | dtype | " + " | ".join(libraries) + " |"]
     lines.append("|---" * (3 + len(libraries)) + "|")
     for cell in cells:
@@ -140,7 +141,7 @@ def memory_table(cells: list[dict[str, Any]]) -> str:
 
 
 def plot(cells: list[dict[str, Any]], path: Path) -> None:
-    """One panel a norm: forward+backward in float32 on one core, as multiples of the limit."""
+    """Plots forward+backward in float32 on one core, as multiples of the limit, for each norm."""
     chosen = [
         c
         for c in cells

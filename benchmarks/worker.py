@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = 0.25  # of measuring, for each job and round
+SECONDS = 0.25  # the time for measuring each job in each round
 REPEATS = 3, 200
 
 
 def measure(run: Callable[[], Any]) -> list[float]:
-    """Seconds of single calls, after one that is not counted."""
+    """Returns the seconds of single calls, after one call that is not counted."""
     run()
     times: list[float] = []
     while len(times) < REPEATS[0] or (sum(times) < SECONDS and len(times) < REPEATS[1]):
@@ -27,9 +27,9 @@ def measure(run: Callable[[], Any]) -> list[float]:
     return times
 
 
-@functools.lru_cache(maxsize=1)  # the rounds of a job come one after the other
+@functools.lru_cache(maxsize=1)  # the rounds of a job are consecutive
 def prepare_jax(library: str, job: str) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """The compiled program of a job on its data, and what its compiler says of it."""
+    """Returns the compiled program of a job on its data, and the compiler's analysis of it."""
     import end_to_end
     import jax
     import jax.numpy as jnp
@@ -72,7 +72,7 @@ def prepare_jax(library: str, job: str) -> tuple[Callable[[], Any], dict[str, An
 
 @functools.lru_cache(maxsize=1)
 def prepare_torch(library: str, job: str) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """PyTorch's layer on its data, in the memory layout that the job names."""
+    """Returns PyTorch's layer on its data, in the memory layout of the job."""
     import torch
     from torch import nn
 
@@ -83,7 +83,7 @@ def prepare_torch(library: str, job: str) -> tuple[Callable[[], Any], dict[str, 
     x = torch.randn(shape, dtype=dtype)
     if norm in ("layer", "rms"):
         layer: Any = (nn.LayerNorm if norm == "layer" else nn.RMSNorm)(c)
-    else:  # PyTorch's channels are second; last in memory is "channels last" to it
+    else:  # in PyTorch, channels are the second axis, also if they are last in memory
         x = x.movedim(-1, 1)
         x = x.contiguous() if given["layout"] == "first" else x
         names = {"batch": "BatchNorm", "instance": "InstanceNorm"}
@@ -109,7 +109,7 @@ def prepare_torch(library: str, job: str) -> tuple[Callable[[], Any], dict[str, 
 
 
 def main(library: str) -> None:
-    """Answers until standard input ends."""
+    """Answers jobs until standard input ends."""
     prepare = prepare_jax
     if library.startswith("torch"):
         import torch

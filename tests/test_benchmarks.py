@@ -113,5 +113,5 @@ def test_the_report_shows_ours_as_a_ratio(report, tmp_path):
     assert "| rms | 8x4 | float32 | 1.00 | 4.00 (0.25) | – | 0.50 (2.00) |" in page  # noqa: RUF001
     assert "1.0 / 2.0 / 5.0" in page
     assert "| net | 100.00 | 100.00 (1.00) |" in page
-    assert "| net, to compile | 1.5 s | 3.0 s (0.50) |" in page
+    assert "| net, compile time | 1.5 s | 3.0 s (0.50) |" in page
     assert path.with_suffix(".png").stat().st_size > 10_000
