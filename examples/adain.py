@@ -24,17 +24,17 @@ from sklearn.datasets import load_sample_images
 
 import jaxnorm
 
-# Each photograph with the other one.
+# Each photograph is paired with the other one.
 PAIRS = [("temple", "flower"), ("flower", "temple")]
 
 
 def load_photographs() -> jax.Array:
-    """The two photographs that ship with scikit-learn, in [0, 1], of shape (2, H, W, 3)."""
+    """Returns the two photographs of scikit-learn, in [0, 1], of shape (2, H, W, 3)."""
     return jnp.asarray(load_sample_images().images, jnp.float32) / 255
 
 
 def colors(images: jax.Array) -> jaxnorm.Affine:
-    """The scale and bias that give each image its colors, of shape (N, 1, 1, 3)."""
+    """Returns the scale and bias that give each image its colors, of shape (N, 1, 1, 3)."""
     m = jaxnorm.moments(images, axis=(1, 2))
     return {"scale": jnp.sqrt(m.var)[:, None, None], "bias": m.mean[:, None, None]}
 
@@ -45,13 +45,13 @@ def exchange(params: jaxnorm.Affine) -> jaxnorm.Affine:
 
 
 def slide(left: jaxnorm.Affine, right: jaxnorm.Affine, width: int) -> jaxnorm.Affine:
-    """Parameters that change from left to right in equal steps, of shape (N, 1, width, 3)."""
+    """Returns parameters that change linearly from left to right, of shape (N, 1, width, 3)."""
     t = jnp.linspace(0, 1, width)[:, None]
     return jax.tree.map(lambda a, b: (1 - t) * a + t * b, left, right)
 
 
 def adain(images: jax.Array, params: jaxnorm.Affine) -> jax.Array:
-    """The images without their own colors, in those of the parameters."""
+    """Returns the images with the colors of the parameters instead of their own."""
     y, _ = jaxnorm.instance_norm(images, params)
     return y
 
@@ -60,12 +60,12 @@ def adain(images: jax.Array, params: jaxnorm.Affine) -> jax.Array:
 
 
 def entitle(title: str, images: jax.Array) -> dict[str, jax.Array]:
-    """The images by their titles, which contain the names of both photographs."""
+    """Returns the images by their titles, which contain the names of both photographs."""
     return {title.format(*pair): image for pair, image in zip(PAIRS, images, strict=True)}
 
 
 def table(pictures: dict[str, jax.Array]) -> str:
-    """A table with one row per picture: the mean and the standard deviation of each channel."""
+    """Returns a table of the mean and the standard deviation of each channel of each picture."""
     width = max(map(len, pictures))
     lines = [f"{'':{width}}   {'mean':^24}   {'standard deviation':^24}".rstrip()]
     lines.append(" " * width + 2 * f"   {'red':>8}{'green':>8}{'blue':>8}")

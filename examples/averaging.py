@@ -31,7 +31,7 @@ import jaxnorm.linen
 def train(
     data: Images, *, epochs: int, warmup: int, decay: float, seed: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Trains a network with batch norm; the last state, and its weights, averaged in two ways.
+    """Trains a network with batch norm, and returns the last state and two averages of its weights.
 
     The learning rate is high and constant, as for stochastic weight averaging (Izmailov et al.,
     2018), which takes the plain mean of the weights after each epoch; the exponential moving
@@ -58,7 +58,7 @@ def train(
 
 
 def recalibrated(state: TrainState, data: Images) -> TrainState:
-    """The state with running statistics recomputed for its weights, over all images."""
+    """Returns the state with running statistics that are recomputed for its weights."""
     variables = jaxnorm.linen.recalibrate(
         Classifier(jaxnorm.linen.BatchNorm),
         {"params": state.params, "batch_stats": state.batch_stats},
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(accuracies: dict[str, list[list[float]]]) -> str:
-    """A table with a row per choice of weights, and two columns per network and for the mean."""
+    """Returns a table with a row for each choice of weights, and a column for each network."""
     number = len(next(iter(accuracies.values())))
     head = [*(f"seed {seed}" for seed in range(number)), "mean"]
     lines = [

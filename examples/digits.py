@@ -56,7 +56,7 @@ class Images(NamedTuple):
 
 
 def load_sklearn() -> tuple[Images, Images]:
-    """Three quarters of scikit-learn's digits to train on, one to test; the same at each call."""
+    """Returns three quarters of scikit-learn's digits for training, and the rest for testing."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     split = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
@@ -64,7 +64,7 @@ def load_sklearn() -> tuple[Images, Images]:
 
 
 def load_mnist(folder: Path) -> tuple[Images, Images]:
-    """MNIST's images to train on and to test, from the four files in the folder."""
+    """Returns MNIST's training and test images, from the four files in the folder."""
 
     def load(part: str) -> Images:
         images = read_idx(folder, f"{part}-images-idx3-ubyte", ndim=3)
@@ -82,7 +82,7 @@ def load_mnist(folder: Path) -> tuple[Images, Images]:
 
 
 def read_idx(folder: Path, name: str, ndim: int) -> np.ndarray:
-    """The uint8 array in an IDX file: 0, 0, 8 (uint8), ndim, each size as 4 bytes, the values."""
+    """Reads the uint8 array in an IDX file: 0, 0, 8, ndim, each size as 4 bytes, the values."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise ValueError(
@@ -90,7 +90,7 @@ def read_idx(folder: Path, name: str, ndim: int) -> np.ndarray:
             f"--mnist the folder that holds MNIST's four files under their original names"
         )
     content = path.read_bytes()
-    # By its content, not its name: browsers like to unpack a file and leave the name as it was.
+    # The content decides, because some browsers unpack a file without changing its name.
     if content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
@@ -109,12 +109,12 @@ def read_idx(folder: Path, name: str, ndim: int) -> np.ndarray:
 
 
 def _damaged(path: Path, expected: str, found: str) -> ValueError:
-    """The error for a file that exists but has other contents."""
+    """Returns the error for a file with unexpected contents."""
     return ValueError(f"{path}: it should {expected}, but {found}; replace it by an intact copy")
 
 
 def change_contrast(images: np.ndarray) -> np.ndarray:
-    """Half the contrast, and brighter: black becomes 0.4 and white 0.9."""
+    """Halves the contrast and adds brightness: black becomes 0.4 and white 0.9."""
     return np.float32(0.5) * images + np.float32(0.4)
 
 
@@ -130,7 +130,7 @@ class Classifier(nn.Module):
     def __call__(
         self, x: jax.Array, *, use_running_average: bool, update_stats: bool | None = None
     ) -> jax.Array:
-        """The logits of the ten classes."""
+        """Returns the logits of the ten classes."""
 
         def normalize(x):
             if self.norm is None:
@@ -153,13 +153,13 @@ class TrainState(train_state.TrainState):
 
 
 def create_state(norm: Norm, images: np.ndarray, seed: int) -> TrainState:
-    """A model with this norm, for images of this shape, before training."""
+    """Returns the untrained model with this norm, for images of this shape."""
     model = Classifier(norm)
     variables = model.init(jax.random.key(seed), images[:1], use_running_average=False)
     return TrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),  # not every norm has any
+        batch_stats=variables.get("batch_stats", {}),  # not every norm has running statistics
         tx=optax.sgd(0.05, momentum=0.9),
     )
 
@@ -168,7 +168,7 @@ def create_state(norm: Norm, images: np.ndarray, seed: int) -> TrainState:
 def train_step(
     state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[TrainState, jax.Array]:
-    """The state after one step, and the loss before it."""
+    """Returns the state after one step, and the loss before it."""
 
     def loss_of(params):
         logits, updates = state.apply_fn(
@@ -186,7 +186,7 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames="use_running_average")
 def predict(state: TrainState, images: jax.Array, *, use_running_average: bool = True) -> jax.Array:
-    """The most likely labels, by running statistics or by those of the images; no updates."""
+    """Returns the most likely labels, by running statistics or by those of the images."""
     logits = state.apply_fn(
         {"params": state.params, "batch_stats": state.batch_stats},
         images,
@@ -227,7 +227,7 @@ def fit(name: str, train: Images, test: Images, *, epochs: int, seed: int) -> Ru
 
 
 def batches(data: Images, size: int, rng: np.random.Generator) -> Iterator[Images]:
-    """One epoch of shuffled batches; an incomplete last batch is dropped."""
+    """Returns one epoch of shuffled batches, without an incomplete last batch."""
     order = rng.permutation(len(data.labels))
     for first in range(0, len(order) - size + 1, size):
         chosen = order[first : first + size]
@@ -235,7 +235,7 @@ def batches(data: Images, size: int, rng: np.random.Generator) -> Iterator[Image
 
 
 def accuracy(state: TrainState, data: Images, **how: bool) -> float:
-    """The accuracy of the model on the images."""
+    """Returns the accuracy of the model on the images."""
     return float(np.mean(predict(state, data.images, **how) == data.labels))
 
 
@@ -243,7 +243,7 @@ def accuracy(state: TrainState, data: Images, **how: bool) -> float:
 
 
 def table(runs: dict[str, Run], test: Images) -> str:
-    """A table with one row per model: its accuracies, and the seconds of training."""
+    """Returns a table of the accuracies of each model, and the seconds of training."""
     changed = test._replace(images=change_contrast(test.images))
     blocks = ("as evaluated", "running statistics", "own statistics")
     head = ["test accuracy", *["clean", "changed"] * len(blocks), "seconds"]
@@ -265,14 +265,14 @@ def table(runs: dict[str, Run], test: Images) -> str:
 
 NOTES = """\
 What to see: which statistics keep the accuracy when the images change.
-changed: half the contrast, and brighter: x -> 0.5 x + 0.4 for x in [0, 1].
-as evaluated: by the running statistics where the model has them, else by its own.
-own statistics: the single image's for InstanceNorm, all the test images' for BatchNorm.
-seconds: all epochs, with compilation and a test after each epoch."""
+changed: images with half the contrast and more brightness, 0.5 x + 0.4 for x in [0, 1].
+as evaluated: by the running statistics if the model has them, else by its own statistics.
+own statistics: those of each image for InstanceNorm, of all test images for BatchNorm.
+seconds: for all epochs, including compilation and a test after each epoch."""
 
 
 def draw_curves(runs: dict[str, Run], path: Path) -> None:
-    """The loss and the accuracy of each model after each epoch."""
+    """Draws the loss and the accuracy of each model after each epoch."""
     figure = matplotlib.figure.Figure(figsize=(10, 4))
     figure.set_layout_engine("constrained", wspace=0.06)
     left, right = figure.subplots(1, 2)
@@ -282,7 +282,7 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
         left.plot(epochs, run.losses, **style)
         percent = [100 * accuracy for accuracy in run.accuracies]
         right.plot(epochs, percent, label=f"{name}: {percent[-1]:.1f} %", **style)
-    left.set(title="Training loss, the mean of each epoch", ylabel="cross-entropy", yscale="log")
+    left.set(title="Training loss, mean of each epoch", ylabel="cross-entropy", yscale="log")
     right.set(title="Test accuracy after each epoch", ylabel="correct (%)")
     for axes in (left, right):
         axes.set_xlabel("epoch")
@@ -295,7 +295,7 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
 
 
 def draw_mistakes(runs: dict[str, Run], test: Images, path: Path) -> None:
-    """One row per model: the first test images that it misclassifies."""
+    """Draws the first test images that each model misclassifies."""
     figure = matplotlib.figure.Figure(figsize=(12, 0.4 + 1.45 * len(runs)))
     heights = [0.4, *[1.45] * len(runs)]
     panels = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -323,7 +323,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mnist", type=Path, metavar="DIR", help="read MNIST's IDX files from DIR")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the first params and the shuffling")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the initial params and the shuffling"
+    )
     parser.add_argument("--out", type=Path, default=Path("digits"), help="folder for the pictures")
     options = parser.parse_args(arguments)
     if options.epochs < 1:

@@ -30,7 +30,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Keeps x's shape, (N, T, width)."""
+        """Maps (N, T, width) to (N, T, width)."""
         n, t, width = x.shape
         y = LayerNorm(epsilon=1e-5, name="norm_0")(x)
         y = nn.Dense(3 * width, name="attention_in")(y).reshape(n, t, 3, self.heads, -1)
@@ -42,7 +42,9 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Radford et al., Language Models are Unsupervised Multitask Learners, 2019; the small one.
+    """The model of Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+
+    The defaults are those of the smallest published model.
 
     Attributes:
       layers: the number of blocks.
@@ -60,7 +62,7 @@ class GPT2(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """The logits of the token after each of ids, (N, T) to (N, T, vocabulary)."""
+        """Maps ids, (N, T), to the logits of each next token, (N, T, vocabulary)."""
         length = ids.shape[1]
         if length > self.positions:
             raise ValueError(
@@ -89,7 +91,7 @@ INSIDE = {
 
 
 def module_names(layers: int = 12) -> dict[str, str]:
-    """Hugging Face's names in a GPT2Model, by the names here."""
+    """Returns a map from the names in this file to Hugging Face's names in a GPT2Model."""
     names = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "norm"}
     for k in range(layers):
         names |= {f"h.{k}.{theirs}": f"block_{k}.{ours}" for theirs, ours in INSIDE.items()}
@@ -97,7 +99,7 @@ def module_names(layers: int = 12) -> dict[str, str]:
 
 
 def from_pytorch(state_dict: Any) -> dict[str, Any]:
-    """The variables, from the state dict of a GPT2Model or GPT2LMHeadModel, or a file of it."""
+    """Converts the state dict of a GPT2Model or GPT2LMHeadModel, or a file of it."""
     given = interop.to_torch(interop.from_torch(state_dict))  # also reads files
     given = {name.removeprefix("transformer."): array for name, array in given.items()}
     # The output layer shares the weight of the embedding, and the attention mask is not a weight.
@@ -110,7 +112,7 @@ def from_pytorch(state_dict: Any) -> dict[str, Any]:
 
 
 def model_of(variables: dict[str, Any], heads: int | None = None) -> GPT2:
-    """The GPT-2 with the sizes of the variables. None means heads of 64 channels, as published."""
+    """Returns the model for the variables. heads=None means 64 channels per head, as published."""
     params = variables["params"]
     vocabulary, width = params["token_embedding"]["embedding"].shape
     heads = width // HEAD if heads is None else heads

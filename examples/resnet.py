@@ -24,7 +24,7 @@ from jaxnorm.linen import BatchNorm
 
 
 def conv(features: int, size: int, strides: int, name: str) -> nn.Conv:
-    """A convolution without bias, padded on both sides alike, as PyTorch pads."""
+    """Returns a convolution without bias, with the same padding on both sides, as in PyTorch."""
     return nn.Conv(
         features,
         (size, size),
@@ -36,14 +36,14 @@ def conv(features: int, size: int, strides: int, name: str) -> nn.Conv:
 
 
 class Norms(nn.Module):
-    """A shortcut's projection: the original's nn.Sequential of a convolution and a norm."""
+    """The projection of a shortcut: in PyTorch, an nn.Sequential of a convolution and a norm."""
 
     features: int
     strides: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Projects x to the block's features and size."""
+        """Projects x to the features and the size of the block."""
         x = conv(self.features, 1, self.strides, "0")(x)
         return BatchNorm(use_running_average=not train, name="1")(x)
 
@@ -56,7 +56,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """(N, H, W, C) to (N, H / strides, W / strides, features)."""
+        """Maps (N, H, W, C) to (N, H / strides, W / strides, features)."""
         y = conv(self.features, 3, self.strides, "conv1")(x)
         y = nn.relu(BatchNorm(use_running_average=not train, name="bn1")(y))
         y = conv(self.features, 3, 1, "conv2")(y)
@@ -74,7 +74,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """(N, H, W, C) to (N, H / strides, W / strides, 4 * features)."""
+        """Maps (N, H, W, C) to (N, H / strides, W / strides, 4 * features)."""
         y = conv(self.features, 1, 1, "conv1")(x)
         y = nn.relu(BatchNorm(use_running_average=not train, name="bn1")(y))
         y = conv(self.features, 3, self.strides, "conv2")(y)  # in the paper, conv1 has the strides
@@ -87,7 +87,7 @@ class Bottleneck(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks in a row, the first of which may halve the size."""
+    """A sequence of blocks, the first of which may halve the size."""
 
     block: type[BasicBlock] | type[Bottleneck]
     blocks: int
@@ -96,7 +96,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """(N, H, W, C) to (N, H / strides, W / strides, the block's features)."""
+        """Maps (N, H, W, C) to (N, H / strides, W / strides, features of the block)."""
         for k in range(self.blocks):
             x = self.block(self.features, 1 if k else self.strides, name=str(k))(x, train)
         return x
@@ -106,8 +106,8 @@ class ResNet(nn.Module):
     """He et al., Deep Residual Learning, 2015, table 1. https://arxiv.org/abs/1512.03385.
 
     Attributes:
-      block: what the stages consist of.
-      blocks: how many of them each of the four stages has.
+      block: the module of which the stages consist.
+      blocks: the number of blocks of each of the four stages.
       classes: the number of logits.
       features: the channels of the first stage; each stage doubles them.
     """
@@ -119,7 +119,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """The logits of images, (N, H, W, 3)."""
+        """Returns the logits of images, (N, H, W, 3)."""
         x = conv(self.features, 7, 2, "conv1")(x)
         x = nn.relu(BatchNorm(use_running_average=not train, name="bn1")(x))
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # equivalent to -inf, because x >= 0
@@ -138,7 +138,7 @@ ResNet50 = functools.partial(ResNet, Bottleneck, (3, 4, 6, 3))
 
 
 def from_pytorch(state_dict: Any, model: ResNet | None = None) -> dict[str, Any]:
-    """A ResNet's variables, from its state dict or a file of it; checked against the model's."""
+    """Converts the state dict of a ResNet, or a file of it, and checks it against the model."""
     like = None
     if model is not None:
         x = jnp.zeros((1, 64, 64, 3))
@@ -147,7 +147,7 @@ def from_pytorch(state_dict: Any, model: ResNet | None = None) -> dict[str, Any]
 
 
 def model_of(variables: dict[str, Any]) -> ResNet:
-    """The ResNet for these variables, with the blocks that their names show."""
+    """Returns the ResNet for the variables, whose names determine its blocks."""
     params = variables["params"]
     try:
         stages = [params[f"layer{k + 1}"] for k in range(4)]

@@ -35,7 +35,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
-        """Keeps x's shape."""
+        """Maps x to an array of the same shape."""
         y = x
         for k in range(2):
             y = nn.Conv(x.shape[-1], (3, 3), padding=1, use_bias=False, name=f"conv_{k}")(y)
@@ -51,7 +51,7 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, labels: jax.Array, *, use_running_average: bool) -> jax.Array:
-        """An image of x's shape, in [-1, 1]."""
+        """Returns images of the shape of x, in [-1, 1]."""
         everywhere = jnp.broadcast_to(labels[:, None, None], (*x.shape[:3], labels.shape[-1]))
         x = jnp.concatenate([x, everywhere], axis=-1)
 
@@ -74,7 +74,7 @@ class Generator(nn.Module):
 
 
 def norm(name: str, use_running_average: bool) -> InstanceNorm:
-    """nn.InstanceNorm2d(features, affine=True, track_running_stats=True) of the original."""
+    """Returns the norm that is InstanceNorm2d(affine=True, track_running_stats=True) in PyTorch."""
     return InstanceNorm(
         use_running_average=use_running_average,
         track_running_stats=True,
@@ -87,7 +87,7 @@ def norm(name: str, use_running_average: bool) -> InstanceNorm:
 
 
 def module_names() -> dict[str, str]:
-    """The names in the original nn.Sequential, by the names in this file."""
+    """Returns a map from the names in this file to those in the original nn.Sequential."""
     names = {"main.0": "enter", "main.1": "enter_norm"}
     for k in range(2):
         names |= {f"main.{3 + 3 * k}": f"down_{k}", f"main.{4 + 3 * k}": f"down_{k}_norm"}
@@ -112,7 +112,7 @@ kernels = interop.kernels(
 
 
 def from_pytorch(state_dict: Any) -> dict[str, Any]:
-    """The generator's variables, from its state dict or a .safetensors file of it."""
+    """Converts the state dict of the generator, or a .safetensors file of it."""
     return interop.from_torch(state_dict, names=module_names(), convert=kernels)
 
 
@@ -120,7 +120,7 @@ def from_pytorch(state_dict: Any) -> dict[str, Any]:
 
 
 def photographs(size: int = 128) -> np.ndarray:
-    """Overlapping square parts of scikit-learn's two photographs, at half size, in [-1, 1]."""
+    """Returns overlapping square parts of scikit-learn's photographs, at half size, in [-1, 1]."""
     images = [image[::2, ::2] / np.float32(127.5) - 1 for image in load_sample_images().images]
     height, width, _ = images[0].shape
     corners = itertools.product(range(0, height - size, 28), range(0, width - size, 32))
@@ -129,7 +129,7 @@ def photographs(size: int = 128) -> np.ndarray:
 
 
 def trained_variables(images: np.ndarray, features: int, steps: int) -> dict[str, Any]:
-    """Variables of a generator that was trained to reproduce its input with any labels."""
+    """Trains a generator to reproduce its input for any labels, and returns its variables."""
     model, optimizer = Generator(features), optax.adam(2e-3)
     labels = np.eye(LABELS, dtype=np.float32)
     variables: Any = model.init(

@@ -32,7 +32,7 @@ class ConvNorm(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The normalized output of the convolution."""
+        """Returns the normalized output of the convolution."""
         return self.norm(self.conv(x))
 
 
@@ -47,15 +47,15 @@ class Block(nnx.Module):
         self.second = ConvNorm(conv(), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Keeps x's shape."""
+        """Maps x to an array of the same shape."""
         return x + self.second(nnx.relu(self.first(x)))
 
 
 class Generator(nnx.Module):
     """Changes the attributes of images, (N, H, W, 3), to those of the labels, (N, labels).
 
-    `generator.train()` normalizes by each image's own statistics and moves the running ones;
-    `generator.eval()` normalizes by those.
+    After `generator.train()`, it normalizes by each image's own statistics, and updates the running
+    statistics; after `generator.eval()`, it normalizes by the running statistics.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Generator(nnx.Module):
         self.leave = nnx.Conv(features, 3, (7, 7), padding=3, **options)
 
     def __call__(self, x: jax.Array, labels: jax.Array) -> jax.Array:
-        """An image of x's shape, in [-1, 1]."""
+        """Returns images of the shape of x, in [-1, 1]."""
         everywhere = jnp.broadcast_to(labels[:, None, None], (*x.shape[:3], labels.shape[-1]))
         x = jnp.concatenate([x, everywhere], axis=-1)
         for layer in (self.enter, *self.down):
@@ -93,7 +93,7 @@ class Generator(nnx.Module):
 
 
 def module_names(blocks: int = 6) -> dict[str, str]:
-    """The names in the original nn.Sequential, by the names in this file."""
+    """Returns a map from the names in this file to those in the original nn.Sequential."""
     names = {"main.0": "enter.conv", "main.1": "enter.norm"}
     for side, first in (("down", 3), ("up", 9 + blocks)):
         for k in range(2):
@@ -106,7 +106,7 @@ def module_names(blocks: int = 6) -> dict[str, str]:
 
 
 def load(generator: Generator, state_dict: Any) -> None:
-    """Replaces the generator's variables by those of PyTorch's, of a state dict or a file."""
+    """Replaces the variables of the generator by those of a state dict, or a file of it."""
     names = module_names(len(generator.blocks))
     # A state dict does not say which convolutions are transposed.
     up = dict.fromkeys((k for k, v in names.items() if v.startswith("up")), "conv_transpose")
