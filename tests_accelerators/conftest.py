@@ -1,4 +1,4 @@
-"""Runs under the compiler that the environment has: libtpu's, or that of JAX's CUDA plugin."""
+"""Selects the compiler of the environment: libtpu's, or that of JAX's CUDA plugin."""
 
 import importlib.util
 import sys
@@ -15,5 +15,5 @@ TARGET = "TPU v5e" if importlib.util.find_spec("libtpu") else "NVIDIA H100"
 
 @pytest.fixture(scope="session")
 def target():
-    """The device that programs are compiled for."""
+    """Returns the device for which programs are compiled."""
     return TARGET

@@ -1,7 +1,7 @@
-"""What the compilers for TPU and GPU make of jaxnorm, as upper bounds relative to Flax.
+"""Tests upper bounds, relative to Flax, for the programs that the TPU and GPU compilers produce.
 
-Nothing is run. On a TPU the compiler estimates cycles; of a GPU's program the bytes are counted
-that its kernels move, and the kernels. `make bench-accelerators` measures far more programs.
+Nothing is run. For a TPU, the compiler estimates cycles; for a GPU, the kernels and the bytes that
+they move are counted. `make bench-accelerators` measures many more programs.
 """
 
 import functools
@@ -29,15 +29,15 @@ CELLS = [
     ("layer", TOKENS),
     ("rms", TOKENS),
 ]
-# Cycles of a TPU or bytes of a GPU; the largest of these cells is 1.02.
+# The limit of the cycles of a TPU or the bytes of a GPU; the largest of these cells has 1.02.
 RATIO = 1.03
-# Kernels of a forward and backward pass beside Flax's: layer norm has one more, for the shift.
+# Kernels in addition to Flax's, forward and backward: layer norm has one more, for the shift.
 KERNELS = {"layer": 1}
 
 
 @functools.cache
 def program(target, library, norm, shape, dtype, mode):
-    """One norm in training; a barrier stands where other layers would between the two passes."""
+    """Compiles one norm in training, with a barrier in place of other layers between the passes."""
     params, state, apply = LIBRARIES[library](norm, (2,) * (len(shape) - 1) + shape[-1:], "last")
     x = jax.ShapeDtypeStruct(shape, dtype)
 
@@ -67,7 +67,7 @@ def test_a_norm_costs_at_most_what_flax_s_does(target, norm, shape, dtype, mode)
             pytest.skip("the compiler has no estimate for an instruction of Flax's program")
         assert ours.cost().cycles <= RATIO * flax.cost().cycles
         return
-    most = 1.04 if mode == "forward" else RATIO  # forward, the part that the shift is made of
+    most = 1.04 if mode == "forward" else RATIO  # forward, the shift reads a part of x again
     assert ours.cost().bytes <= most * flax.cost().bytes
     if mode == "both":
         assert ours.cost().kernels <= flax.cost().kernels + KERNELS.get(norm, 0)
@@ -76,7 +76,7 @@ def test_a_norm_costs_at_most_what_flax_s_does(target, norm, shape, dtype, mode)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("norm", ["layer", "group32"])
 def test_the_forward_pass_over_rows_is_one_kernel_on_a_gpu(target, norm, dtype):
-    """It reads x once; Flax's are three kernels, which read it twice."""
+    """Checks for one kernel, which reads x once; Flax has three, which read it twice."""
     if target.startswith("TPU"):
         pytest.skip("a TPU's fusions are not kernels that are launched")
     ours = Program(program(target, "jaxnorm", norm, TOKENS, dtype, "forward").as_text())
@@ -92,13 +92,13 @@ def test_only_a_tpu_has_a_loop(target, norm, shape):
 
 
 def test_a_loop_reads_x_as_it_came(target):
-    """Not a widened copy of it, which a TPU would write out before the loop."""
+    """Checks that the loop does not read a widened copy, which a TPU would write out before it."""
     compiled = program(target, "jaxnorm", "batch", IMAGES, "bfloat16", "forward")
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 2 * math.prod(IMAGES)
 
 
 def three_layers(net, images, target, depth):
-    """Three convolutions, each with a norm and a rectifier behind it."""
+    """Applies three convolutions, each followed by a norm and a ReLU."""
     for features, size in ((64, 1), (64, 3), (256, 1)):
         images = jax.nn.relu(net.norm(conv(net, images, features, size)))
     return jnp.mean(jnp.square(images.astype(jnp.float32)))
@@ -120,16 +120,19 @@ def three_layers(net, images, target, depth):
 def test_a_convolutional_network_s_step_costs_what_it_does_with_flax_s(
     target, norm, images, cycles, moved, more_kernels, monkeypatch
 ):
-    """On a TPU it is 1.5 times as much if the loop takes x in the order of its axes.
+    """Checks the cost of a step of three convolutions, relative to the step with Flax's norms.
 
-    With 128 images the samples, and not the 64 channels, have the lanes of the tiles. Layer norm
-    has 1.22 with the mean in two numbers. The loop costs the more, the fewer images there are: 32
-    have 1.013 with batch norm, and 16 have 1.025 with instance norm. Four images have 1.45 in the
-    order of the axes, and 1.98 if the two norms of 64 channels are calls of one function.
+    On a TPU, the ratio is 1.5 if the loop takes x in its original order of axes. With 128 images,
+    the samples and not the 64 channels are on the lanes of the tiles. Layer norm has 1.22 if shift
+    and mean are subtracted one after the other. The cost of the loop grows with fewer images: the
+    ratio is 1.013 for 32 with batch norm, and 1.025 for 16 with instance norm. Four images have
+    1.45 in the original order of axes, and 1.98 if the two norms of 64 channels are calls of one
+    function.
 
-    On a GPU XLA takes one of Flax's sums for batch norm together with the rectifier's derivative.
-    Batch norm of 32 images has 1.16 if the sums are taken in two steps, and instance norm of 16
-    images 1.19 if they are not, which takes more kernels. Layer norm has 1.12 with two numbers.
+    On a GPU, XLA fuses one of the sums of Flax's batch norm with the derivative of the ReLU. Batch
+    norm of 32 images has 1.16 if the sums are computed in two steps. Instance norm of 16 images has
+    1.19 if they are not; two steps take more kernels. Layer norm has 1.12 if shift and mean are
+    subtracted one after the other.
     """
     x = jax.ShapeDtypeStruct((images, 56, 56, 64), jnp.bfloat16)
     data = x, jax.ShapeDtypeStruct((), jnp.int32)
@@ -146,12 +149,12 @@ def test_a_convolutional_network_s_step_costs_what_it_does_with_flax_s(
     else:
         assert ours.bytes <= moved * flax.bytes
         assert ours.kernels <= flax.kernels + more_kernels
-    # Of few images a TPU keeps most in its fast memory, which does not count: 27 MB are left of 32.
+    # For few images, a TPU uses its fast memory, which is not counted; this leaves 27 of 32 MB.
     assert temporaries[0] <= (1.01 if images >= 64 else 1.03) * temporaries[1]
 
 
 def test_under_scan_the_norms_keep_a_fifth_of_what_flax_s_keep(target):
-    """Of the peak temporaries of a GPT-2's training step, less those of the step without norms."""
+    """Compares the peak temporaries of a GPT-2's training step, less those without norms."""
     model = "GPT-2 under scan, layer norm"
     temporaries = {}
     for library in ("none", "jaxnorm", "flax.linen"):
@@ -190,6 +193,6 @@ def test_on_sixteen_devices_a_synced_norm_sends_its_sums_alone(target, way):
     computations, entry = parse(lowered.compile().as_text())
     found = sent(computations[entry])
     assert {op for op, _ in found} == {"all-reduce"}
-    # Forward the sums of x - shift and of its square, backward those of g and g * x_hat.
+    # These are the sums of x - shift and its square forward, and of g and g * x_hat backward.
     assert sum(size for _, size in found) <= 2 * 8 * channels
     assert len(found) <= 4

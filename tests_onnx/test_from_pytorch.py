@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def models():
-    """The examples, and the models in PyTorch that the main tests have."""
+    """Returns the examples, and the PyTorch models of the main tests."""
     folders = [str(ROOT / "examples"), str(ROOT / "tests")]
     sys.path[:0] = folders
     try:
@@ -38,7 +38,7 @@ def run(exported, *arrays):
 
 
 def assert_agree(found, expected):
-    """Within 1e-4 of the largest value: float32 through twenty convolutions and norms."""
+    """Compares within 1e-4 of the largest value: float32 through twenty convolutions and norms."""
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
@@ -78,7 +78,7 @@ def test_the_generator_takes_its_running_statistics_along(models):
     for key, value in theirs.state_dict().items():
         if "running" in key:
             assert any(a.shape == value.shape and (a == value.numpy()).all() for a in held), key
-    for some in (slice(0, 3), slice(1, 2)):  # "B" is any number
+    for some in (slice(0, 3), slice(1, 2)):  # "B" may be any number
         found = run(exported, images[some], labels[some])
         assert_agree(found, np.asarray(evaluate(images[some], labels[some])))
         assert_agree(found, expected[some])
@@ -109,7 +109,7 @@ def test_the_generator_by_each_image_s_own_statistics(models, mutable):
     exported = jaxnorm.onnx.to_onnx(evaluate, inputs, update_stats=False)
     assert operators(exported).count("InstanceNormalization") == 17
     assert "BatchNormalization" not in operators(exported)
-    for some in (slice(0, 3), slice(1, 2)):  # an image's result does not depend on the others
+    for some in (slice(0, 3), slice(1, 2)):  # images do not affect each other
         assert_agree(run(exported, images[some], labels[some]), expected[some])
 
 

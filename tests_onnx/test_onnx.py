@@ -27,9 +27,9 @@ from jaxnorm.onnx._plugin import OPSETS
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "onnx.md"
 NATIVE = set(OPSETS)
-# What only lays out; the rest computes.
+# Operators that only change the layout; all others compute.
 LAYOUT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Shape", "Gather", "Concat", "Identity"}
-# x is of order 1 and so is y: a float32 sum in another order is off by a few 1e-7.
+# x and y are of order 1: a float32 sum in another order differs by a few 1e-7.
 CLOSE = {"atol": 5e-6, "rtol": 5e-6}
 
 
@@ -96,7 +96,7 @@ def operators(model, ignored=LAYOUT):
 
 
 def operands(model, operator):
-    """What the one node of an operator takes beside x, each an initializer."""
+    """Returns the inputs of the only node of an operator, except x; each is an initializer."""
     constants = {a.name: onnx.numpy_helper.to_array(a) for a in model.graph.initializer}
     (node,) = (n for n in model.graph.node if n.op_type == operator)
     return [constants[name] for name in node.input[1:]]
@@ -113,11 +113,11 @@ BATCH, INSTANCE, GROUP, LAYER, RMS = (
 )
 
 X, ANY = ("B", 4, 5, C), ("B", "H", "W", C)
-SECOND = ("B", C, 4, 5)  # channels second, as ONNX has them
+SECOND = ("B", C, 4, 5)  # channels are the second axis, as in ONNX
 
 
 def case(fn, shape, /, *computing, moves=0, **options):
-    """A norm of x of a shape, what computes in its graph, and how many Transpose are there."""
+    """Makes a case: a norm, the shape of x, and the operators and Transpose nodes of its graph."""
     return functools.partial(fn, **options), shape, list(computing), moves
 
 
@@ -256,7 +256,7 @@ def test_parameters_and_statistics_are_initializers_and_epsilon_an_attribute(
     found = operands(model, operator)
     assert [a.dtype for a in found] == [np.float32] * len(expected)
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(a, b)  # the same bits
+        np.testing.assert_array_equal(a, b)  # the bits are equal
     assert attribute(model, operator, "epsilon") == np.float32(1e-3)
 
 
@@ -352,7 +352,7 @@ NORMS = {BATCH: 3, INSTANCE: 1, GROUP: 1, LAYER: 1, RMS: 1}
 
 @functools.cache
 def linen_model():
-    """Trained for three steps, so that no statistic is what it was at first."""
+    """Returns a model after three steps of training, so that all statistics have changed."""
     model = Model()
     variables = model.init(jax.random.key(0), normal((4, 12, 10, 3)))
     train = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
@@ -375,7 +375,7 @@ def linen_fn():
     return lambda x: model.apply(variables, x)
 
 
-# jax2onnx reads the variables of Flax's own layers in a way that Flax is giving up.
+# jax2onnx reads the variables of Flax's own layers in a way that Flax has deprecated.
 @pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning:jax2onnx")
 @pytest.mark.parametrize("get", [linen_fn, nnx_model], ids=["linen", "nnx"])
 def test_a_whole_model_keeps_one_operator_for_each_norm(get):
@@ -386,7 +386,7 @@ def test_a_whole_model_keeps_one_operator_for_each_norm(get):
     assert not found.keys() & {"Sqrt", "Rsqrt", "ReduceMean", "Reciprocal"}
     for batch in (1, 5):
         x = normal((batch, 12, 10, 3), seed=batch)
-        # Seven norms on one another: each divides by a spread, and errors with it.
+        # Each of the seven norms in a row divides by a standard deviation, which scales errors.
         np.testing.assert_allclose(run(model, x), fn(x), atol=1e-4, rtol=1e-4)
 
 
@@ -476,7 +476,7 @@ def test_a_vmap_over_rows_is_still_one_operator(norm):
 
 @pytest.mark.parametrize("norm", [by_state, group_norm, layer_norm])
 def test_members_with_their_own_parameters_have_an_operator_each(norm):
-    # As jax.Array: under jit, JAX 0.10.2 lets no NumPy array through a vmap to a custom_jvp.
+    # These are jax.Arrays: under jit, a vmap of a custom_jvp in JAX 0.10.2 rejects NumPy arrays.
     params = {k: jnp.stack([a, 2 * a, 3 * a]) for k, a in PARAMS.items()}
     fn = jax.vmap(lambda x, params: norm(x, params=params), (None, 0), 1)
     model = export(lambda x: fn(x, params), ("B", 4, C))
@@ -521,10 +521,10 @@ def test_half_precision_x_is_computed_in_float32_and_y_has_its_dtype(norm, dtype
     ends = (*model.graph.input, *model.graph.output)
     assert [end.type.tensor_type.elem_type for end in ends] == [kind, kind]
     assert operators(model) == ["Cast", *operators(export(norm, X)), "Cast"]
-    # onnxruntime gives NumPy no bfloat16, and takes none: float32 at both ends, which is exact.
+    # onnxruntime does not exchange bfloat16 with NumPy: both ends are float32, which is exact.
     model = export(lambda x: norm(x.astype(dtype)).astype(jnp.float32), X)
     y, expected = run(model, x.astype(np.float32)), norm(x).astype(jnp.float32)
-    # y is rounded after sums in another order: to the neighbor at most, 2^-10 or 2^-7 away.
+    # y is rounded after sums in another order: at most to the neighbor, 2^-10 or 2^-7 away.
     np.testing.assert_allclose(y, expected, rtol=2.0 ** (-10 if dtype == "float16" else -7))
 
 
@@ -543,11 +543,11 @@ def test_float64_is_computed_in_float64(norm):
         model = export(norm, ("B", 5, C), enable_double_precision=True)
         y = run(model, x)
         assert y.dtype == np.float64
-        # epsilon is a float32 attribute: 1e-5 is off by 2.5e-13 of it.
+        # epsilon is a float32 attribute, which differs from 1e-5 by 2.5e-13.
         np.testing.assert_allclose(y, norm(x), rtol=1e-10, atol=1e-10)
 
 
-# ---- What is not an operator ----
+# ---- Norms that are not one operator ----
 
 
 def masked(norm):
@@ -607,11 +607,11 @@ def test_native_false_is_accurate_at_any_offset_and_needs_no_new_opset(norm):
     x = normal((5, 9, 11, C), offset=10_000.0)
     with jax.enable_x64(True):
         expected = norm(np.float64(x))
-    # Sums in onnxruntime's order cost up to 1e-5 here, and the operators 1e-3 to NaN.
+    # Sums in onnxruntime's order have errors up to 1e-5 here; the operators have 1e-3 to NaN.
     np.testing.assert_allclose(run(model, x), expected, atol=5e-5)
 
 
-# ---- What is refused ----
+# ---- Errors ----
 
 
 def test_training_is_refused():
@@ -681,7 +681,7 @@ def test_the_checks_of_a_norm_are_the_same_in_an_export():
         export(lambda x: by_state(x, mask=x), ("B", C))
 
 
-# ---- By the statistics of x, though the running statistics would move ----
+# ---- Normalizing by the statistics of x in training mode ----
 
 OWN = {BATCH: 0, INSTANCE: 4, GROUP: 1, LAYER: 1, RMS: 1}
 
@@ -703,7 +703,7 @@ def test_a_linen_model_by_the_statistics_of_x_needs_no_edit(write):
     assert {name: found[name] for name in NATIVE} == OWN
     x = normal((5, 12, 10, 3), seed=5)
     expected = mutable(model, variables)(x)
-    # Seven norms on one another, as in evaluation above.
+    # There are seven norms in a row, as in evaluation above.
     np.testing.assert_allclose(run(exported, x), expected, atol=1e-4, rtol=1e-4)
     assert np.abs(expected - model.apply(variables, x)).max() > 0.1
     jax.tree.map(np.testing.assert_array_equal, variables, before)
@@ -735,7 +735,7 @@ def test_an_nnx_model_by_the_statistics_of_x_keeps_its_state(switch):
     found = collections.Counter(operators(exported))
     assert {name: found[name] for name in NATIVE} == OWN
     after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-    jax.tree.map(np.testing.assert_array_equal, after, before)  # and no traced array among them
+    jax.tree.map(np.testing.assert_array_equal, after, before)  # this also fails for traced arrays
     y, expected = run(exported, x), model(x)
     np.testing.assert_allclose(y, expected, atol=1e-4, rtol=1e-4)
     assert np.abs(y - evaluated).max() > 0.1
@@ -773,7 +773,7 @@ def test_with_update_stats_false_the_state_that_a_function_returns_is_the_given_
     opened = session(model)
     y, *state = opened.run(None, {opened.get_inputs()[0].name: x})
     np.testing.assert_allclose(y, batch_norm(x), **CLOSE)
-    for found, key in zip(state, sorted(STATE), strict=True):  # in the order of a dict's leaves
+    for found, key in zip(state, sorted(STATE), strict=True):  # as a dict's leaves
         np.testing.assert_array_equal(found, STATE[key])
 
 
@@ -783,21 +783,21 @@ def test_update_stats_is_false_or_none():
     with pytest.raises(ValueError, match="to_onnx: update_stats should be a Python bool"):
         export(by_state, X, update_stats="no")
     with pytest.raises(ValueError, match="the running statistics should not be updated"):
-        export(lambda x: jaxnorm.batch_norm(x, PARAMS, STATE)[0], X)  # nothing is left of it
+        export(lambda x: jaxnorm.batch_norm(x, PARAMS, STATE)[0], X)  # an argument, not a mode
 
 
-# ---- What is left behind ----
+# ---- Caches and global state ----
 
 
 @pytest.mark.parametrize("norm", ALL)
 def test_an_export_neither_reads_jax_s_caches_nor_leaves_anything_in_them(norm):
     fn, x = jax.jit(lambda x: jnp.maximum(norm(x), 0.0)), normal((3, 4, 5, C))
-    before = fn(x)  # traced, at the very shapes of the export
+    before = fn(x)  # traced with the shapes of the export
     model = export(fn, x.shape)
     assert sum(node.op_type in NATIVE for node in model.graph.node) == 1
     np.testing.assert_array_equal(fn(x), before)
     fresh = jax.jit(lambda x: jnp.maximum(norm(x), 0.0))
-    export(fresh, x.shape)  # traced for the first time there
+    export(fresh, x.shape)  # this is its first trace
     np.testing.assert_array_equal(fresh(x), before)
 
 
@@ -819,7 +819,7 @@ def test_with_channels_second_at_its_ends_a_graph_is_the_operator_alone():
 
 def test_jax2onnx_itself_knows_the_norms_and_leaves_the_caches():
     fn, x = jax.jit(lambda x: jnp.maximum(rms_norm(x), 0.0)), normal((3, C))
-    export(fn, x.shape, native=False)  # which holds for that export alone
+    export(fn, x.shape, native=False)  # applies to this export only
     assert operators(jax2onnx.to_onnx(fn, [x.shape])) == [RMS, "Max"]
     with pytest.raises(NotImplementedError, match="jaxnorm"):
         fn(x)
@@ -850,8 +850,8 @@ def test_every_block_of_the_document_is_found():
 
 @pytest.mark.parametrize(("heading", "code"), BLOCKS)
 def test_the_code_of_the_document_runs(heading, code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # one writes a file
-    folders = [str(ROOT / name) for name in ("examples", "tests")]  # as seen from the checkout
+    monkeypatch.chdir(tmp_path)  # one of the blocks writes a file
+    folders = [str(ROOT / name) for name in ("examples", "tests")]  # as in the checkout
     monkeypatch.setattr(sys, "path", [*sys.path, *folders])
-    assert "assert " in code  # it shows what comes out
+    assert "assert " in code  # each block checks its results
     exec(compile(code, f"docs/onnx.md: {heading}", "exec"), {})

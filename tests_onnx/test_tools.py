@@ -1,4 +1,4 @@
-"""What do other tools make of the files: do they fold, fuse, quantize and convert, and agree?"""
+"""Tests that other tools fold, fuse, quantize and convert the files, and keep the outputs."""
 
 import functools
 
@@ -28,7 +28,7 @@ import jaxnorm.onnx
 BATCH, INSTANCE, GROUP, LAYER, RMS = (
     f"{name}Normalization" for name in ("Batch", "Instance", "Group", "Layer", "RMS")
 )
-# x is of order 1 and so is y; a folded scale rounds the weights anew, 6e-8 of each.
+# x and y are of order 1; folding a scale rounds the weights again, by a relative 6e-8.
 CLOSE = {"atol": 5e-6, "rtol": 5e-6}
 
 
@@ -46,12 +46,12 @@ def count(model, operator):
 
 
 def copied(model):
-    """For the tools that change the model that they get."""
+    """Copies a model for the tools that modify their input."""
     return onnx.ModelProto.FromString(model.SerializeToString())
 
 
 def error(y, expected):
-    """The largest error, as a part of the largest value."""
+    """Returns the largest error relative to the largest value."""
     largest = np.abs(expected).max()
     return np.abs(np.float32(y) - expected).max() / largest
 
@@ -98,14 +98,14 @@ IMAGES = (16, 14, 3)
 
 
 def moved(variables):
-    """The variables as after training: none is 0 or 1."""
+    """Returns variables as after training, none of which is 0 or 1."""
     rng = np.random.default_rng(0)
     change = {"float32": lambda a: a + rng.uniform(0.1, 0.3, a.shape).astype(np.float32)}
     return jax.tree.map(lambda a: change.get(a.dtype.name, lambda a: a)(a), variables)
 
 
 def exported(model, shape, x):
-    """The graph, and what JAX computes."""
+    """Returns the graph, and the output of JAX."""
     variables = moved(model.init(jax.random.key(0), x))
 
     def evaluate(x):
@@ -124,13 +124,13 @@ def network(norm):
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
-    """The tools leave temporary files in the current folder."""
+    """Changes to a temporary folder, because the tools leave files in the current one."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Runs a tool that reads a file and writes one."""
+    """Runs a tool that reads a file and writes another one."""
 
     def through(model, tool, **options):
         given, made = str(tmp_path / "given.onnx"), str(tmp_path / "made.onnx")
@@ -163,7 +163,7 @@ TOOLS = [by_onnxsim, by_onnxslim, by_preprocessing]
 def test_a_norm_by_running_statistics_is_folded_and_any_other_kept(tool, norm, files):
     model, x, expected = network(norm)
     made = tool(model, files)
-    # onnxruntime, which the pre-processing runs, has no kernel for group norm and writes it out.
+    # The pre-processing runs onnxruntime, which has no kernel for group norm and expands it.
     gone = NORMS[norm] == BATCH or (norm == "group" and tool is by_preprocessing)
     assert count(made, NORMS[norm]) == (0 if gone else 2)
     assert count(made, "Conv") == 2
@@ -171,7 +171,7 @@ def test_a_norm_by_running_statistics_is_folded_and_any_other_kept(tool, norm, f
 
 
 class Followed(nn.Module):
-    """A layer, and batch norm by running statistics."""
+    """A layer, followed by batch norm with running statistics."""
 
     layer: nn.Module
 
@@ -234,7 +234,7 @@ def test_a_batch_norm_between_casts_or_before_a_convolution_stays(network, tool,
     model, expected = exported(network(), ("B", *IMAGES), x)
     made = tool(model, files)
     assert count(made, BATCH) == 1
-    # In float16 the convolution is rounded by 2^-11 of its result, after sums in another order.
+    # In float16, the convolution is rounded by a relative 2^-11, after sums in another order.
     assert error(run(made, x), expected) < 2.0**-10
 
 
@@ -242,7 +242,7 @@ def test_a_batch_norm_between_casts_or_before_a_convolution_stays(network, tool,
 
 
 class Images(CalibrationDataReader):
-    """Eight batches to calibrate with."""
+    """Provides eight batches for calibration."""
 
     def __init__(self):
         self.batches = iter([{"x": normal((4, *IMAGES), seed)} for seed in range(1, 9)])
@@ -257,7 +257,7 @@ def quantized(model, files, **options):
 
 
 # The inputs and the weights of three layers are rounded to 1/255 of their range: six times.
-# Seen: up to 9e-3.
+# The largest measured error is 9e-3.
 EIGHT_BITS = 6 / 255
 
 
@@ -292,7 +292,7 @@ def test_static_quantization_alone_does_not_take_a_group_norm(files):
 
 
 def test_the_operators_format_drops_a_relu_behind_a_transpose(files):
-    # With no norm at all: jax2onnx moves the last Transpose in front of the last Relu.
+    # This also happens without norms: jax2onnx moves the last Transpose before the last Relu.
     x = normal((4, *IMAGES))
     kernel = np.random.default_rng(1).normal(0, 0.2, (3, 3, 3, 8)).astype(np.float32)
 
@@ -315,14 +315,14 @@ def test_the_operators_format_drops_a_relu_behind_a_transpose(files):
         for how in (QuantFormat.QDQ, QuantFormat.QOperator)
     }
     assert 0 < by_format[QuantFormat.QDQ] < EIGHT_BITS
-    assert by_format[QuantFormat.QOperator] > 0.1  # seen: 0.3
+    assert by_format[QuantFormat.QOperator] > 0.1  # the measured error is 0.3
 
 
 # ---- Transformers, and half precision ----
 
 
 class Transformer(nn.Module):
-    """Two blocks with the norms in front."""
+    """Two pre-norm blocks."""
 
     norm: type[nn.Module]
     dtype: jnp.dtype = jnp.float32
@@ -344,7 +344,7 @@ TOKENS = normal((2, 7, 32))
 
 @functools.cache
 def transformer(norm):
-    """The variables, the graph and the result of a transformer in float32."""
+    """Returns the variables, the graph and the output of a transformer in float32."""
     model = Transformer(norm)
     keys = iter(jax.random.split(jax.random.key(1), 100))
     variables = jax.tree.map(
@@ -361,7 +361,7 @@ def transformer(norm):
 
 
 def in_jax(norm, dtype):
-    """How far JAX's own result in half precision is from that in float32."""
+    """Returns the error of JAX's output in half precision, relative to float32."""
     variables, _, expected = transformer(norm)
     y = Transformer(norm, dtype).apply(variables, TOKENS.astype(dtype))
     return error(y.astype(jnp.float32), expected)
@@ -377,8 +377,8 @@ def half(norm, dtype, given):
     return jaxnorm.onnx.to_onnx(evaluate, inputs, input_names=["x"])
 
 
-# A graph rounds to float16 where JAX does or nearby, and not in more places: its error is of the
-# same size. Seen: 0.5 to 0.7 of it.
+# A graph rounds to float16 as often as JAX, at the same or similar places, so the errors are of the
+# same size. The measured ratio is 0.5 to 0.7.
 AS_JAX = 2.0
 
 
@@ -394,7 +394,7 @@ def test_a_float16_transformer_errs_no_more_than_in_jax(norm):
 
 @pytest.mark.parametrize("norm", FEATURES)
 def test_a_bfloat16_transformer_does_not_load(norm):
-    # Neither onnx's Einsum nor onnxruntime's Gemm on a CPU takes bfloat16.
+    # On a CPU, neither onnx's Einsum nor onnxruntime's Gemm supports bfloat16.
     with pytest.raises(Exception, match=r"bfloat16.*Einsum|Could not find an implementation"):
         run(half(norm, jnp.bfloat16, jnp.float32), TOKENS)
 
@@ -433,7 +433,7 @@ def test_the_converter_alone_mistakes_a_cast_of_jax2onnx():
 def test_a_network_that_is_converted_to_float16(norm, convert):
     model, x, expected = network(norm)
     made = convert(model)
-    # Each of a dozen steps rounds by 2^-11 of its result at most. Seen: up to 8e-4.
+    # Each of a dozen steps rounds by a relative 2^-11 at most. The largest measured error is 8e-4.
     assert 0 < error(run(made, x), expected) < 12 * 2.0**-11
 
 

@@ -1,4 +1,4 @@
-"""Lists the models of the zoo: what people have, by library, with no weights to download.
+"""Lists the models of the zoo by library; their weights are not downloaded.
 
 A model is built without memory for its arrays (on PyTorch's "meta" device) where that works. Large
 models have smaller configurations; those of torchvision that take more than 1 GB are left out.
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-MOST = 10**9  # bytes of a model
+MOST = 10**9  # the most bytes that a model may have
 
-# torchvision registers shape rules for operators of its compiled part, which does not load beside
-# every build of PyTorch. Building a model needs none of them.
+# torchvision registers shape rules for operators of its compiled extension, which does not load
+# with every build of PyTorch. Building a model does not need them.
 _operators = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
     if not hasattr(torch.ops.torchvision, _name):
@@ -38,7 +38,7 @@ Maker = Callable[[], torch.nn.Module]
 
 
 def zoo() -> Iterator[tuple[str, Maker]]:
-    """The name and the maker of every model."""
+    """Yields the name of every model and a function that makes it."""
     yield from torchvision()
     yield from timm()
     yield from monai()
@@ -47,11 +47,11 @@ def zoo() -> Iterator[tuple[str, Maker]]:
 
 
 def torchvision() -> Iterator[tuple[str, Maker]]:
-    """All that torchvision has: classification, segmentation, detection, video, optical flow."""
+    """Lists all models of torchvision: for images, segmentation, detection, video, optical flow."""
     from torchvision import models
 
     for name in models.list_models():
-        if name.startswith("quantized_"):  # their state dicts hold packed tensors of integers
+        if name.startswith("quantized_"):  # their state dicts contain packed integer tensors
             continue
         arguments = {"weights": None}
         if {"weights_backbone"} & set(models.get_model_builder(name).__annotations__):
@@ -60,7 +60,7 @@ def torchvision() -> Iterator[tuple[str, Maker]]:
 
 
 def timm() -> Iterator[tuple[str, Maker]]:
-    """Architectures that cover the norm layers of timm."""
+    """Lists architectures that cover the norm layers of timm."""
     import timm
 
     for name in TIMM.split():
@@ -68,7 +68,7 @@ def timm() -> Iterator[tuple[str, Maker]]:
 
 
 def monai() -> Iterator[tuple[str, Maker]]:
-    """UNets for volumes and images, with batch, instance, group and layer norm."""
+    """Lists UNets for volumes and images, with batch, instance, group and layer norm."""
     from monai.networks import nets
 
     shape = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
@@ -91,7 +91,7 @@ def monai() -> Iterator[tuple[str, Maker]]:
 
 
 def segmentation_models() -> Iterator[tuple[str, Maker]]:
-    """Every decoder of segmentation-models-pytorch."""
+    """Lists every decoder of segmentation-models-pytorch."""
     import segmentation_models_pytorch as smp
 
     for name in SMP.split():
@@ -102,7 +102,7 @@ def segmentation_models() -> Iterator[tuple[str, Maker]]:
 
 
 def transformers() -> Iterator[tuple[str, Maker]]:
-    """Transformers of Hugging Face with fewer layers."""
+    """Lists transformers of Hugging Face with fewer layers."""
     import transformers as hf
 
     few = {"num_hidden_layers": 3}

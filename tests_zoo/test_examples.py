@@ -1,4 +1,4 @@
-"""Do the examples' models compute what those of torchvision and transformers compute?"""
+"""Tests that the models of the examples agree with those of torchvision and transformers."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-MOST = 1e-5  # of the largest output
+MOST = 1e-5  # the largest error, relative to the largest output
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +28,7 @@ def _seed():
 
 
 def difference(found, expected):
-    """The largest difference, relative to the largest output."""
+    """Returns the largest difference, relative to the largest output."""
     found, expected = np.asarray(found), expected.detach().numpy()
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
@@ -36,7 +36,7 @@ def difference(found, expected):
 
 
 def a_resnet(name, dtype):
-    """The largest difference of a ResNet whose arrays and images are of the dtype."""
+    """Returns the largest difference of a ResNet, with arrays and images of the dtype."""
     import resnet
     import torch_models
 
@@ -46,14 +46,14 @@ def a_resnet(name, dtype):
     theirs = torch_models.moved(theirs, x_torch)
     variables = resnet.from_pytorch(theirs.state_dict())
     model = resnet.model_of(variables)
-    resnet.from_pytorch(theirs.state_dict(), model)  # the shapes are the model's
+    resnet.from_pytorch(theirs.state_dict(), model)  # this also checks the shapes
     y = jax.jit(lambda x: model.apply(variables, x, train=False))(x)
     return difference(y, theirs(x_torch))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_a_resnet_of_torchvision_in_float64(name):
-    """In float32, a ResNet-152 of PyTorch is itself 2e-5 from float64: too much to compare with."""
+    """Compares in float64, because PyTorch's ResNet-152 in float32 has an error of 2e-5 itself."""
     with jax.enable_x64(True):
         assert a_resnet(name, np.float64) < 1e-12
 

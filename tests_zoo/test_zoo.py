@@ -22,9 +22,9 @@ ROWS: dict[str, tuple[str, ...]] = {}
 
 
 def built(make):
-    """The model without memory for its arrays, or with it where its constructor computes them."""
+    """Builds a model without memory for its arrays, unless its constructor computes them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a library says of its own defaults
+        warnings.simplefilter("ignore")  # libraries warn about their own defaults
         try:
             with torch.device("meta"):
                 return make()
@@ -33,7 +33,7 @@ def built(make):
 
 
 def filled(state_dict):
-    """Tensors of the same names, shapes and dtypes with random bits, NaN among them."""
+    """Returns tensors of the same names, shapes and dtypes with random bits, including NaN."""
     rng = np.random.default_rng(0)
     given = {}
     for name, a in state_dict.items():
@@ -47,14 +47,14 @@ def filled(state_dict):
 
 
 def bits(tensor):
-    """The dtype, the shape and the bits of a tensor."""
+    """Returns the dtype, the shape and the bits of a tensor."""
     tensor = tensor.contiguous()
     return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def page():
-    """Writes the table when all models have been tried."""
+    """Writes the table when all models have been tested."""
     yield
     if len(ROWS) == len(ZOO):
         PAGE.write_text(table())
@@ -93,7 +93,7 @@ def test_at_most_a_tenth_was_not_built():
 
 
 def table():
-    """The page, with a table of one row per model."""
+    """Returns the page, with a table of one row per model."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
     good = sum(row[3] == "bit for bit" for row in ROWS.values())
     lines = [

@@ -19,7 +19,7 @@ class Docstrings(griffe.Extension):
             text = inspect.cleandoc(obj.docstring.value)
             text = MATH.sub(lambda m: _formula(m[1]), text)
             text = TABLE.sub(_table, text)
-            # "Examples:" is the name by which Griffe knows a section of code.
+            # "Examples:" is Griffe's name for a section of code.
             text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
             text = re.sub(r"^References:\n((?:  .*\n?)+)", _references, text, flags=re.M)
             obj.docstring.value = text
@@ -36,7 +36,7 @@ DATACLASSES.set_member("dataclass", griffe.Class("dataclass"))
 
 
 def _formula(tex):
-    # Words upright: by itself TeX takes each letter for a variable. MathML needs no script.
+    # Words are set upright: TeX takes each letter for a variable. MathML needs no script.
     words = r"(\\[A-Za-z]+(?:\{[A-Za-z]+\})?)|([A-Za-z]{3,})"
     tex = re.sub(words, lambda m: m[1] or rf"\text{{{m[2]}}}", tex)
     lines = re.split(r",\s*\\quad\s*", " ".join(tex.split()))
@@ -45,7 +45,7 @@ def _formula(tex):
 
 
 def _table(found):
-    """A row whose first column is empty goes on with the row before it."""
+    """Converts a table; a row with an empty first column continues the row before it."""
     starts = [m.start() for m in re.finditer("=+", found[1])]
     ends = [*starts[1:], None]
     rows = []

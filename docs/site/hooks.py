@@ -14,7 +14,7 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def on_config(config):
-    """Leaves out the notebooks that are not there (yet), and their section where none is."""
+    """Omits notebooks that do not exist, and their section if there are none."""
     config.watch.append(str(NOTEBOOKS))
     nav = []
     for section in config.nav:
@@ -29,7 +29,7 @@ def on_config(config):
 
 @event_priority(100)  # before mkdocs-jupyter, which makes them pages
 def on_files(files, config):
-    """Adds notebooks/*.ipynb, as if they lay in docs/."""
+    """Adds notebooks/*.ipynb as if they were in docs/."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         name = f"notebooks/{path.name}"
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
@@ -55,7 +55,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Does so for notebooks, where links into docs/ lead to pages, and formulas become MathML."""
+    """Turns links of notebooks into docs/ into links to pages, and formulas into MathML."""
     if not page.file.src_uri.startswith("notebooks/"):
         return html
 
