@@ -1,4 +1,4 @@
-# Each target makes the environment that it needs; `make` says what there is.
+# Each target creates the environment that it needs; `make` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ VENV_LOWEST ?= .venv-lowest
 VENV_NEWEST ?= .venv-newest
 NEWEST_PYTHON ?= python3.13
 VERSIONED ?= tests jaxnorm
-# The examples of these files need PyTorch, which is not there either.
+# The examples of these files need PyTorch, which is not installed there either.
 VERSIONED += $(addprefix --ignore=jaxnorm/interop/, _describe.py _kernels_of.py _match.py _to_torch.py)
 # The tests that run for the formulations of every platform; a GPU's has one collective more.
 FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py functional_stateless.py devices.py extremes.py)
@@ -28,21 +28,21 @@ EXECUTE ?= true
   test-accelerators bench-accelerators test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
-	@echo "make test   run the tests, but for the slow ones, and the notebooks"
-	@echo "make test-slow   run the slow tests, and some of the others as TPU and GPU formulate the norms"
+	@echo "make test   run the tests except the slow ones, and the notebooks"
+	@echo "make test-slow   run the slow tests, and some others with the formulations for TPU and GPU"
 	@echo "make test-onnx   run the tests of the export to ONNX"
-	@echo "make test-zoo   move the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
+	@echo "make test-zoo   convert the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
 	@echo "make coverage   measure which code of jaxnorm the fast tests run, without ONNX and with it"
-	@echo "make mutants   change the moments, the step and the update in 200 ways; what do the tests miss?"
+	@echo "make mutants   change the moments, the normalization and the update in 200 ways, and list what the tests miss"
 	@echo "make lint   check format, style, spelling and types"
-	@echo "make notebooks   write notebooks/*.ipynb from the .py beside them"
+	@echo "make notebooks   write notebooks/*.ipynb from notebooks/*.py"
 	@echo "make package   build the sdist and the wheel, check their metadata, and try both in an empty environment"
-	@echo "make docs   build the documentation in build/site; EXECUTE=false leaves the notebooks unrun"
+	@echo "make docs   build the documentation in build/site; EXECUTE=false does not run the notebooks"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
-	@echo "make bench-accelerators   what the compilers for TPU and GPU make of norms and training steps"
-	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
+	@echo "make bench-accelerators   estimates of the compilers for TPU and GPU for norms and training steps"
+	@echo "make bench-full   every size, dtype and layout; continues where it was stopped"
 
 demo: $(VENV)/with-examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -56,7 +56,7 @@ test-slow: $(VENV)/with-test
 	$(BIN)/pytest -m "not slow" --formulation tpu --numprocesses auto $(FORMULATED)
 	$(BIN)/pytest -m "not slow" --formulation cuda -k "not one_collective" --numprocesses auto $(FORMULATED)
 
-# Tests that need a library that is not there are skipped, and counted at the end.
+# Tests that need a missing library are skipped, and counted at the end.
 test-versions: $(VENV_LOWEST)/with-test-versions
 	$(VENV_LOWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
 	$(VENV_LOWEST)/bin/pytest -m "not slow" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
@@ -82,7 +82,7 @@ coverage: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
 	$(BIN)/coverage combine --quiet --append
 	$(BIN)/coverage report --fail-under $(COVERED)
 
-# Continues where it was stopped; `rm -r build/mutants` begins again.
+# This continues where it was stopped; `rm -r build/mutants` begins again.
 mutants: $(VENV)/with-test
 	$(BIN)/python tests/mutants.py $(ARGS)
 

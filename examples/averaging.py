@@ -97,7 +97,7 @@ def table(accuracies: dict[str, list[list[float]]]) -> str:
     number = len(next(iter(accuracies.values())))
     head = [*(f"seed {seed}" for seed in range(number)), "mean"]
     lines = [
-        "test accuracy, by the running statistics that training left -> recalibrated",
+        "test accuracy, with the running statistics from training -> recalibrated",
         f"{'weights':24}" + "".join(f"{cell:>18}" for cell in head),
     ]
     lines.append("-" * len(lines[1]))

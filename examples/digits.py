@@ -282,7 +282,7 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
         left.plot(epochs, run.losses, **style)
         percent = [100 * accuracy for accuracy in run.accuracies]
         right.plot(epochs, percent, label=f"{name}: {percent[-1]:.1f} %", **style)
-    left.set(title="Training loss, mean of each epoch", ylabel="cross-entropy", yscale="log")
+    left.set(title="Training loss, the mean of each epoch", ylabel="cross-entropy", yscale="log")
     right.set(title="Test accuracy after each epoch", ylabel="correct (%)")
     for axes in (left, right):
         axes.set_xlabel("epoch")
