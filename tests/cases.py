@@ -1,33 +1,33 @@
-"""Shapes, dtypes and data that the tests share, and a reference: float64 NumPy in plain loops."""
+"""Shared shapes, dtypes and data, and a reference in float64 NumPy with plain loops."""
 
 import numpy as np
 
-# Rank of the space -> (N, *space, C). N, C and the sizes of a sample all differ.
+# Maps the number of space axes to (N, *space, C). N, C and the sizes of a sample all differ.
 SHAPES = {1: (4, 7, 3), 2: (4, 5, 2, 3), 3: (4, 5, 1, 2, 3)}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# (N, L, C) = (2, 3, 2), small enough to check in the head.
+# (N, L, C) = (2, 3, 2), small enough to check by hand.
 SMALL = np.moveaxis(np.array([[[1.0, 2, 3], [0, 0, 6]], [[5, 7, 9], [1, 2, 3]]]), 1, -1)
 
 
 def normal(shape, seed=0, offset=1.0, spread=2.0):
-    """Float64 draws around the offset."""
+    """Returns normal float64 values around the offset."""
     return np.random.default_rng(seed).normal(offset, spread, shape)
 
 
 def first_state(channels):
-    """Mean 0, variance 1, count 0."""
+    """Returns the initial state: mean 0, variance 1, count 0."""
     return {"mean": np.zeros(channels), "var": np.ones(channels), "count": 0}
 
 
 def later_state(channels=3):
-    """A state after five batches."""
+    """Returns a state after five batches."""
     mean, var = normal((2, channels), seed=7)
     return {"mean": mean, "var": 1 + var**2, "count": 5}
 
 
 def some_params(channels=3):
-    """A scale and a bias, all different."""
+    """Returns a scale and a bias whose entries all differ."""
     scale, bias = normal((2, channels), seed=8)
     return {"scale": scale, "bias": bias}
 
@@ -44,7 +44,7 @@ def reference_norm(
     epsilon=1e-5,
     mask=None,
 ):
-    """y and the new state of batch or instance norm of x, (N, *space, C), one sample at a time."""
+    """Computes y and the new state of batch or instance norm of x, (N, *space, C)."""
     x = np.asarray(x, np.float64)
     counts = np.broadcast_to(True if mask is None else mask, x.shape)
     samples = range(x.shape[0]) if instance else [slice(None)]
@@ -70,7 +70,7 @@ def reference_norm(
 
 
 def reference_update(batch_stats, mean, var, *, momentum=0.1):
-    """The state moved by a batch's means and unbiased variances; NaN and Inf move nothing."""
+    """Updates the state by a batch's means and unbiased variances, except for NaN and Inf."""
     moves = np.isfinite(mean) & np.isfinite(var)
     count = batch_stats["count"]
     if momentum is None:

@@ -1,4 +1,4 @@
-"""What every test runs under: four devices, kept programs, and fixtures for number formats."""
+"""Sets up four devices, a compilation cache, and fixtures for number formats."""
 
 import contextlib
 import os
@@ -14,14 +14,14 @@ from jaxnorm._core import platforms
 
 
 def pytest_addoption(parser):
-    """The formulations of another platform may be run here, on a CPU."""
+    """Adds an option that runs the formulations of another platform on a CPU."""
     parser.addoption("--formulation", choices=["cpu", "tpu", "cuda"])
 
 
 def pytest_configure(config):
-    """Keep what is compiled, for the other workers and the next run.
+    """Caches compiled programs for the other workers and the next run.
 
-    Compiling takes most of the time. `pytest --cache-clear` removes what is kept, and
+    Compiling takes most of the time. `pytest --cache-clear` removes the cache, and
     JAX_COMPILATION_CACHE_DIR names another folder for it.
     """
     if jax.config.jax_compilation_cache_dir is None and hasattr(config, "cache"):
@@ -38,20 +38,20 @@ def _formulation(request):
 
 @pytest.fixture
 def x64():
-    """Float64 exists, as in NumPy."""
+    """Enables float64."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def strict():
-    """No implicit change of dtype: each one in the library is on purpose."""
+    """Disables implicit dtype promotion, because every conversion in the library is explicit."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget():
-    """What a file has compiled is of little use to the next, and stays in memory."""
+    """Clears the compiled programs of a file, which the next file rarely needs."""
     yield
     jax.clear_caches()

@@ -1,7 +1,7 @@
-"""A training run that saves after every step, for `test_checkpoints` to kill and to start again.
+"""Trains and saves after every step; `test_checkpoints` kills and restarts this program.
 
 python killed_training.py FOLDER: resumes from the last complete checkpoint in FOLDER, if there is
-one, prints the step that it begins at, and writes the state after the last step to FOLDER/end.
+one, prints the step at which it begins, and writes the state after the last step to FOLDER/end.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jaxnorm.linen
 
 STEPS = 12
 optimizer = optax.adam(0.01)
-# Starting and compiling is what takes the time.
+# Starting and compiling take most of the time.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

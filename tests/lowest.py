@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def lowest(extras: list[str]) -> list[str]:
-    """Each requirement with a lower bound, at that bound."""
+    """Returns each requirement that has a lower bound, at this bound."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     wanted = list(project["dependencies"])
     for extra in extras:

@@ -1,7 +1,7 @@
-"""A ResNet-18 and a small transformer, written once for Linen and NNX over a namespace of norms.
+"""Defines a ResNet-18 and a small transformer in Linen and NNX, for any namespace of norms.
 
-`norms` is flax.linen or jaxnorm.linen, or flax.nnx or jaxnorm.nnx: nothing else changes, but that
-Flax's momentum of 0.9 is called decay in jaxnorm.
+`norms` is flax.linen or jaxnorm.linen, or flax.nnx or jaxnorm.nnx. The only other difference is
+that Flax's momentum of 0.9 is called decay in jaxnorm.
 """
 
 import functools
@@ -12,23 +12,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-WIDTHS = (4, 8, 16, 32)  # narrow, so that the models compile fast
+WIDTHS = (4, 8, 16, 32)  # few channels, so that the models compile fast
 CLASSES = 5
 
-# For programs that run a few times: compiling is what takes the time.
+# For programs that run a few times, compiling takes most of the time.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def kernel_init(key, shape, dtype=jnp.float32):
-    """A chirp whose phase is the key: as good as random, and its program compiles in no time."""
+    """Returns a chirp whose phase is the key, which compiles faster than random numbers."""
     phase = jnp.sum(jax.random.key_data(key).astype(dtype)) / 2.0**31
     i = jnp.arange(math.prod(shape), dtype=dtype).reshape(shape)
     return jnp.sin(0.618 * i * i + jnp.pi * phase) * math.sqrt(2 / math.prod(shape[:-1]))
 
 
 def norm_maker(norms, kind, **options):
-    """Makes a norm layer of the namespace; kind is the class's name."""
+    """Returns a function that makes norm layers of the namespace; kind is the class name."""
     if kind == "BatchNorm":
         options["decay" if norms.__name__.startswith("jaxnorm") else "momentum"] = 0.9
     if kind == "GroupNorm":
@@ -85,7 +85,7 @@ class ResNet18(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two pre-norm layers of self attention and a feed-forward net, and a norm at the end."""
+    """Two pre-norm layers of self attention and a feed-forward network, and a last norm."""
 
     norms: object
     kind: str = "LayerNorm"
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
 
 
 class NNXBasicBlock(nnx.Module):
-    """As `BasicBlock`."""
+    """The NNX version of `BasicBlock`."""
 
     def __init__(self, norm, inputs, features, strides, dtype, rngs):
         conv = functools.partial(
@@ -133,7 +133,7 @@ class NNXBasicBlock(nnx.Module):
 
 
 class NNXResNet18(nnx.Module):
-    """As `ResNet18`; model.train() and model.eval() choose the statistics."""
+    """The NNX version of `ResNet18`; model.train() and model.eval() select the statistics."""
 
     def __init__(self, norms, kind="BatchNorm", dtype=jnp.float32, *, rngs):
         norm = norm_maker(norms, kind, param_dtype=dtype)
@@ -187,7 +187,7 @@ class NNXTransformerLayer(nnx.Module):
 
 
 class NNXTransformer(nnx.Module):
-    """As `Transformer`."""
+    """The NNX version of `Transformer`."""
 
     def __init__(self, norms, kind="LayerNorm", dtype=jnp.float32, *, rngs):
         norm = norm_maker(norms, kind, param_dtype=dtype)

@@ -1,11 +1,11 @@
-"""Counts the small changes of the core, the mutants, that its own tests do not notice.
+"""Counts the small changes of the core, called mutants, that its tests do not detect.
 
 python tests/mutants.py              # 200 of them; continues where it was stopped
 python tests/mutants.py --count 10   # the first ten of the same sample
 
 A mutant is one module with one change, in a copy of the package. It is killed if a test fails, or
 runs for too long, and survives otherwise. A survivor is a missing test, or code that is not needed,
-or a change without an effect on results, such as one that only costs time.
+or a change without an effect on the results, such as one that only takes time.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "mutants"
-# Each module, and the tests that should notice every change of it.
+# Each module, and the tests that should detect every change of it.
 TESTS = {
     "jaxnorm/_core/moments.py": ["tests/test_moments.py"],
     "jaxnorm/_core/normalize.py": ["tests/test_normalize.py", "tests/test_renorm.py"],
@@ -48,10 +48,10 @@ class Mutant(NamedTuple):
     """One change of one module.
 
     Attributes:
-      path: the module's.
-      line: where the change begins.
-      source: the whole module after it.
-      key: the same as long as the module and its tests are the same.
+      path: the path of the module.
+      line: the line at which the change begins.
+      source: the source of the changed module.
+      key: identifies the mutant; changes if the module or its tests change.
     """
 
     path: str
@@ -61,14 +61,14 @@ class Mutant(NamedTuple):
 
     @property
     def diff(self) -> list[str]:
-        """The lines that differ, without the context."""
+        """Returns the lines that differ, without context."""
         files = (ROOT / self.path).read_text().splitlines(), self.source.splitlines()
         lines = difflib.unified_diff(*files, n=0)
         return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
 def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-    """A part of the node, or the node itself, and what to write in its place."""
+    """Yields a part of the node, or the node itself, and the source that replaces it."""
     match node:
         case ast.BinOp(op=op) | ast.AugAssign(op=op) if type(op) in OPERATORS:
             yield node, _with(node, op=OPERATORS[type(op)]())
@@ -98,14 +98,14 @@ def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 
 
 def _with(node: Any, **fields: Any) -> str:
-    """The node's source with other fields; an expression is put in parentheses."""
+    """Returns the source of the node with other fields, and puts expressions in parentheses."""
     kept = {name: getattr(node, name) for name in node._fields}
     text = ast.unparse(type(node)(**{**kept, **fields}))
     return text if isinstance(node, ast.Call | ast.Attribute | ast.stmt) else f"({text})"
 
 
 def _assigns_again(node: ast.AST) -> bool:
-    """Whether names get values made of their own: without any other line every test would fail."""
+    """Returns whether a name is assigned from itself; without other lines every test would fail."""
     if not isinstance(node, ast.Assign):
         return False
     bound, used = (
@@ -116,7 +116,7 @@ def _assigns_again(node: ast.AST) -> bool:
 
 
 def parts(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all in it but annotations and f-strings, which have no effect on numbers."""
+    """Yields the node and its parts, except annotations and f-strings, which compute nothing."""
     yield node
     for name, value in ast.iter_fields(node):
         if name not in ("annotation", "returns"):
@@ -126,7 +126,7 @@ def parts(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def mutants(path: str) -> Iterator[Mutant]:
-    """All the mutants of a module, in the order of the source."""
+    """Returns all mutants of a module, in the order of the source."""
     source = (ROOT / path).read_bytes()  # columns are counted in bytes
     version = b"".join((ROOT / file).read_bytes() for file in [path, *TESTS[path]])
     starts = [0]
@@ -142,7 +142,7 @@ def mutants(path: str) -> Iterator[Mutant]:
 
 
 def copy_of_the_tree(name: str) -> Path:
-    """A folder with what the tests need."""
+    """Makes a folder with the files that the tests need."""
     tree = OUT / name
     shutil.rmtree(tree, ignore_errors=True)
     for part in ("jaxnorm", "tests"):
@@ -152,10 +152,10 @@ def copy_of_the_tree(name: str) -> Path:
 
 
 def run(tree: Path, mutant: Mutant, limit: float | None) -> dict[str, Any]:
-    """The record of one mutant's tests, in a tree that is put back afterwards."""
+    """Runs the tests of one mutant in a tree, which is restored afterwards."""
     settings = {
         "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",  # two mutants may have one size and one second
+        "PYTHONDONTWRITEBYTECODE": "1",  # two mutants may have the same size and timestamp
         "JAX_COMPILATION_CACHE_DIR": str(OUT / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -192,7 +192,7 @@ def run(tree: Path, mutant: Mutant, limit: float | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs what has no record yet, and prints the summary."""
+    """Runs the mutants that have no record yet, and prints the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="how many mutants (200)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
@@ -235,7 +235,7 @@ def main() -> None:
         record = run_in_a_tree(Mutant(path, 0, (ROOT / path).read_text(), ""))
         if record["result"] != "survived":
             sys.exit(f"The tests of {path} fail without a change: {record['by']}")
-        # What a mutant has to compile is kept for the module as it is.
+        # Programs that a mutant compiles are cached for the unchanged module.
         limits[path] = 60 + 5 * record["seconds"]
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(record_of, sample))

@@ -1,6 +1,6 @@
 """Tests the installed package in an environment with nothing else, outside the checkout.
 
-python smoke.py FOLDER: none of what is imported may come from that folder.
+python smoke.py FOLDER checks that no module is imported from this folder.
 """
 
 import sys
@@ -24,12 +24,12 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        """A forward pass."""
+        """Applies the layer."""
         return jaxnorm.linen.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
 
 
 def main(checkout: Path) -> None:
-    """Trains a step in functions, Linen and NNX, without an optimizer."""
+    """Trains one step with functions, Linen and NNX, without an optimizer."""
     where = Path(jaxnorm.__file__).resolve()
     assert checkout.resolve() not in where.parents, where
     assert (where.parent / "py.typed").exists()

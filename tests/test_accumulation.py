@@ -1,4 +1,4 @@
-"""Tests that micro-batches move the state as one large batch would."""
+"""Tests that micro-batches update the state as one large batch does."""
 
 import functools
 
@@ -22,8 +22,8 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(300, 2, (12, 5, 3)).astype(np.float32)
 MASK = RNG.random((12, 5, 1)) < 0.7
 STATE = {"mean": jnp.array([1.0, 2, 3]), "var": jnp.array([4.0, 5, 6]), "count": jnp.int32(7)}
-# A micro-batch's mean is one float32 number here, off by up to 1.5e-5 at 300; squares of its
-# distance from the others', about 1, are then off by 3e-5, beside variances of about 4.
+# The mean of a micro-batch is rounded to float32, with an error of up to 1.5e-5 at 300. The squares
+# of its distance to the others, about 1, then have errors of 3e-5; the variances are about 4.
 CLOSE = {"rtol": 1e-5}
 
 
@@ -40,7 +40,7 @@ def test_micro_batches_make_one_update_equal_to_the_large_batch_s(norm, momentum
     state = jaxnorm.begin_accumulation(STATE)
     for x, m in zip(np.split(X, cuts), np.split(mask, cuts), strict=True):
         y, state = norm(x, None, state, momentum=momentum, mask=m)
-        np.testing.assert_array_equal(y, norm(x, None, STATE, mask=m)[0])  # y is as ever
+        np.testing.assert_array_equal(y, norm(x, None, STATE, mask=m)[0])  # y does not change
     _, expected = norm(X, None, STATE, momentum=momentum, mask=mask)
     chex.assert_trees_all_close(statistics(state), expected, **CLOSE)
     assert state["count"] == 8
@@ -73,7 +73,7 @@ def test_when_chooses_whether_accumulation_restarts(norm):
         _, state = norm(x, None, state)
         return jaxnorm.begin_accumulation(state, when)
 
-    state = jaxnorm.begin_accumulation(STATE, when=False)  # none yet: it begins in any case
+    state = jaxnorm.begin_accumulation(STATE, when=False)  # begins: there is none yet
     for k, x in enumerate(np.split(np.concatenate([X, X + 1]), 6)):
         state = micro_step(state, x, k % 3 == 2)
     expected = norm(X + 1, None, norm(X, None, STATE)[1])[1]
@@ -202,7 +202,7 @@ def test_linen_layers_accumulate_under_multisteps_as_one_large_batch():
 
     params = variables["params"]
     batch_stats = jaxnorm.begin_accumulation(variables["batch_stats"])
-    # The first norm sees the data themselves, so that its state can be told in advance.
+    # The input of the first norm is the data, so that its state can be predicted.
     expected = variables["batch_stats"]["BatchNorm_0"]
     train = (params, batch_stats, optimizer.init(params))
     for epoch in range(2):

@@ -28,7 +28,7 @@ def photographs():
 
 
 def statistics(images):
-    """The mean and the variance of each image's channels, in float64."""
+    """Returns the mean and the variance of the channels of each image, in float64."""
     images = np.asarray(images, np.float64)
     return images.mean((1, 2)), images.var((1, 2))
 
@@ -43,16 +43,16 @@ def test_the_photographs_are_two_in_color(photographs):
 def test_each_photograph_gets_the_other_s_statistics(photographs):
     y = adain.adain(photographs, adain.exchange(adain.colors(photographs)))
     (mean, var), (own_mean, own_var) = statistics(y), statistics(photographs)
-    # float32: a few roundings of a value near 1 each.
+    # A few float32 roundings of values near 1.
     np.testing.assert_allclose(mean, own_mean[::-1], rtol=0, atol=2e-6)
-    # Instance norm leaves a variance of var / (var + epsilon), not quite 1.
+    # The variance after instance norm is var / (var + epsilon), slightly less than 1.
     np.testing.assert_allclose(var, own_var[::-1] * own_var / (own_var + 1e-5), rtol=1e-5)
-    assert np.abs(own_mean[0] - own_mean[1]).min() > 0.2  # there was something to carry
+    assert np.abs(own_mean[0] - own_mean[1]).min() > 0.2  # the colors of the images differ
 
 
 def test_its_own_colors_reproduce_a_photograph(photographs):
     y = adain.adain(photographs, adain.colors(photographs))
-    # epsilon takes 1e-5 / 2 var of the distance to the mean: 3e-4 of at most 0.9.
+    # epsilon reduces the distance to the mean, at most 0.9, by 1e-5 / 2 var, which is 3e-4.
     np.testing.assert_allclose(y, photographs, rtol=0, atol=4e-4)
 
 
@@ -84,7 +84,7 @@ def test_main_prints_six_rows_and_writes_a_picture(tmp_path, capsys):
     width, height = struct.unpack(">2I", content[16:24])
     picture = matplotlib.image.imread(path)
     assert picture.shape[:2] == (height, width)
-    assert picture[..., :3].std() > 0.2  # no empty page: 0.32 as written
+    assert picture[..., :3].std() > 0.2  # the picture is not empty: the measured value is 0.32
 
 
 def test_what_is_clipped_is_said_below_the_picture(tmp_path, monkeypatch):

@@ -25,12 +25,12 @@ NORMS = {**TRACKED, "batch_renorm": jaxnorm.batch_renorm, **PLAIN}
 
 
 def call(name, **options):
-    """A norm of X, with a state where it has one."""
+    """Calls a norm of X, with a state if it has one."""
     return NORMS[name](X, **({} if name in PLAIN else {"batch_stats": STATE}) | options)
 
 
 def refused(message, function, *args, **options):
-    """The error comes while tracing, and says what was found and what was expected."""
+    """Checks that the error is raised at trace time, and names the found and expected value."""
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: function(*args, **options))
 
@@ -61,7 +61,7 @@ def test_ints_and_numpy_s_numbers_are_taken_as_floats(name, good):
     expected = call(name, epsilon=1.0)
     jax.tree.map(np.testing.assert_array_equal, call(name, epsilon=good), expected)
     traced = jax.jit(lambda e: call(name, epsilon=e))(good)
-    # Compiled as one program, sums may be in another order.
+    # In one compiled program, sums may have another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), traced, expected)
     if name not in PLAIN:
         _, state = call(name, momentum=good)
@@ -93,7 +93,7 @@ def test_numpy_s_integers_are_integers(good):
     np.testing.assert_array_equal(y, call("batch_norm", virtual_batch_size=2)[0])
     assert jaxnorm.init_batch_stats(good)["mean"].shape == (2,)
     layer = jaxnorm.nnx.GroupNorm(np.int64(8), num_groups=good, epsilon=1e-5, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(layer(X), two, atol=1e-6)  # float32's rounding, compiled twice
+    np.testing.assert_allclose(layer(X), two, atol=1e-6)  # two programs round differently
 
 
 @pytest.mark.parametrize("bad", [True, 2.0, 0, -2, "2", None], ids=repr)
@@ -277,7 +277,7 @@ def test_layers_name_the_axis_too():
 
 
 def trained():
-    """A state after three batches."""
+    """Returns a state after three batches."""
     state = STATE
     for _ in range(3):
         _, state = jaxnorm.batch_norm(X, None, state)
@@ -312,7 +312,7 @@ def test_a_count_that_is_not_a_whole_number_is_an_error():
 
 
 def test_three_steps_of_flax_s_loop_that_averages_the_state_over_devices():
-    """flax/examples/imagenet: lax.pmean of batch_stats between the steps."""
+    """Checks lax.pmean of batch_stats between the steps, as in flax/examples/imagenet."""
     layer = jaxnorm.linen.BatchNorm(use_running_average=False, axis_name="batch")
     x = X.reshape(2, 2, 6, 6, 8)
     variables = layer.init(jax.random.key(0), x[0])
@@ -331,7 +331,7 @@ def test_three_steps_of_flax_s_loop_that_averages_the_state_over_devices():
         _, expected = jaxnorm.batch_norm(X, None, expected)
     found = jax.tree.map(lambda a: a[0], stats)
     assert found["count"] == 3
-    # The sums of two devices are in another order than those of one.
+    # The sums over two devices have another order than those on one device.
     np.testing.assert_allclose(found["mean"], expected["mean"], atol=1e-6)
     np.testing.assert_allclose(found["var"], expected["var"], rtol=1e-5)
 

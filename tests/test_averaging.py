@@ -1,4 +1,4 @@
-"""Tests that the example of averaged weights shows what it says."""
+"""Tests the results of the example of averaged weights."""
 
 import re
 import sys
@@ -28,8 +28,8 @@ def test_recalibration_leaves_averaged_weights_accurate(averaging, capsys):
     output = capsys.readouterr().out
     found = dict(re.findall(r"^(the last|mean|moving).*?(\d.*%)$", output, re.M))
     left, recalibrated = (float(p) for p in re.findall(r"([\d.]+)%", found["mean"])[:2])
-    # 95.8 -> 98.0 where the document was written, and 98.0 -> 98.2 with sums rounded otherwise: at
-    # this learning rate training is chaotic. A test image is 0.2 %.
+    # The accuracies are 95.8 -> 98.0 in the document, and 98.0 -> 98.2 with other rounding:
+    # training is chaotic at this learning rate. One test image is 0.2 %.
     assert recalibrated > left - 0.5
     assert recalibrated > 97
 
@@ -46,7 +46,7 @@ def test_the_statistics_become_those_of_the_averaged_weights(averaging):
         images.images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     entries = np.asarray(convolved + bias, np.float64).reshape(-1, 16)
-    # Float32 convolutions, compiled differently.
+    # These are float32 convolutions that are compiled differently.
     np.testing.assert_allclose(new["mean"], entries.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(new["var"], entries.var(0, ddof=1), rtol=1e-4)
 

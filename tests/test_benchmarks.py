@@ -1,4 +1,4 @@
-"""Tests that the benchmarks measure the same norm in every library, and report it."""
+"""Tests that the benchmarks measure the same norm in every library, and the reports."""
 
 import importlib.util
 import json
@@ -48,7 +48,7 @@ def test_every_library_computes_the_norm_that_is_measured():
     )
     found = json.loads(result.stdout.splitlines()[-1])
     assert len(found) > 80
-    # Their epsilons differ, 1e-3 in Keras, beside a variance of 4.
+    # The epsilons differ, for example 1e-3 in Keras, while the variance is 4.
     assert {key: error for key, error in found.items() if error > 2e-3} == {}
 
 
@@ -73,7 +73,7 @@ def test_a_worker_answers_job_by_job():
     answer, refused = (json.loads(line) for line in result.stdout.splitlines())
     assert min(answer["seconds"]) > 0
     assert answer["x_bytes"] == 64 * 32 * 4
-    assert answer["kept"] < 1.3 * answer["x_bytes"]  # x, and three numbers for each row
+    assert answer["kept"] < 1.3 * answer["x_bytes"]  # x and three numbers for each row
     assert "missing" in refused
 
 

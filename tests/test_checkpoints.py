@@ -1,4 +1,4 @@
-"""Tests round trips through the formats of checkpoints, and a training run that is killed."""
+"""Tests round trips through checkpoint formats, and resuming a training run after a kill."""
 
 import glob
 import os
@@ -31,7 +31,7 @@ RATE = 0.1
 
 
 def bits(tree):
-    """What is to be the same: the dtype, shape and bytes at each path."""
+    """Returns the dtype, the shape and the bytes at each path, which should be restored."""
     leaves = [
         (jax.tree_util.keystr(path), np.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -39,7 +39,7 @@ def bits(tree):
     return {path: (leaf.dtype.name, leaf.shape, leaf.tobytes()) for path, leaf in leaves}
 
 
-# ---- Two frontends: variables after some steps, and the function from there to the next ----
+# ---- Two frontends: variables after some steps, and a function for the next step ----
 
 
 class Net(nn.Module):
@@ -70,7 +70,7 @@ def linen_first():
 
 
 class NNXNet(nnx.Module):
-    """As `Net`; its list makes integers of some keys, as a list of blocks does."""
+    """The NNX version of `Net`; as for a list of blocks, some keys are integers."""
 
     def __init__(self, *, rngs):
         self.conv = nnx.Conv(3, 4, (3, 3), kernel_init=kernel_init, rngs=rngs)
@@ -97,7 +97,7 @@ def nnx_train(model):
 
 
 def nnx_step(variables):
-    model = NNXNet(rngs=nnx.Rngs(7))  # another seed: what is not restored, shows
+    model = NNXNet(rngs=nnx.Rngs(7))  # another seed, so that values that are not restored differ
     for kind, values in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
         state = nnx.state(model, kind)
         nnx.replace_by_pure_dict(state, variables[values])
@@ -111,7 +111,7 @@ def nnx_first():
 
 
 def variables_of(model):
-    """The state of a model in the form of Linen's variables."""
+    """Returns the state of a model in the form of Linen's variables."""
     return {
         "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
         "batch_stats": nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),
@@ -121,11 +121,11 @@ def variables_of(model):
 FRONTENDS = {"linen": (linen_first, linen_step), "nnx": (nnx_first, nnx_step)}
 
 
-# ---- The formats: variables are saved under a folder, and come back ----
+# ---- The formats: variables are saved in a folder, and restored ----
 
 
 def shapes_of(variables):
-    """What a target has to say: no values."""
+    """Returns the shapes and dtypes of a target, without values."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), variables)
 
 
@@ -188,12 +188,12 @@ FORMATS = [
 each_format = pytest.mark.parametrize("round_trip", FORMATS)
 
 
-# ---- Every bit ----
+# ---- Exact round trips ----
 
 
 @pytest.fixture(scope="module", params=FRONTENDS)
 def trained(request):
-    """The variables after three steps, and the function to the next."""
+    """Returns the variables after three steps, and a function for the next step."""
     first, step = FRONTENDS[request.param]
     variables = first()
     for _ in range(3):
@@ -208,7 +208,7 @@ def test_a_restored_state_continues_training_bit_for_bit(trained, round_trip, tm
     kept = bits(restored)
     assert kept == bits(variables)
     counts = [leaf for path, leaf in kept.items() if path.endswith("['count']")]
-    assert counts == [("int32", (), np.int32(3).tobytes())] * 2  # batch norm's, instance norm's
+    assert counts == [("int32", (), np.int32(3).tobytes())] * 2  # of batch norm and instance norm
 
     after = bits(step(restored))
     assert after == bits(step(variables))
@@ -224,7 +224,7 @@ def test_no_value_is_changed(x64, round_trip, tmp_path):
     variables = {
         "params": {
             "scale": jnp.array([-0.0, 1e-45, -1e-40, np.inf], jnp.float32),
-            # A quiet and a signalling NaN, each with a payload.
+            # These are a quiet and a signaling NaN, each with a payload.
             "bias": from_bits(np.float32, np.uint32, 0xFFC12345, 0x7F812345),
             "half": from_bits(jnp.bfloat16, np.uint16, 0x8000, 0x0001, 0xFFC1, 0x7F81),
         },
@@ -255,7 +255,7 @@ def test_float64_is_narrowed_where_jax_has_none(round_trip, dtype, tmp_path):
     assert restored["batch_stats"]["mean"].dtype == dtype
 
 
-# ---- A whole NNX model, as Flax's guide saves it ----
+# ---- A whole NNX model, saved as in Flax's guide ----
 
 
 def test_the_state_of_an_nnx_model_is_restored_without_pure_dicts(tmp_path):
@@ -267,7 +267,7 @@ def test_the_state_of_an_nnx_model_is_restored_without_pure_dicts(tmp_path):
     restored = nnx.merge(graph, orbax_restore(tmp_path, target))
     assert bits(variables_of(restored)) == bits(variables_of(model))
     assert restored.norms[0].count[...] == restored.norms[1].count[...] == 1
-    assert not restored.norms[0].use_running_average  # the mode is no part of the state
+    assert not restored.norms[0].use_running_average  # the mode is not part of the state
 
     model.train()
     for each in (model, restored):
@@ -275,7 +275,7 @@ def test_the_state_of_an_nnx_model_is_restored_without_pure_dicts(tmp_path):
     assert bits(variables_of(restored)) == bits(variables_of(model))
 
 
-# ---- What the formats leave unchecked: docs/checkpoints.md warns of each ----
+# ---- Changes that the formats do not detect; docs/checkpoints.md lists them ----
 
 STATE = {"mean": jnp.full(4, 1 / 3), "var": jnp.ones(4), "count": jnp.int32(2**31 - 1)}
 
@@ -311,7 +311,7 @@ def test_orbax_casts_to_the_dtypes_of_the_target(tmp_path):
         "count": "float32",
     }
     assert jnp.all(restored["mean"] == jnp.bfloat16(1 / 3))
-    assert restored["count"] == 2.0**31  # one more than was saved
+    assert restored["count"] == 2.0**31  # one more than the saved value
 
 
 def test_orbax_refuses_another_shape(tmp_path):
@@ -323,7 +323,7 @@ def test_orbax_refuses_another_shape(tmp_path):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.restore(sys.argv[1], target)
     """
-    # In a process of its own: orbax abandons coroutines then, which complain in any later test.
+    # This runs in a separate process, because orbax leaves coroutines that warn in later tests.
     command = [sys.executable, "-c", code, tmp_path / "state"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
@@ -344,7 +344,7 @@ def test_nnx_takes_another_shape_and_dtype_and_misses_nothing():
     nnx.update(layer, state)
     assert layer.mean.shape == (7,)
     assert layer.var.dtype == jnp.bfloat16
-    assert layer.count[...] == 0  # as it was
+    assert layer.count[...] == 0  # unchanged
     with pytest.raises(ValueError, match="key in pure_dict not available"):
         nnx.replace_by_pure_dict(state, {"variance": jnp.zeros(4)})
     with pytest.raises(ValueError, match=r"batch_stats\['mean'\].*\(4,\).*\(7,\)"):
@@ -363,9 +363,9 @@ def test_the_errors_of_a_layer_for_restored_states():
         evaluate(mean=jnp.zeros(7))
     with pytest.raises(ValueError, match=r"batch_stats\['count'\].*whole number.*is 2.5"):
         evaluate(count=jnp.float32(2.5))
-    assert jnp.all(evaluate(count=jnp.float32(2)) == evaluate(count=jnp.int32(2)))  # as averages do
+    assert jnp.all(evaluate(count=jnp.float32(2)) == evaluate(count=jnp.int32(2)))  # an average
     rounded = jnp.full(4, 1 / 3, jnp.bfloat16)
-    assert jnp.any(evaluate(mean=rounded) != evaluate(mean=jnp.full(4, 1 / 3)))  # and no error
+    assert jnp.any(evaluate(mean=rounded) != evaluate(mean=jnp.full(4, 1 / 3)))  # without an error
 
 
 # ---- A run that is killed while it saves ----
@@ -373,27 +373,27 @@ def test_the_errors_of_a_layer_for_restored_states():
 
 def start(folder):
     command = [sys.executable, killed_training.__file__, folder]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}  # jaxnorm from here, installed or not
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}  # the process uses this checkout
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
 def finish(child):
-    """The step that the run began at."""
+    """Runs to the end, and returns the step at which the run began."""
     out, _ = child.communicate(timeout=120)
     assert child.returncode == 0
     return int(out)
 
 
 def unfinished(folder):
-    """The step after the first three whose save has begun to write arrays and not ended, if any."""
-    # Not pathlib's glob, which raises where a folder is renamed meanwhile.
+    """Returns the step, after the first three, whose save has begun but not ended, if any."""
+    # This does not use pathlib's glob, which raises an error if a folder is renamed meanwhile.
     arrays = "*.orbax-checkpoint-tmp/*/ocdbt.process_0/d/*"
     steps = [int(p.split(".")[0]) for p in glob.glob(arrays, root_dir=folder / "checkpoints")]
     return max((step for step in steps if step > 3), default=None)
 
 
 def kill_while_saving(folder):
-    """The step whose save was cut off, or None where the run came to its end first."""
+    """Returns the step whose save was interrupted, or None if the run ended first."""
     child = start(folder)
     try:
         deadline = time.monotonic() + 120
@@ -401,7 +401,7 @@ def kill_while_saving(folder):
             if unfinished(folder) is None:
                 time.sleep(0.001)
                 continue
-            # Stopped, it cannot end its save between the look and the kill.
+            # A stopped process cannot complete its save between the check and the kill.
             child.send_signal(signal.SIGSTOP)
             _, status = os.waitpid(child.pid, os.WUNTRACED)
             if not os.WIFSTOPPED(status):
@@ -412,7 +412,7 @@ def kill_while_saving(folder):
         assert child.returncode == 0
         return None
     finally:
-        child.kill()  # SIGKILL, which no handler sees
+        child.kill()  # SIGKILL, which cannot be handled
         child.wait()
         child.stdout.close()
 
@@ -420,13 +420,13 @@ def kill_while_saving(folder):
 @pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_to_the_state_of_an_undisturbed_run(tmp_path):
     with start(tmp_path / "undisturbed") as undisturbed:
-        for attempt in range(5):  # again where the machine was too busy to see a save in its middle
+        for attempt in range(5):  # a busy machine may miss every incomplete save
             folder = tmp_path / str(attempt)
             cut_off = kill_while_saving(folder)
             if cut_off is not None:
                 break
         assert cut_off is not None
-        assert unfinished(folder) == cut_off  # it lies there after the kill
+        assert unfinished(folder) == cut_off  # the incomplete save remains after the kill
         complete = [p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
         assert sorted(map(int, complete)) == list(range(1, cut_off))
         assert not (folder / "end").exists()
@@ -448,7 +448,7 @@ def test_a_run_killed_while_saving_resumes_to_the_state_of_an_undisturbed_run(tm
     ],
 )
 def test_a_file_cut_short_anywhere_is_refused(save, load, error):
-    data = save(dict(STATE))  # safetensors puts NumPy arrays into the dict that it is given
+    data = save(dict(STATE))  # safetensors puts NumPy arrays into its input
     for length in range(len(data)):
         with pytest.raises(error):
             load(data[:length])

@@ -1,4 +1,4 @@
-"""Tests every error of the functions: raised while tracing, with what to write."""
+"""Tests that every error of the functions is raised at trace time, and says what to write."""
 
 import re
 
@@ -14,7 +14,7 @@ STATE = jaxnorm.init_batch_stats(3)
 BOTH = {"batch_norm": jaxnorm.batch_norm, "instance_norm": jaxnorm.instance_norm}
 
 BAD = {
-    # name: (arguments, what the message says after the function's name)
+    # name: (arguments, the message after the name of the function)
     "integer input": (
         {"x": np.ones((4, 5, 3), np.int32)},
         "x should have a float dtype, because y has x's, but has int32; write "

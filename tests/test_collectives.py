@@ -1,4 +1,4 @@
-"""Tests that docs/distributed.md states what the compiled programs cost."""
+"""Tests that docs/distributed.md has the communication costs of the compiled programs."""
 
 import os
 import pathlib
@@ -26,4 +26,4 @@ def test_the_page_has_the_benchmark_s_tables():
     page = (ROOT / "docs" / "distributed.md").read_text()
     _, cost = page.split("\n## Communication cost\n")
     assert TABLE.findall(cost)[:2] == TABLE.findall(done.stdout)
-    assert len(TABLE.findall(cost)) == 3  # the third needs libtpu
+    assert len(TABLE.findall(cost)) == 3  # only the third needs libtpu

@@ -1,4 +1,4 @@
-"""Tests bounds on compiled programs: kept bytes, reductions, temporaries."""
+"""Tests bounds on the residuals, reductions and temporaries of compiled programs."""
 
 import re
 
@@ -20,9 +20,9 @@ NORMS = {
     "layer": jaxnorm.layer_norm,
     "rms": jaxnorm.rms_norm,
 }
-# Sums over arrays of x's size, as reductions or, over rows going backwards, as matrix products: of
-# x and x * x forward, of g and g * x_hat backward, and for layer and RMS norm the same two, or one,
-# again over the rows. The loop that measures again has two.
+# Sums over arrays of the size of x, which are reductions or, over rows in the backward pass, matrix
+# products: of x and x * x forward, of g and g * x_hat backward, and for layer and RMS norm two or
+# one more, over the rows. The loop that computes the moments again has two.
 LOOP = 2
 SUMS = {
     **dict.fromkeys(("batch", "instance", "group32", "group4"), 2 + 2 + LOOP),
@@ -33,7 +33,7 @@ SUMS = {
 
 @pytest.fixture(scope="module")
 def programs():
-    """A forward and backward pass of each norm, compiled once."""
+    """Compiles a forward and backward pass of each norm once."""
     compiled = {}
 
     def get(name, dtype):
@@ -52,7 +52,7 @@ def programs():
 
 
 def sums_of_full_size(text):
-    """How many reductions and matrix products take an array of x's size."""
+    """Returns the number of reductions and matrix products that take an array of the size of x."""
     size = 4 * 14 * 14 * 128
     found = 0
     for computation in text.split("\n}\n"):
@@ -76,7 +76,7 @@ def test_float32_needs_no_temporary_of_x_s_size(programs, name):
 
 @pytest.mark.parametrize("name", NORMS)
 def test_bfloat16_is_widened_a_few_times_at_most(programs, name):
-    """XLA for CPU writes float32 copies, twice x's bytes: of x, of g and, in the loop, of d."""
+    """Bounds XLA's float32 copies on CPU, of twice the bytes of x: of x, g and, in the loop, d."""
     x_bytes = 4 * 14 * 14 * 128 * 2
     copies = 2 if name == "rms" else 3
     temporaries = programs(name, "bfloat16").memory_analysis().temp_size_in_bytes
@@ -86,7 +86,7 @@ def test_bfloat16_is_widened_a_few_times_at_most(programs, name):
 @pytest.mark.parametrize("norm", [jaxnorm.layer_norm, jaxnorm.rms_norm])
 @pytest.mark.parametrize("explicit", [False, True])
 def test_sums_over_channels_that_come_first_are_matrix_products_too(norm, explicit):
-    """As reductions XLA for CPU fuses the whole backward pass with them: 30 times as long."""
+    """Checks for products, because XLA fuses reductions with the pass: 30 times the time on CPU."""
     kind = AxisType.Explicit if explicit else AxisType.Auto
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
     x = jax.random.normal(jax.random.key(0), (4, 128, 14, 14))
@@ -105,7 +105,7 @@ def test_sums_over_channels_that_come_first_are_matrix_products_too(norm, explic
     assert products == (2 if norm is jaxnorm.layer_norm else 1)
     swapped = jax.grad(lambda x, p: jnp.sum(jnp.sin(norm(x, p))), argnums=(0, 1))
     expected = swapped(jnp.moveaxis(jnp.asarray(jax.device_get(x)), 1, -1), params)
-    # Sums of a thousand float32 terms, in another order.
+    # These are sums of a thousand float32 terms, in another order.
     np.testing.assert_allclose(found[0], jnp.moveaxis(expected[0], -1, 1), rtol=1e-4, atol=1e-5)
     for key, value in expected[1].items():
         np.testing.assert_allclose(found[1][key], value, rtol=1e-4, atol=1e-4)

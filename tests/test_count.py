@@ -27,7 +27,7 @@ def test_the_body_of_a_scan_counts_once_a_round(length):
     once = compiled(jnp.sin, X).cost()
     if length > 1:  # XLA unrolls a single round
         assert program.loops() == (1, 0)
-    # Beside the body, the loop's counter and a copy.
+    # The loop's counter and a copy are counted in addition to the body.
     assert length * 2 * SIZE <= program.cost().bytes <= length * 2 * SIZE + 2 * SIZE + 64 * length
     assert once.bytes == 2 * SIZE
 
@@ -98,7 +98,7 @@ def test_what_is_read_through_a_slice_counts_as_the_slice():
     without = Program(TPU.replace("constant(12)", "constant(0)"))
     assert without.cost().bytes == 2 * TILE
     rounds = Program(TPU).cost().bytes - without.cost().bytes
-    assert rounds == 12 * (2 * TILE + 3 * 4)  # and the counter's addition
+    assert rounds == 12 * (2 * TILE + 3 * 4)  # this includes the addition of the counter
 
 
 def test_an_instruction_without_an_estimate_makes_the_cycles_unknown():

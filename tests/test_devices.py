@@ -1,7 +1,8 @@
 """Tests that a batch that is distributed over devices is normalized as the whole batch.
 
-The first tests draw the split: each sample lies on one device, in a slot of its own; the device's
-other slots hold NaN and are masked out, so that shapes stay fixed and sizes do not.
+The first tests generate random splits: each sample is in a separate slot of one device. The other
+slots of the device contain NaN and are masked out, so that the shapes are fixed and the sizes are
+not.
 """
 
 import functools
@@ -31,12 +32,12 @@ pytestmark = pytest.mark.usefixtures("strict")
 RNG = np.random.default_rng(11)
 DEVICES, N, LENGTH, C = 4, 6, 3, 2
 SHAPE = (N, LENGTH, C)
-X = RNG.normal(1, 2, (8, 5, C)).astype(np.float32)  # for the tests that draw nothing
+X = RNG.normal(1, 2, (8, 5, C)).astype(np.float32)  # for the tests without random splits
 PARAMS = {"scale": jnp.array([1.5, -0.5]), "bias": jnp.array([0.1, -0.2])}
 STATE = {"mean": jnp.array([0.5, -1.0]), "var": jnp.array([2.0, 3.0]), "count": jnp.int32(5)}
 NORM = {"batch": jaxnorm.batch_norm, "instance": jaxnorm.instance_norm}
 both = pytest.mark.parametrize("kind", NORM)
-# One sum in another order: a few units in the last place of values around 1.
+# A sum in another order differs by a few units in the last place of values around 1.
 close = functools.partial(chex.assert_trees_all_close, rtol=2e-6, atol=2e-6)
 
 
@@ -46,7 +47,7 @@ def mesh(kind=AxisType.Auto, **axes):
 
 
 def shard_map(f, in_specs, out_specs, **axes):
-    """On the devices of a mesh, under shard_map's default checks."""
+    """Maps a function over the devices of a mesh, with the default checks of shard_map."""
     return jax.shard_map(f, mesh=mesh(**axes), in_specs=in_specs, out_specs=out_specs)
 
 
@@ -80,7 +81,7 @@ def by_vmap(norm):
 
 
 def by_nothing(norm):
-    """For arrays that are sharded already, or that are whole: no name is needed."""
+    """Calls a function on arrays that are sharded already, or not at all, without axis name."""
     return lambda x, mask, params: norm(x, params, STATE, mask=mask)
 
 
@@ -95,7 +96,7 @@ SPREAD = {
 
 @functools.cache
 def program(kind, way):
-    """y, the new state and the gradients for x and params, compiled once for all draws."""
+    """Compiles y, the new state and the gradients for x and params, once for all splits."""
     make, axis_type = SPREAD[way]
     f = make(NORM[kind])
 
@@ -118,12 +119,12 @@ def program(kind, way):
 
 
 def slot(device):
-    """On each device another place, so that samples of two devices may have the same."""
+    """Returns the slots of samples, which are distinct on each device."""
     return device, (np.arange(N) + device) % N
 
 
 def in_slots(a, device, fill):
-    """Each sample in its slot of its device; what else there is, filled."""
+    """Puts each sample in its slot of its device, and fills the other slots."""
     slots = np.full((DEVICES, *a.shape), fill, a.dtype)
     slots[slot(device)] = a
     return slots.reshape(-1, *a.shape[1:])
@@ -134,7 +135,7 @@ def from_slots(slots, device):
 
 
 def offsets():
-    """One offset for all, or another for each sample."""
+    """Draws one offset for all samples, or one for each sample."""
     one = st.sampled_from([0.0, 1e2, 1e4, 1e6])
     return one | hnp.arrays(np.float32, (N, 1, 1), elements=one)
 
@@ -157,8 +158,8 @@ def test_any_split_over_devices_is_the_whole_batch(kind, way, values, offset, ma
     slots = in_slots(x, device, np.nan), in_slots(mask, device, False)
     (_, (y, state)), (dx, dparams) = program(kind, way)(*slots, in_slots(WEIGHTS, device, 0))
     (_, (y_whole, state_whole)), whole = program(kind, "whole")(x, mask, WEIGHTS)
-    # At most, in 1,600 draws: 2e-6 for y, which is up to 6; 2e-6 for dx beside 1 / deviation;
-    # 6e-6 for sums over 18 entries; 5e-7 for the state, beside the largest entry and itself.
+    # The largest errors in 1,600 draws were 2e-6 for y, which is up to 6; 2e-6 / deviation for dx;
+    # 6e-6 for sums over 18 entries; 5e-7 for the state, relative to it and the largest entry.
     np.testing.assert_allclose(from_slots(y, device), y_whole, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(np.where(slots[1], 0, y), 0)
     largest = np.abs(np.where(mask, x, 0)).max() + 1
@@ -179,7 +180,7 @@ MICRO = 3
 
 
 def rows_or_pooled(kind, x, mask, **options):
-    """Moments of the batch for batch norm, a row a sample for instance norm."""
+    """Returns the moments of the batch for batch norm, and of each sample for instance norm."""
     if kind == "batch":
         return jaxnorm.moments(x, (0, 1), mask=mask, **options)
     return jax.vmap(lambda x, mask: jaxnorm.moments(x, 0, mask=mask))(x, mask)
@@ -191,7 +192,7 @@ def micro_batches(mask, micro):
 
 @functools.cache
 def micro_program(kind, spread):
-    """The state after one update by all moments, and the gradient of the moments."""
+    """Compiles one update by all moments, and the gradient of the moments."""
 
     def all_moments(x, mask, micro):
         options = {"axis_name": "d"} if spread else {}
@@ -216,7 +217,7 @@ def micro_program(kind, spread):
 
 @functools.cache
 def accumulating_program(kind):
-    """The state that has accumulated all micro-batches, one call each."""
+    """Compiles the accumulation of all micro-batches, with one call for each."""
 
     def train(x, mask, micro):
         state = jaxnorm.begin_accumulation(STATE)
@@ -235,8 +236,8 @@ def test_any_split_into_micro_batches_too(kind, values, offset, mask, device, mi
     slots = in_slots(x, device, np.nan), in_slots(mask, device, False), in_slots(micro, device, -1)
     dx, state = micro_program(kind, True)(*slots)
     dx_whole, state_whole = micro_program(kind, False)(x, mask, micro)
-    # Between micro-batches the mean is one float32: off by its rounding, and the variance by that
-    # times how far the entries lie apart.
+    # Between micro-batches, the mean is rounded to float32. The error of the variance is this error
+    # times the range of the entries.
     chosen = x[mask].astype(np.float64)
     rounding = 2.0**-23 * np.abs(chosen).max(initial=1)
     apart = np.ptp(chosen) if chosen.size else 0
@@ -253,7 +254,7 @@ def test_any_split_into_micro_batches_too(kind, values, offset, mask, device, mi
 
 
 def stepped(kind, axis_name=None, groups=None):
-    """y, the new state, and the gradients for x and params, on one device of many."""
+    """Returns y, the new state, and the gradients for x and params, on one of several devices."""
 
     def step(x, params):
         def loss(x, params):
@@ -289,7 +290,7 @@ def test_pmap(kind):
 
 
 def over_two_names(way, f):
-    """f with x along both axes "a" and "b", and everything that comes out stacked along them."""
+    """Maps f over x along both axes "a" and "b", and stacks all outputs along them."""
     names = "a", "b"
 
     def on_one(x, params):
@@ -393,7 +394,7 @@ class NNXNet(nnx.Module):
 
 
 def linen_net(axis_name):
-    """First params and batch_stats, and a call that returns the moved ones beside y."""
+    """Returns initial params and batch_stats, and a call that returns y and the updated state."""
     model = LinenNet(axis_name)
     variables = quick_jit(model.init)(jax.random.key(0), XS[0])
 
@@ -419,7 +420,7 @@ def nnx_net(axis_name):
 
 
 def trained(net, axis_name=None):
-    """Params and batch_stats after the steps; with a name, inside shard_map."""
+    """Returns params and batch_stats after the steps; with a name, it trains in shard_map."""
     params, batch_stats, call = net(axis_name)
 
     def step(carry, batch):
@@ -450,12 +451,12 @@ def test_a_model_trains_in_shard_map_as_on_one_device(net):
     chex.assert_trees_all_close(trained(net, "d"), trained(net), rtol=1e-5, atol=1e-5)
 
 
-# ---- Masks, poison and replicas ----
+# ---- Masks, NaN and replicas ----
 
 
 @functools.cache
 def on_devices(kind, **options):
-    """y, the state and dx, with one row of x a device; the loss is the sum of sin(y)."""
+    """Returns y, the state and dx, with one row of x per device; the loss is sum(sin(y))."""
 
     def f(x, mask):
         y, state = NORM[kind](x, PARAMS, STATE, axis_name="d", mask=mask, **options)
@@ -480,7 +481,7 @@ def test_devices_are_weighted_by_their_unmasked_entries():
     mask[0], mask[1, 0] = True, True
     x[~mask[..., 0]] = np.nan
     y, state, _ = on_devices("batch", momentum=1.0)(x, mask)
-    np.testing.assert_allclose(state["mean"], 4.0, rtol=1e-6)  # and not 6.25, the mean of means
+    np.testing.assert_allclose(state["mean"], 4.0, rtol=1e-6)  # the mean of means would be 6.25
     np.testing.assert_allclose(state["var"], 12.5, rtol=1e-6)  # (9 + 4 + 1 + 0 + 36) / 4
     x_hat = (10 - 4) / np.sqrt(10 + 1e-5)
     np.testing.assert_allclose(y[1, 0], PARAMS["scale"] * x_hat + PARAMS["bias"], rtol=1e-6)
@@ -497,7 +498,7 @@ def test_a_device_that_is_masked_out_has_weight_0(kind, empty):
     y, state, dx = on_devices(kind, momentum=0.1)(x, mask)
     chex.assert_tree_all_finite((y, state, dx))
     expected, state_expected = quick_jit(NORM[kind])(x[others], PARAMS, STATE)
-    # At an offset of 100, the state's mean is good to 1e-5.
+    # At an offset of 100, the mean of the state has an error of up to 1e-5.
     chex.assert_trees_all_close(state, state_expected, rtol=1e-6, atol=1e-5)
     close(y[np.asarray(others)], expected)
     np.testing.assert_array_equal(dx[empty], 0)
@@ -516,7 +517,7 @@ def test_a_nan_on_one_device_skips_the_channel_on_all_alike(kind, momentum):
         assert len(copies) == DEVICES
         for copy in copies:
             np.testing.assert_array_equal(copy, copies[0])
-    # With momentum=None, one count cannot weigh channels that have seen different batches.
+    # With momentum=None, one count cannot weigh channels that are averages of different batches.
     moved = clean if momentum else STATE
     for key in ("mean", "var"):
         assert state[key][0] == STATE[key][0]
@@ -543,11 +544,11 @@ def test_replicas_that_were_not_synced_are_merged_as_if_they_had_been():
     merged = jaxnorm.merge_batch_stats(alone)
     np.testing.assert_allclose(merged["mean"], synced["mean"], rtol=1e-6)
     np.testing.assert_allclose(merged["var"], 4.95, rtol=1e-6)
-    # Unbiased on 2 n - 1 instead of n - 1 entries: apart by the order of 1 / n.
+    # The unbiased variances divide by 2 n - 1 and by n - 1, which differ by the order of 1 / n.
     np.testing.assert_allclose(merged["var"], synced["var"], rtol=1 / n)
 
 
-# ---- Read from the compiled program ----
+# ---- Compiled programs ----
 
 COLLECTIVES = r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 WIDE = jax.ShapeDtypeStruct((8, 12, 16), jnp.float32)  # (N, L, C)
@@ -555,19 +556,19 @@ FIRST = jaxnorm.init_params(16), jaxnorm.init_batch_stats(16)
 
 
 def all_reduces(f, in_specs, out_specs, *args):
-    """How many collectives the program has; none is anything but an all-reduce."""
+    """Returns the number of collectives, and checks that all of them are all-reduces."""
     return collectives(quick_jit(shard_map(f, in_specs, out_specs)), *args)
 
 
 def collectives(jitted, *args):
-    """How many all-reduces stand outside the loop that measures again, and no other collective."""
+    """Returns the number of all-reduces outside the loop, and checks for other collectives."""
     text = jitted.lower(*args).compile().as_text()
     assert set(re.findall(COLLECTIVES, text)) <= {"all-reduce"}
     return len(re.findall(COLLECTIVES, text[text.index("\nENTRY") :]))
 
 
 def training_step(forward, layers=1):
-    """A step of SGD through that many norms: the loss, its gradients, the new params and states."""
+    """Returns the loss, new params and states of an SGD step through a number of norms."""
 
     def step(x, params, states):
         def loss(params):
@@ -603,9 +604,9 @@ def test_one_collective_forward_and_none_where_none_is_needed(kind, options, exp
 @pytest.mark.parametrize(
     ("kind", "layers", "expected"),
     [
-        ("batch", 1, 2),  # the sums for loss, scale and bias ride along
+        ("batch", 1, 2),  # includes the sums for loss, scale and bias
         ("batch", 3, 2 * 3),
-        ("instance", 1, 1),  # as the states of all layers do here
+        ("instance", 1, 1),  # here, also the states of all layers
         ("instance", 3, 1),
     ],
 )
@@ -641,8 +642,11 @@ def test_one_collective_each_way_for_a_norm_whose_sample_is_spread(kind):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_a_sharded_batch_under_jit_takes_few_collectives_forward(kind, axis_type, platform):
-    """Batch norm: its sums, and on a GPU the shift before them. Instance norm: those of the state,
-    and where it may measure again, whether any sample on any device asks for it."""
+    """Counts the collectives of the forward pass.
+
+    Batch norm needs its sums, and on a GPU the shift before them. Instance norm needs those of the
+    state and, with a loop, whether any sample on any device has to be computed again.
+    """
     with jax.set_mesh(mesh(axis_type)), platforms.formulated_for(platform):
         x = jax.device_put(np.zeros(WIDE.shape, np.float32), P("d"))
         found = collectives(quick_jit(NORM[kind]), x, *FIRST)

@@ -19,7 +19,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def load_example():
     spec = importlib.util.spec_from_file_location("digits_example", SOURCE)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where Flax looks a module's annotations up
+    sys.modules[spec.name] = module  # Flax looks up annotations there
     spec.loader.exec_module(module)
     return module
 
@@ -33,7 +33,7 @@ def idx(array):
 
 @pytest.fixture
 def mnist(tmp_path):
-    """A folder with the four files: 20 images to train on, 10 to test, labels 0 to 9 in turn."""
+    """Writes the four files: 20 training images and 10 test images, with labels 0 to 9 in turn."""
     rng = np.random.default_rng(0)
     for part, number in (("train", 20), ("t10k", 10)):
         images = rng.integers(0, 256, (number, 28, 28), np.uint8)
@@ -137,7 +137,7 @@ def test_the_split_is_fixed_stratified_and_of_all_digits():
     assert train.images.min() == 0
     assert train.images.max() == 1
     shares = np.bincount(test.labels) / np.bincount(train.labels)
-    np.testing.assert_allclose(shares, 1 / 3, atol=0.01)  # 45 and 135 of each, one more or less
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.01)  # 45 and 135 of each, plus or minus one
 
 
 def test_change_contrast_halves_it_and_brightens():
@@ -165,7 +165,7 @@ def test_a_step_updates_params_and_batch_stats(batch, name):
     after, _ = digits.train_step(before, *batch)
     for moved in ("params", "batch_stats"):
         equal = jax.tree.map(np.array_equal, getattr(before, moved), getattr(after, moved))
-        # Not the convolutions' bias: the norm takes it out again, up to rounding.
+        # The bias of the convolutions is excluded, because the norm removes it, up to rounding.
         unmoved = {jax.tree_util.keystr(k) for k, e in jax.tree.leaves_with_path(equal) if e}
         assert unmoved <= {"['Conv_0']['bias']", "['Conv_1']['bias']"}
     assert after.step == 1
@@ -186,7 +186,7 @@ def test_twenty_steps_lower_the_loss(batch, name):
     for _ in range(20):
         state, loss = digits.train_step(state, *batch)
         losses.append(float(loss))
-    assert losses[-1] < 0.7 * losses[0]  # 0.49 of it without a norm, 0.01 with one
+    assert losses[-1] < 0.7 * losses[0]  # the measured ratios are 0.49 without and 0.01 with a norm
 
 
 def test_prediction_uses_the_state_and_does_not_change_it(batch):
@@ -195,7 +195,7 @@ def test_prediction_uses_the_state_and_does_not_change_it(batch):
     running = digits.predict(state, batch.images)
     own = digits.predict(state, batch.images, use_running_average=False)
     assert same(before, state)
-    # Far from this batch after one step, the running statistics read it otherwise.
+    # After one step, the running statistics are far from those of this batch.
     assert not np.array_equal(running, own)
     alone = [digits.predict(state, batch.images[i : i + 1])[0] for i in range(8)]
     np.testing.assert_array_equal(alone, running[:8])
@@ -224,7 +224,7 @@ def test_main_prints_four_rows_and_writes_both_pictures(tmp_path, capsys):
     }
     assert rows["InstanceNorm"][4:6] == rows["InstanceNorm"][:2]
     assert rows[RUNNING][2:4] == rows[RUNNING][:2]
-    assert all(float(row[0].rstrip("%")) > 60 for row in rows.values())  # 10 is chance, 81 seen
+    assert all(float(row[0].rstrip("%")) > 60 for row in rows.values())  # chance: 10; measured: 81
     assert max(map(len, out.splitlines()[1:8])) <= 100
     for picture in ("curves.png", "mistakes.png"):
         assert (tmp_path / "new" / picture).read_bytes().startswith(PNG)

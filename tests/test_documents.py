@@ -1,4 +1,4 @@
-"""Runs the code blocks of the documents, and compares what they quote with what is printed."""
+"""Runs the code blocks of the documents."""
 
 import pathlib
 import re
@@ -6,9 +6,9 @@ import re
 import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-# tests_onnx runs that page, where jax2onnx is.
+# tests_onnx runs this page, because it needs jax2onnx.
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if page.name != "onnx.md"]
-# `make test` runs what a first reader copies.
+# `make test` runs the pages that new users read first.
 FIRST_PAGES = ("index.md", "training.md", "masks.md", "dtypes.md", "watching.md")
 BLOCKS = [
     (page.name, heading, code)
@@ -36,5 +36,5 @@ def test_every_block_is_under_a_heading_of_its_own():
     ],
 )
 def test_the_code_of_the_page_runs(page, heading, code):
-    assert "assert " in code  # it shows what comes out
+    assert "assert " in code  # each block checks its results
     exec(compile(code, f"docs/{page}: {heading}", "exec"), {})

@@ -21,7 +21,7 @@ import jaxnorm.nnx
 KEY = jax.random.key(1)
 STEPS, BATCH = 5, 8
 FRONTENDS = {"linen": (flax.linen, jaxnorm.linen), "nnx": (flax.nnx, jaxnorm.nnx)}
-NETWORKS = [  # what differs between the frontends; the others once
+NETWORKS = [  # both frontends where they differ, otherwise one of them
     ("linen", "ResNet18", "BatchNorm"),
     ("nnx", "ResNet18", "BatchNorm"),
     ("linen", "ResNet18", "InstanceNorm"),
@@ -35,16 +35,16 @@ TRAINED_FAST = [("linen", "ResNet18", "BatchNorm"), ("nnx", "Transformer", "Laye
 NAMES = ["BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
 each_frontend = pytest.mark.parametrize("frontend", FRONTENDS)
 each_name = pytest.mark.parametrize("name", NAMES)
-# Float64, in which Flax's E[x^2] - E[x]^2 is accurate too: 15 digits, of which 18 layers and 5
-# steps lose a few.
+# In float64, Flax's E[x^2] - E[x]^2 is also accurate. Of the 15 digits, 18 layers and 5 steps
+# lose a few.
 SAME = {"rtol": 1e-9, "atol": 1e-11}
 
 
-# ---- A model trains the same ----
+# ---- Training a model ----
 
 
 def data(network):
-    """A batch of images or of sequences, its labels, and another batch, in float64."""
+    """Returns a batch of images or sequences, its labels, and another batch, in float64."""
     rng = np.random.default_rng(5)
     shape = (BATCH, 16, 16, 3) if network == "ResNet18" else (BATCH, 7, 6)
     x, other = rng.normal(0.5, 1, (2, *shape))
@@ -56,7 +56,7 @@ def cross_entropy(logits, labels):
 
 
 def train_linen(norms, network, kind, dtype=jnp.float64):
-    """First variables, losses, last variables, and the evaluation function of variables and x."""
+    """Returns the initial variables, losses, last variables, and the evaluation function."""
     model = getattr(models, network)(norms, kind, dtype)
     x, labels, _ = data(network)
     first = quick_jit(functools.partial(model.init, train=False))(KEY, x)
@@ -82,7 +82,7 @@ def train_linen(norms, network, kind, dtype=jnp.float64):
 
 
 def train_nnx(norms, network, kind, dtype=jnp.float64):
-    """As `train_linen`; variables are pure dicts of the model's state."""
+    """The NNX version of `train_linen`; variables are pure dicts of the state of the model."""
     model = getattr(models, "NNX" + network)(norms, kind, dtype, rngs=nnx.Rngs(KEY))
     nnx.update(model, jax.tree.map(widen, nnx.state(model, nnx.BatchStat)))
     x, labels, _ = data(network)
@@ -122,12 +122,12 @@ def run(step, carry):
 
 
 def widen(statistic):
-    """Flax's running statistics begin in float32 whatever param_dtype says."""
+    """Converts to float64, because Flax's running statistics are float32 for any param_dtype."""
     return statistic.astype(jnp.float64) if statistic.dtype == jnp.float32 else statistic
 
 
 def variables_of(model):
-    """The state of a model in the form of Linen's variables."""
+    """Returns the state of a model in the form of Linen's variables."""
     return {
         "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
         "batch_stats": nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),
@@ -135,7 +135,7 @@ def variables_of(model):
 
 
 def without_count(tree):
-    """The tree without its counts, and the list of these."""
+    """Returns the tree without its counts, and the list of the counts."""
     flat = flax.traverse_util.flatten_dict(tree)
     counts = [value for path, value in flat.items() if path[-1] == "count"]
     kept = {path: value for path, value in flat.items() if path[-1] != "count"}
@@ -171,7 +171,7 @@ def test_a_model_trains_the_same_after_changing_the_import(x64, frontend, networ
 
     chex.assert_trees_all_equal(first["params"], flax_first["params"])
     np.testing.assert_allclose(losses, flax_losses, **SAME)
-    assert losses[-1] < 0.9 * losses[0]  # it does train
+    assert losses[-1] < 0.9 * losses[0]  # training reduces the loss
     chex.assert_trees_all_close(last["params"], flax_last["params"], **SAME)
     if kind != "BatchNorm":
         assert not first.get("batch_stats")
@@ -185,8 +185,8 @@ def test_a_model_trains_the_same_after_changing_the_import(x64, frontend, networ
     assert stats.keys() == flax_stats.keys()
     biased = {}
     for path, value in stats.items():
-        if path[-1] == "var":  # an average of the first variance, 1, and unbiased ones
-            n = BATCH * (16 * models.WIDTHS[0] // len(value)) ** 2  # a stage halves what it doubles
+        if path[-1] == "var":  # an average of the initial 1 and unbiased variances
+            n = BATCH * (16 * models.WIDTHS[0] // len(value)) ** 2  # half the size in each stage
             value = 0.9**STEPS + (value - 0.9**STEPS) * (n - 1) / n
         np.testing.assert_allclose(value, flax_stats[path], **SAME, err_msg=str(path))
         biased[path] = value
@@ -259,7 +259,7 @@ SEVERAL = [
     {"reduction_axes": (1, 3), "feature_axes": (1, 3)},
     {"reduction_axes": (1, 2, 3), "feature_axes": (-1, 2)},
 ]
-LINEN_OWN = {  # flax.nnx refuses these, or repeats the groups' means along another axis
+LINEN_OWN = {  # flax.nnx raises an error for these, or repeats means along a wrong axis
     "GroupNorm": [
         {"num_groups": 3, "reduction_axes": (2, 3)},
         {"num_groups": 1, "reduction_axes": (3,)},
@@ -286,7 +286,7 @@ def linen_arguments(name):
 
 
 def made(module, name, options, **others):
-    """A layer of a namespace, in training; statistics move by a quarter."""
+    """Makes a layer of a namespace, in training, with a momentum of a quarter."""
     if name == "BatchNorm":
         memory = "decay" if module.__name__.startswith("jaxnorm") else "momentum"
         options = {"use_running_average": False, memory: 0.75, **options}
@@ -295,7 +295,7 @@ def made(module, name, options, **others):
 
 def assert_same_outputs(y, y_flax):
     assert y.dtype == y_flax.dtype
-    # Flax's variance loses a digit; in bfloat16 its x is rounded first, and y after each step.
+    # Flax's variance loses a digit; in bfloat16, Flax rounds x first, and y after each operation.
     tolerance = float(4 * jnp.finfo(y.dtype).eps) + 1e-5
     y, y_flax = (a.astype(jnp.float32) for a in (y, y_flax))
     np.testing.assert_allclose(y, y_flax, rtol=tolerance, atol=tolerance)
@@ -309,7 +309,7 @@ def test_linen_s_arguments_mean_what_they_mean_in_flax(name, options, features):
     variables = ours.init(KEY, X)
     chex.assert_trees_all_equal(variables, theirs.init(KEY, X))
     chex.assert_trees_all_equal_dtypes(variables, theirs.init(KEY, X))
-    # All entries differ, so that one on another's place is seen.
+    # All entries differ, so that an exchange of two of them is detected.
     variables = jax.tree.map(lambda a: a + jnp.arange(a.size).reshape(a.shape) / 8, variables)
     variables = jax.tree.map(lambda a: a.astype(ours.param_dtype), variables)
     assert_same_outputs(ours.apply(variables, X), theirs.apply(variables, X))
@@ -325,7 +325,7 @@ def test_nnx_s_arguments_mean_what_they_mean_in_flax(name, options, features):
         layers.append(made(norms, name, options)(features, rngs=rngs))
         draws.append(rngs.params())
     theirs, ours = layers
-    assert draws[0] == draws[1]  # as many keys were used
+    assert draws[0] == draws[1]  # both used the same number of keys
     params = nnx.state(ours, nnx.Param)
     chex.assert_trees_all_equal(params, nnx.state(theirs, nnx.Param))
     chex.assert_trees_all_equal_dtypes(params, nnx.state(theirs, nnx.Param))
@@ -337,7 +337,7 @@ def test_nnx_s_arguments_mean_what_they_mean_in_flax(name, options, features):
     if name == "BatchNorm":
         n = X.size / features
         biased = 0.75 + (ours.var[...] - 0.75) * (n - 1) / n
-        # What Flax rounds x to, its mean may be off by.
+        # The error of Flax's mean may be as large as its rounding of x.
         tolerance = float(jnp.finfo(ours.dtype or X.dtype).eps) + 1e-5
         np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=0, atol=tolerance)
         np.testing.assert_allclose(biased, theirs.var[...], rtol=tolerance)
@@ -362,7 +362,7 @@ def test_nnx_s_parameters_carry_the_metadata(name):
 
 
 def linen_call(layer):
-    variables = layer(axis_name=None).init(KEY, X[0])  # Flax needs the axis already here
+    variables = layer(axis_name=None).init(KEY, X[0])  # Flax already needs the axis here
     return lambda x: layer().apply(variables, x, mutable=["batch_stats"])[0]
 
 
@@ -383,7 +383,7 @@ def test_an_axis_name_spreads_what_it_spreads_in_flax(frontend, name):
         for norms in FRONTENDS[frontend]
     )
     assert_same_outputs(ours(X), theirs(X))
-    assert float(abs(ours(X[:1]) - ours(X)[:1]).max()) > 0.01  # the others do count
+    assert float(abs(ours(X[:1]) - ours(X)[:1]).max()) > 0.01  # the other samples have an effect
 
 
 # ---- Names, order, defaults ----
@@ -392,7 +392,7 @@ def test_an_axis_name_spreads_what_it_spreads_in_flax(frontend, name):
 @each_frontend
 @each_name
 def test_the_constructor_has_flax_s_arguments_in_their_order_with_their_defaults(frontend, name):
-    # Not the class's, which NNX's metaclass hides.
+    # The signature of the class is hidden by NNX's metaclass.
     theirs, ours = (
         inspect.signature(getattr(norms, name).__init__) for norms in FRONTENDS[frontend]
     )
@@ -401,7 +401,7 @@ def test_the_constructor_has_flax_s_arguments_in_their_order_with_their_defaults
     assert len(theirs) > 10
     assert [p.name for p in ours] == [p.name for p in theirs]
     assert [p.kind for p in ours] == [p.kind for p in theirs]
-    # Momentum is 0.1 of the new value here, 0.01 of it there.
+    # The weight of the new value is 0.1 in jaxnorm, and 0.01 in Flax.
     defaults = [{p.name: p.default for p in ps if p.name != "momentum"} for ps in (ours, theirs)]
     assert defaults[0] == defaults[1]
 

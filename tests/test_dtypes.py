@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def read_tables():
-    """The page's tables, each from its rows' first cells to their other cells, in order."""
+    """Returns the tables of the page; each maps the first cell of a row to its other cells."""
     blocks = re.findall(r"(?:^\|.*\n)+", PAGE, re.M)
     rows = [[re.findall(r"[^|]+", line) for line in block.splitlines()[2:]] for block in blocks]
     cells = [[[cell.strip() for cell in row if cell.strip()] for row in block] for block in rows]
@@ -54,7 +54,7 @@ def test_the_page_has_every_dtype_in_every_table():
 
 
 def cells_of_y(x):
-    """The dtype argument, and y's dtype."""
+    """Yields the dtype argument and the dtype of y."""
     return list(zip((None, *DTYPES), Y[x][1:], strict=True))
 
 
@@ -117,7 +117,7 @@ def test_evaluation_by_a_float64_state_computes_in_float64():
     x, mean = jnp.ones((1, 1), jnp.float32), jnp.ones(1, jnp.float64) - 1e-12
     state = {"mean": mean, "var": jnp.zeros(1, jnp.float32), "count": jnp.int32(1)}
     y, _ = jaxnorm.batch_norm(x, None, state, use_running_average=True, epsilon=1.0)
-    # 1 - 1e-12 is 1 in float32; in float64 the difference is kept, to its rounding of 1e-16.
+    # 1 - 1e-12 is 1 in float32; in float64 the difference is kept, with a rounding of 1e-16.
     assert y.dtype == jnp.float32
     assert float(y[0, 0]) == pytest.approx(1e-12, rel=1e-3)
 
@@ -144,7 +144,7 @@ def test_without_x64_float64_is_float32_and_jax_warns():
 
 
 def linen_layer(name, x, **options):
-    """The layer's y, parameters and state."""
+    """Returns y, the parameters and the state of a layer."""
     layer = getattr(jaxnorm.linen, name)(**OPTIONS[name], **options)
     y, variables = layer.init_with_output(jax.random.key(0), x)
     return y, variables["params"], variables.get("batch_stats")

@@ -1,4 +1,4 @@
-"""Tests that an evaluated model is exported as StableHLO and gives the same in another process."""
+"""Tests that a model in evaluation is exported as StableHLO, and agrees in another process."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ class Nnx(nnx.Module):
 
 
 def trained_statistics(tree):
-    """A state that is not the first one."""
+    """Returns a state that is not the initial one."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda a: jnp.asarray(rng.uniform(0.5, 2, a.shape), a.dtype) if a.ndim else a + 5, tree
@@ -82,7 +82,7 @@ def test_an_exported_model_with_symbolic_sizes_runs_in_another_process(frontend,
         np.save(tmp_path / f"x{k}.npy", x)
     subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True)
     for k, x in enumerate(xs):
-        # The same program but for the sizes, which are known here: other fusions, other rounding.
-        # In a channel that relu leaves constant, a rounding of 1e-7 is divided by sqrt(epsilon),
+        # The sizes of this program are known, which changes the fusions and the rounding.
+        # If a channel is constant after the ReLU, a rounding of 1e-7 is divided by sqrt(epsilon),
         # which is 1e-3.
         np.testing.assert_allclose(np.load(tmp_path / f"y{k}.npy"), model(x), rtol=1e-4, atol=5e-4)

@@ -17,12 +17,12 @@ NORMS = {
     "layer": lambda x, **o: jaxnorm.layer_norm(x, **o),
     "rms": lambda x, **o: jaxnorm.rms_norm(x, **o),
 }
-# The axes over which each reduces x of shape (8, 16, 64), of which group norm makes (8, 16, 4, 16).
+# The axes that each norm reduces over; x is (8, 16, 64), or (8, 16, 4, 16) for group norm.
 AXES = {"batch": (0, 1), "instance": (1,), "group": (1, 3), "layer": (2,), "rms": (2,)}
 
 
 def reference(norm, x, g, epsilon=1e-5):
-    """y and the gradient of x in float64 NumPy, for the upstream gradient g."""
+    """Computes y and the gradient of x in float64 NumPy, for the upstream gradient g."""
     x, g = np.asarray(x, np.float64), np.asarray(g, np.float64)
     shape, axes = x.shape, AXES[norm]
     if norm == "group":
@@ -47,7 +47,7 @@ def rms(a):
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_gradient_of_x_is_rounded_once(norm, dtype):
     rng = np.random.default_rng(0)
-    # Upstream gradients with a large common part, which the two terms of the gradient share.
+    # The upstream gradients have a large common part, which both terms of the gradient contain.
     x = jnp.asarray(rng.normal(size=(8, 16, 64)), dtype)
     g = jnp.asarray(10 + rng.normal(size=(8, 16, 64)), dtype)
     _, vjp = jax.vjp(NORMS[norm], x)
@@ -73,7 +73,7 @@ def test_large_upstream_gradients_in_float16_stay_finite_where_pytorch_s_do(norm
     (found,) = vjp(jnp.asarray(g))
     finite = np.isfinite(expected)
     assert finite.any()
-    # 316 times differences of numbers near 300, summed in float32: 316 * 300 * 6e-8 * 4.
+    # These are 316 times differences of numbers near 300, in float32: 316 * 300 * 6e-8 * 4.
     found = np.asarray(found, np.float64)
     np.testing.assert_allclose(found[finite], expected[finite], rtol=2e-3, atol=0.1)
 
@@ -106,7 +106,7 @@ def test_masked_data_do_not_affect_gradients_with_an_epsilon_of_0(norm):
     found = gradient(x, params, 0.0)
     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(found))
     np.testing.assert_array_equal(np.asarray(found[0])[~mask], 0)
-    # The same as with other numbers where the mask is False.
+    # The values where the mask is False have no effect.
     other = gradient(np.where(mask, x, 7).astype(np.float32), params, 0.0)
     jax.tree.map(np.testing.assert_array_equal, found, other)
     hessian = jax.jvp(lambda x: jax.grad(loss)(x, params, 0.0), (x,), (jnp.ones_like(x),))[1]
@@ -132,7 +132,7 @@ def test_constants_give_0_with_an_epsilon_of_0(norm, value):
 @pytest.mark.parametrize("size", [1e-16, 1e-9, 1.0, 1e9, 1e18])
 def test_y_does_not_depend_on_the_unit_of_x(norm, size):
     x = (size * np.random.default_rng(3).normal(size=(8, 16, 64))).astype(np.float32)
-    # The unit enters through epsilon alone; 0 shows it.
+    # Only epsilon has a unit, so the results with 0 do not depend on the scale.
     y, _ = reference(norm, x, np.ones_like(x), epsilon=0.0)
     found = NORMS[norm](jnp.asarray(x), epsilon=0.0)
     np.testing.assert_allclose(found, y, rtol=0, atol=2e-6)  # as at every offset

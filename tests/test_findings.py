@@ -1,4 +1,4 @@
-"""Tests that check_batch_stats finds what is wrong, and nothing else."""
+"""Tests that check_batch_stats finds all problems, and nothing else."""
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ def findings(state, **params):
 def test_a_trained_state_has_none():
     assert findings(GOOD, scale=jnp.ones(2), bias=jnp.ones(2)) == []
     assert jaxnorm.check_batch_stats(GOOD) == []
-    stacked = jax.tree.map(lambda a: jnp.stack([a, a, a]), GOOD)  # of nn.scan or nn.vmap
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a, a]), GOOD)  # as from nn.scan or nn.vmap
     assert findings(stacked, scale=jnp.ones((3, 2))) == []
 
 
@@ -82,7 +82,7 @@ def test_a_finding_reads_as_a_sentence():
     assert str(finding) == "['count'] is missing"
 
 
-# ---- What a checkpoint's format lets through ----
+# ---- Changes that checkpoint formats do not detect ----
 
 
 class Model(nn.Module):

@@ -30,7 +30,7 @@ PLAIN = {
 
 
 def close(found, wanted):
-    # Sums over two devices are in another order than those over one.
+    # Sums over two devices have another order than those on one device.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
 
 
@@ -80,7 +80,7 @@ def test_shard_map_over_one_axis_with_the_channels_on_the_other(name, mesh):
 
 
 def every(masked):
-    """Every norm, as a function of x and parameters of x's channels."""
+    """Returns every norm as a function of x and parameters of shape (C,)."""
     mask = {"mask": X[:1] > 1} if masked else {}
     tracked = {n: lambda x, p, f=f: f(x, p, STATE, **mask)[0] for n, f in TRACKED.items()}
     plain = {n: lambda x, p, f=f: f(x, p, **mask) for n, f in PLAIN.items()}
@@ -96,7 +96,7 @@ def test_no_rank_is_promoted_implicitly(name, masked):
     wanted = jax.grad(loss, (0, 1))(X, PARAMS)
     with jax.numpy_rank_promotion("raise"):
         gradient = jax.grad(loss, (0, 1))
-        found, _ = jax.jvp(lambda x: gradient(x, PARAMS), (X,), (X,))  # the Hessian's product
+        found, _ = jax.jvp(lambda x: gradient(x, PARAMS), (X,), (X,))  # a Hessian-vector product
     close(found, wanted)
 
 

@@ -1,4 +1,4 @@
-"""Tests that a layer that a norm was fused into computes what both compute."""
+"""Tests that a layer with a folded norm computes the same as the layer and the norm."""
 
 import flax.linen as nn
 import jax
@@ -150,7 +150,7 @@ def test_a_model_is_folded_by_named_pairs():
     shapes = jax.eval_shape(Model(folded=True).init, KEY, x)
     assert jax.tree.structure(folded) == jax.tree.structure(shapes)
     found = Model(folded=True).apply(folded, x)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32, values up to 100
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32, up to 100
     assert sorted(folded["batch_stats"]) == ["last"]
 
 

@@ -37,20 +37,20 @@ def channels_last(x):
 
 
 def assert_agree(found, expected):
-    """Within 1e-4 of the largest value: float32 through twenty convolutions and norms."""
+    """Compares within 1e-4 of the largest value: float32 through twenty convolutions and norms."""
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")
 def generator(examples):
-    """PyTorch's generator after a few passes, its variables, images and labels."""
+    """Returns PyTorch's generator after a few passes, its variables, images and labels."""
     torch.manual_seed(0)
-    theirs = torch_models.Generator(features=32)  # 64 as published: four times the time
+    theirs = torch_models.Generator(features=32)  # the published 64 take four times as long
     rng = np.random.default_rng(0)
     images = examples["stargan"].photographs()[:4]
     labels = np.eye(5, dtype=np.float32)[rng.integers(5, size=len(images))]
     with torch.no_grad():
-        for module in theirs.modules():  # scales and biases that are not all 1 and 0
+        for module in theirs.modules():  # the scales and biases are not 1 and 0
             if isinstance(module, torch.nn.InstanceNorm2d):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.5, 0.5)
@@ -89,8 +89,8 @@ def test_the_generator_agrees_in_both_modes(examples, generator):
     by_state, by_own, updates = both(images, labels)
     assert_agree(by_state, evaluated)
     assert_agree(by_own, trained)
-    assert np.abs(by_state - by_own).max() > 0.1  # they are two functions
-    # The state has moved alike: it goes back, and PyTorch has the same after its pass.
+    assert np.abs(by_state - by_own).max() > 0.1  # the modes are two functions
+    # Both states are updated equally: converted back, it equals PyTorch's state after its pass.
     back = interop.to_torch(
         {**variables, **updates}, names=stargan.module_names(), convert=stargan.kernels.inverse
     )

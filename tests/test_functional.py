@@ -24,12 +24,12 @@ both = pytest.mark.parametrize("norm", NORMS)
 
 
 def normalized(norm, x, mask=None, epsilon=1e-5):
-    """float64 NumPy: channels last; a masked output is 0."""
+    """Normalizes in float64 NumPy, with channels last; masked outputs are 0."""
     x = np.asarray(x, np.float64)
     mask = np.broadcast_to(True if mask is None else mask, x.shape)
     axes = tuple(range(0 if norm is jaxnorm.batch_norm else 1, x.ndim - 1))
     with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mean of nothing: a sample that is masked out
+        warnings.simplefilter("ignore")  # the mean of a sample that is masked out is empty
         mean = x.mean(axes, keepdims=True, where=mask)
         var = x.var(axes, keepdims=True, where=mask)
         return np.where(mask, (x - mean) / np.sqrt(var + epsilon), 0)
@@ -61,17 +61,17 @@ def test_a_constant_becomes_zero(norm, constant):
 
 
 def test_evaluation_subtracts_in_the_wide_dtype():
-    # In bfloat16, 1001.3 and 1000.3 are one number.
+    # In bfloat16, 1001.3 and 1000.3 are the same number.
     state = {"mean": jnp.array([1000.3]), "var": jnp.array([1.0]), "count": jnp.int32(1)}
     x = jnp.full((2, 1), 1004, jnp.bfloat16)
     y, _ = jaxnorm.batch_norm(x, None, state, use_running_average=True, epsilon=0.0)
-    np.testing.assert_allclose(y.astype(jnp.float32), 3.7, rtol=2**-8)  # bfloat16's rounding
+    np.testing.assert_allclose(y.astype(jnp.float32), 3.7, rtol=2**-8)  # bfloat16 rounding
     assert y.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("offset", [0, 1e6])
 def test_y_is_as_accurate_for_a_large_batch(offset):
-    # A hundred thousand entries a channel: too many to be added one after the other.
+    # A channel has a hundred thousand entries, too many for a sequential sum.
     x = (RNG.standard_normal((32, 56, 56, 2)) + offset).astype(np.float32)
     y, _ = jax.jit(jaxnorm.batch_norm)(x)
     np.testing.assert_allclose(y, normalized(jaxnorm.batch_norm, x), rtol=0, atol=2e-6)
@@ -95,7 +95,7 @@ def test_channels_may_be_on_any_axis_of_any_rank(norm, space, tracked):
             y_moved, new_moved = norm(
                 np.moveaxis(x, -1, axis), params, state, channel_axis=channel_axis
             )
-            # The sums are in another order: each x_hat is within 1e-6, and the scale is up to 3.
+            # The sums have another order: each x_hat is within 1e-6, and the scale is up to 3.
             np.testing.assert_allclose(np.moveaxis(y_moved, axis, -1), y, rtol=0, atol=6e-6)
             chex.assert_trees_all_close(new_moved, new, rtol=1e-5, atol=1e-7)
 
@@ -126,7 +126,7 @@ def test_the_samples_may_be_on_any_axis_or_there_is_only_one():
         y_moved, new_moved = jaxnorm.instance_norm(
             jnp.moveaxis(x, 0, axis), None, state, batch_axis=axis
         )
-        # The sums are in another order; each y is within 2e-6 of float64.
+        # The sums have another order; each y is within 2e-6 of float64.
         np.testing.assert_allclose(jnp.moveaxis(y_moved, axis, 0), y, rtol=0, atol=4e-6)
         chex.assert_trees_all_close(new_moved, new, rtol=1e-6, atol=1e-6)
     one, _ = jaxnorm.instance_norm(x[2], None, state, batch_axis=None)
@@ -199,7 +199,7 @@ def test_y_has_x_s_dtype_or_the_given_one(norm, x_dtype, dtype):
     y, new = norm(x, jaxnorm.init_params(2), STATE, dtype=dtype)
     assert y.dtype == (x_dtype if dtype is None else dtype)
     assert new["mean"].dtype == jnp.float32
-    # One rounding, from float32: y reaches 3.
+    # y is rounded once from float32, and reaches 3.
     eps = float(jnp.finfo(y.dtype).eps)
     np.testing.assert_allclose(
         y.astype(jnp.float32), normalized(norm, x.astype(jnp.float32)), rtol=eps, atol=2e-6
@@ -309,7 +309,7 @@ def test_derivatives_of_every_order_and_mode(x64, norm, case):
     def f(x, scale, bias, epsilon):
         return norm(x, {"scale": scale, "bias": bias}, STATE, epsilon=epsilon, **options)[0]
 
-    # Samples of two to four entries have large third derivatives, and these are finite differences.
+    # These are finite differences, and samples of two to four entries have large third derivatives.
     check_grads(f, (x, scale, bias, jnp.asarray(0.3)), order=3, rtol=1e-4, atol=1e-4)
     check_grads(jax.jit(f), (x, scale, bias, jnp.asarray(0.3)), order=1)
 
@@ -334,7 +334,7 @@ def test_vmap_is_a_loop_with_a_state_each(norm):
     found = jax.vmap(norm)(xs, params, states)
     each = [norm(*jax.tree.map(lambda a, k=k: a[k], (xs, params, states))) for k in range(3)]
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)  # other sums' order
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)  # another order of sums
 
 
 @both
@@ -477,7 +477,7 @@ def test_one_value_a_device_is_several_values():
 @pytest.mark.parametrize("spec", [P("d"), P(None, None, "d")])
 @pytest.mark.parametrize("norm", ["batch", "layer, features second"])
 def test_axes_that_are_known_to_be_sharded_are_neither_sliced_nor_joined(norm, spec):
-    """Of 100 rows on four devices a sixteenth is 7, which four devices cannot share."""
+    """Checks 100 rows on four devices, whose sixteenth is 7, which does not divide by four."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     x = jnp.asarray(RNG.standard_normal((100, 3, 100, 2)), jnp.float32)
 
@@ -488,5 +488,5 @@ def test_axes_that_are_known_to_be_sharded_are_neither_sliced_nor_joined(norm, s
     expected = jax.grad(loss)(x)
     with jax.set_mesh(mesh):
         found = jax.jit(jax.grad(loss))(jax.device_put(x, jax.NamedSharding(mesh, spec)))
-    # Sums over thousands of float32 terms, in another order.
+    # These are sums over thousands of float32 terms, in another order.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -17,10 +17,10 @@ from jaxnorm._core import platforms
 
 try:
     import torch
-except ImportError:  # as in the environments of the lowest and the newest versions
+except ImportError:  # not in the environments of the lowest and the newest versions
     torch = None
 else:
-    torch.set_num_threads(1)  # with more, threads that wait for each other take most of the time
+    torch.set_num_threads(1)  # with more threads, most of the time is spent waiting
 pytestmark = pytest.mark.usefixtures("strict")
 RNG = np.random.default_rng(4)
 group_norm = functools.partial(jaxnorm.group_norm, num_groups=4)
@@ -29,7 +29,7 @@ each = pytest.mark.parametrize("kind", NORMS)
 
 
 def reference(kind, x, mask=None, epsilon=1e-5, num_groups=4):
-    """float64 NumPy, of x (N, H, W, C); a masked output is 0."""
+    """Normalizes x, (N, H, W, C), in float64 NumPy; masked outputs are 0."""
     x = np.asarray(x, np.float64)
     mask = np.broadcast_to(True if mask is None else mask, x.shape)
     shape, axes = x.shape, (-1,)
@@ -64,7 +64,7 @@ def test_a_constant_becomes_zero(kind, constant):
     np.testing.assert_array_equal(jax.jit(NORMS[kind])(x), 0)
 
 
-# ---- One step, different samples ----
+# ---- Relations between the norms ----
 
 
 def test_one_channel_a_group_is_instance_norm_and_one_group_is_layer_norm():
@@ -87,7 +87,7 @@ def test_rms_norm_of_centered_rows_is_layer_norm():
     np.testing.assert_allclose(jaxnorm.rms_norm(x), jaxnorm.layer_norm(x), rtol=1e-5, atol=1e-6)
 
 
-# ---- PyTorch beside it: its bits differ, in float64, by the order of its sums. ----
+# ---- PyTorch: in float64, results differ by the order of sums ----
 
 ASSERT = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
 LIKE_TORCH = {
@@ -145,7 +145,7 @@ def test_group_norm_takes_channels_and_batch_on_any_axes(channel_axis, batch_axi
     x = RNG.standard_normal((3, 4, 4, 5, 4)).astype(np.float32)
     y = group_norm(x, channel_axis=channel_axis, batch_axis=batch_axis, num_groups=2)
     batch = () if batch_axis is None else np.ravel(batch_axis) % 5
-    # The plain way: every batch entry alone, every group alone.
+    # The reference normalizes every group of every batch entry separately.
     moved = np.moveaxis(x, [*batch, channel_axis], [*range(len(batch)), len(batch)])
     expected = np.zeros_like(moved)
     for i in np.ndindex(moved.shape[: len(batch)]):
@@ -284,7 +284,7 @@ def test_a_sample_distributed_over_devices_is_the_whole_sample(x64, kind, masked
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
 
 
-# ---- Read from the compiled program ----
+# ---- Compiled programs ----
 
 
 @each
@@ -312,13 +312,13 @@ def test_group_norm_reduces_per_channel_and_small_arrays_per_group(affine):
             for inner in jaxprs_in_params(eqn.params):
                 yield from reductions(inner)
 
-    with platforms.formulated_for("cuda"):  # which has no loop that measures again
+    with platforms.formulated_for("cuda"):  # this formulation has no loop
         found = list(reductions(jax.make_jaxpr(step)(x, params, x).jaxpr))
     assert len(found) == 2 + 2  # forward and backward
-    assert all(set(axes) <= {1, 2} for axes in found)  # over space: no short sum over a group
+    assert all(set(axes) <= {1, 2} for axes in found)  # over space, not over a group
 
 
-# ---- Bad input ----
+# ---- Errors ----
 
 X = jnp.ones((4, 5, 6))
 BAD = {

@@ -1,4 +1,4 @@
-"""Tests every norm on drawn shapes, axes, dtypes, masks and parameters against float64 NumPy."""
+"""Tests every norm on random shapes, axes, dtypes, masks and parameters against float64 NumPy."""
 
 import copy
 import functools
@@ -17,12 +17,12 @@ DTYPES = {
     "float32": 2**-24,
     "bfloat16": 2**-9,
     "float16": 2**-12,
-}  # and half a unit in the last place
+}  # the values are half a unit in the last place
 OFFSETS = {"float32": [0.0, 3.0, 300.0, 1e4, 1e6], "bfloat16": [0.0, 3.0, 300.0], "float16": [0, 3]}
 
 
 class Case:
-    """One call: what is given to it, and what float64 NumPy makes of it."""
+    """One call: its arguments, and its results in float64 NumPy."""
 
     def __init__(self, draw, norm):
         self.renorm = norm == "batch_renorm"  # batch norm, with limits of 1 and 0
@@ -115,7 +115,7 @@ class Case:
     # ---- float64 ----
 
     def _spread(self, a):
-        """A parameter in x's rank."""
+        """Expands a parameter to the rank of x."""
         if a.ndim == len(self.shape) and a.shape != self.channels:
             return a
         shape = [1] * len(self.shape)
@@ -130,7 +130,7 @@ class Case:
         return a.reshape(shape)
 
     def _total(self, a):
-        """The sum over each sample, or group, in x's shape."""
+        """Returns the sum over each sample or group, in the shape of x."""
         if self.norm != "group_norm":
             return np.broadcast_to(a.sum(tuple(self.reduced), keepdims=True), self.shape)
         parts = a.reshape(*self.shape[:-1], self.groups, -1)
@@ -138,7 +138,7 @@ class Case:
         return np.broadcast_to(parts.sum(axes, keepdims=True), parts.shape).reshape(self.shape)
 
     def exact(self, g):
-        """y, the gradient of x for the upstream gradient g, and the new state."""
+        """Computes y, the gradient of x for the upstream gradient g, and the new state."""
         mask = (
             np.ones(self.shape, bool)
             if self.mask is None
@@ -169,7 +169,7 @@ class Case:
         return y, np.where(mask, dx, 0), state
 
     def _state(self, x, mask, mean, var, n):
-        """The state after the update."""
+        """Computes the state after the update."""
         old = {k: v.astype(np.float64) if k != "count" else int(v) for k, v in self.state.items()}
         if self.evaluates:
             return old
@@ -198,7 +198,7 @@ class Case:
 
 
 def check(case):
-    """Every way to call the norm gives what float64 gives, and changes nothing that it is given."""
+    """Checks that every way to call the norm agrees with float64, and does not change its input."""
     g = case.rng.normal(size=case.shape)
     g = np.asarray(jnp.asarray(g, case.dtype))
     y, dx, state = case.exact(g.astype(np.float64))
@@ -212,13 +212,13 @@ def check(case):
     eager_y, eager_new = case.call(case.x, case.params, case.state)
     found_y, found_new, found_dx = jax.jit(both)(x, case.params, case.state)
     half = DTYPES[case.dtype]
-    # 2e-6 for x_hat at any offset, times the scale; what the bias adds is rounded with it.
+    # 2e-6 for x_hat at any offset, times the scale; the rounding of the bias is relative.
     scale = np.max(np.abs(case.params.get("scale", 1)), initial=0.0)
-    # An epsilon beside a small variance leaves x - mean, whose rounding is that of the mean.
+    # If epsilon dominates the variance, y is (x - mean) * const, rounded like the mean.
     y_atol = 4e-6 * max(scale, 1) * max(1, case.size * 1e-3) + 1e-7
     for got in (eager_y, found_y):
         assert got.dtype == case.dtype
-        # Four roundings in float32, and that to y's dtype.
+        # Four roundings in float32, and one to the dtype of y.
         rtol = 2.5e-7 + 2 * half
         np.testing.assert_allclose(np.asarray(got, np.float64), y, rtol=rtol, atol=y_atol)
     # The terms of dx are as large as r * scale * g, and their sum is rounded once.
@@ -241,11 +241,11 @@ def check(case):
         jax.tree.leaves((case.x, case.params, case.state, case.mask)),
         strict=True,
     ):
-        assert np.asarray(before).tobytes() == np.asarray(after).tobytes()  # NaN among them
+        assert np.asarray(before).tobytes() == np.asarray(after).tobytes()  # including NaN
 
 
 def several_ways(case, x, y, new, atol):
-    """vmap over two states, and scan over two steps, are the calls one after the other."""
+    """Checks that vmap over two states and scan over two steps agree with separate calls."""
     atol = {"rtol": 1e-5, "atol": atol}
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), (x, case.state))
     ys, news = jax.vmap(lambda x, state: case.call(x, case.params, state))(*stacked)
@@ -268,7 +268,7 @@ NORMS = ["batch_norm", "batch_renorm", "instance_norm", "group_norm", "layer_nor
 )
 @pytest.mark.parametrize("norm", NORMS)
 def test_drawn_calls_are_float64_s_in_every_way(norm, number):
-    # Not made smaller where it fails: each try compiles several programs.
+    # Failures are not shrunk, because each attempt compiles several programs.
     @settings(
         max_examples=number,
         deadline=None,
@@ -284,7 +284,7 @@ def test_drawn_calls_are_float64_s_in_every_way(norm, number):
 
 
 def soaked(steps):
-    """A train step that is called over and over, the number of its programs, and its memory."""
+    """Returns a step to call repeatedly, its number of programs, and its memory."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
 
     @jax.jit
@@ -316,7 +316,7 @@ def test_ten_thousand_steps_compile_once_and_keep_no_memory():
         assert step._cache_size() == 1
     assert state["count"] == 10_000
     assert all(math.isfinite(float(a)) for a in jax.tree.leaves(jax.tree.map(jnp.sum, params)))
-    # The second 10,000 steps, and one program more, take less than 8 MiB.
+    # The second 10,000 steps, and one more program, take less than 8 MiB.
     assert resident[1] - resident[0] < 2**23
 
 

@@ -100,7 +100,7 @@ def test_layers_are_drawn_by_running_mean_and_the_other_beside_them():
     line, points = axes.lines[:2]
     np.testing.assert_allclose(line.get_ydata(), running["a"]["mean"][order])
     np.testing.assert_allclose(points.get_ydata(), batch["a"]["mean"][order])
-    bars = axes.containers[0].lines[2][0].get_segments()  # of the batch's standard deviations
+    bars = axes.containers[0].lines[2][0].get_segments()  # the standard deviations of the batch
     length = [segment[1, 1] - segment[0, 1] for segment in bars]
     np.testing.assert_allclose(length, 2 * np.sqrt(batch["a"]["var"][order]), rtol=1e-5)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["then", "now"]

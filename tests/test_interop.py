@@ -1,4 +1,4 @@
-"""Tests that whole models are converted bit for bit and train on as before."""
+"""Tests that whole models are converted bit for bit, and continue training as before."""
 
 import json
 import re
@@ -26,7 +26,7 @@ RNG = np.random.default_rng(0)
 
 
 def bn(channels=3, dtype=np.float32, count=7):
-    """The state dict of a norm, all values different."""
+    """Returns the state dict of a norm whose values all differ."""
     arrays = {
         "weight": RNG.standard_normal(channels).astype(dtype),
         "bias": RNG.standard_normal(channels).astype(dtype),
@@ -41,7 +41,7 @@ def under(module, arrays):
 
 
 def assert_same(found, expected):
-    """The same names, and the same bits."""
+    """Checks that names and bits are equal."""
     assert found.keys() == expected.keys()
     for key, a in expected.items():
         b = found[key]
@@ -57,7 +57,7 @@ def test_names_are_split_at_the_dots():
     assert sorted(variables["params"]) == ["fc", "layer1"]
     assert sorted(variables["params"]["layer1"]["0"]["bn1"]) == ["bias", "scale"]
     assert sorted(variables["batch_stats"]["layer1"]["0"]["bn1"]) == ["count", "mean", "var"]
-    assert variables["params"]["fc"]["weight"].shape == (2, 3)  # no norm's: as it is
+    assert variables["params"]["fc"]["weight"].shape == (2, 3)  # not of a norm, so unchanged
 
 
 def test_each_leaf_is_converted_to_its_counterpart():
@@ -120,7 +120,7 @@ def test_two_arrays_of_one_name_are_an_error():
         interop.to_torch(variables, convert=lambda name, a: ("a.weight", a))
 
 
-# ---- What is a norm ----
+# ---- Recognizing norms ----
 
 
 def test_a_norm_has_a_running_mean_or_a_weight_of_one_axis():
@@ -207,7 +207,7 @@ def test_a_missing_count_is_0_with_a_warning_or_what_is_said():
     for count in (0, 500):
         state = interop.from_torch(under("n", arrays), count=count)["batch_stats"]["n"]
         assert (state["count"], state["count"].dtype) == (count, np.int32)
-    # With momentum=None the next batch now weighs 1 / 501: the loaded statistics stay.
+    # With momentum=None, the next batch has weight 1 / 501, so the loaded statistics remain.
     _, new = jaxnorm.batch_norm(jnp.ones((2, 3)), None, state, momentum=None)
     np.testing.assert_allclose(new["var"], arrays["running_var"], rtol=3e-3)
 
@@ -312,7 +312,7 @@ def test_interop_imports_no_other_framework():
     assert result.stdout == "[]\n"
 
 
-# ---- Round trips, drawn ----
+# ---- Random round trips ----
 
 names = st.from_regex(r"[a-z0-9_]{1,4}", fullmatch=True)
 paths = st.lists(names, min_size=1, max_size=3).map(".".join)
@@ -321,7 +321,7 @@ FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 
 @st.composite
 def state_dicts(draw):
-    """Norms and other arrays, of drawn names, shapes, dtypes and flags, with drawn bits."""
+    """Draws norms and other arrays with random names, shapes, dtypes, flags and bits."""
     modules = draw(st.lists(paths, min_size=1, max_size=4, unique=True))
     modules = [
         m for m in modules if not any(o != m and f"{o}.".startswith(f"{m}.") for o in modules)
@@ -354,7 +354,7 @@ def state_dicts(draw):
 
 
 @given(state_dicts())
-@settings(deadline=None, max_examples=200)  # no time is promised, and the first call imports
+@settings(deadline=None, max_examples=200)  # times vary, and the first call imports
 def test_a_round_trip_is_bit_for_bit(arrays):
     variables = interop.from_torch(arrays)
     back = interop.to_torch(variables)
@@ -372,7 +372,7 @@ def test_a_round_trip_through_a_file_is_bit_for_bit(tmp_path_factory, arrays):
     assert_same(interop.to_torch(interop.from_torch(path), like=arrays), arrays)
 
 
-# ---- PyTorch loads it, and goes on as we do ----
+# ---- PyTorch loads the result, and continues equally ----
 
 
 def torch_model():
@@ -445,9 +445,9 @@ def test_pytorch_and_jaxnorm_go_on_alike_for_20_steps_and_back_again(x64):
         variables = step(variables, x)
     state_dict = interop.to_torch(variables, convert=weights)
     for key, expected in again.state_dict().items():
-        if key == "5.num_batches_tracked":  # PyTorch never moves it
+        if key == "5.num_batches_tracked":  # PyTorch never updates it
             assert (state_dict[key], expected) == (20, 0)
-        else:  # float64 rounding, through 20 steps
+        else:  # float64 rounding through 20 steps
             np.testing.assert_allclose(state_dict[key], expected.numpy(), rtol=1e-9, atol=1e-11)
 
 
@@ -476,7 +476,7 @@ def test_a_flax_checkpoint_is_converted_in_both_directions():
     x = RNG.normal(10, 5, (8, 3)).astype(np.float32)
     flax_layer = nn.BatchNorm(use_running_average=False, momentum=0.9)
     variables = flax_layer.init(jax.random.key(0), x)
-    fresh = interop.from_flax(variables)  # first ones: a count of 0 is right
+    fresh = interop.from_flax(variables)  # an initial state, whose count of 0 is right
     assert fresh["batch_stats"]["count"] == 0
     variables = {**variables, **flax_layer.apply(variables, x, mutable=["batch_stats"])[1]}
     with pytest.warns(UserWarning, match="have no count, and get 0; with momentum=None"):
@@ -484,12 +484,12 @@ def test_a_flax_checkpoint_is_converted_in_both_directions():
     converted = interop.from_flax(variables, count=1)
     layer = jaxnorm.linen.BatchNorm(use_running_average=True)
     expected = flax_layer.clone(use_running_average=True).apply(variables, x)
-    # Flax multiplies scale into rstd first: float32's rounding.
+    # Flax first multiplies scale by 1 / std, which rounds differently in float32.
     np.testing.assert_allclose(layer.apply(converted, x), expected, rtol=1e-6, atol=1e-6)
     back = interop.to_flax(converted)
     jax.tree.map(np.testing.assert_array_equal, back, variables)
     counted = interop.from_flax(converted)
-    assert counted["batch_stats"]["count"] == 1  # kept, and no warning
+    assert counted["batch_stats"]["count"] == 1  # kept, without a warning
 
 
 def test_layers_under_nn_scan_get_a_count_each():
@@ -507,7 +507,7 @@ def test_a_flax_model_without_running_statistics_is_an_error(convert):
 
 def test_haiku_s_averages_become_the_statistics():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Haiku's own, at import
+        warnings.simplefilter("ignore")  # Haiku warns when it is imported
         import haiku as hk
 
     def net(x, is_training):
@@ -530,7 +530,7 @@ def test_haiku_s_averages_become_the_statistics():
     norm, stats = variables["params"]["batch_norm"], variables["batch_stats"]["batch_norm"]
     y, _ = jaxnorm.batch_norm(h, norm, stats, use_running_average=True)
     y = jaxnorm.layer_norm(y, variables["params"]["layer_norm"])
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)  # float32, layer norm's 1 / std
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)  # float32, with 1 / std
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests that the norms of PyTorch models are recognized with the arguments of the same layers."""
+"""Tests that the norms of PyTorch models are recognized, with the arguments of equal layers."""
 
 import jax
 import numpy as np
@@ -13,20 +13,20 @@ torch = pytest.importorskip("torch")
 
 
 def described(module):
-    """The row of one module."""
+    """Returns the row of one module."""
     (row,) = interop.describe_torch(torch.nn.ModuleDict({"m": module}))
     assert row.name == "m"
     return row
 
 
 def input_like(*shape):
-    """With channels last, and as PyTorch has them; small enough for epsilon to count."""
+    """Returns an input in both layouts, small enough that epsilon has an effect."""
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     return 0.01 * x + 0.02
 
 
 def randomized(module):
-    """Parameters and running statistics that are not all 1 and 0."""
+    """Sets parameters and running statistics to values other than 1 and 0."""
     torch.manual_seed(0)
     with torch.no_grad():
         for array in (*module.parameters(), *module.buffers()):
@@ -36,9 +36,9 @@ def randomized(module):
 
 
 def assert_same(module, arguments, *, shape, last=True, training=True):
-    """The layer of the row and PyTorch's module agree, in training and in evaluation.
+    """Checks that the layer of the row agrees with PyTorch's module in training and evaluation.
 
-    Three batches move the running statistics. With last=False, the axes are in PyTorch's order.
+    Three batches update the running statistics. With last=False, the axes are in PyTorch's order.
     """
     row = described(module)
     assert row.arguments == arguments
@@ -126,7 +126,7 @@ def test_batch_norm_whose_running_statistics_were_stopped():
 
 
 def test_synced_batch_norm():
-    # In training PyTorch has it on GPU alone; BatchNorm2d on the whole batch is the same.
+    # In training, PyTorch only supports it on GPU; BatchNorm2d on the whole batch is equal.
     module = torch.nn.SyncBatchNorm(8)
     arguments = {"epsilon": 1e-5, "axis_name": "batch"}
     row = assert_same(module, arguments, shape=IMAGES, training=False)
@@ -151,7 +151,7 @@ def test_lazy_batch_norm():
 
 
 class FrozenBatchNorm2d(torch.nn.Module):
-    """torchvision's: everything is a buffer, and nothing moves."""
+    """torchvision's class, which only has buffers and never updates them."""
 
     def __init__(self, features, eps=1e-5):
         super().__init__()
@@ -195,7 +195,7 @@ TRACKED = {"track_running_stats": True}
             {"epsilon": 1e-5, **TRACKED, "decay": 0.3},
             0.7,
         ),
-        # PyTorch takes None as 0 in instance norms: the running statistics never move.
+        # PyTorch treats None as 0 in instance norms: the running statistics do not change.
         (
             {**AFFINE, **TRACKED, "momentum": None},
             {"epsilon": 1e-5, **TRACKED, "momentum": 0.0},
@@ -272,7 +272,7 @@ def test_the_default_epsilon_of_rms_norm_is_that_of_the_dtype_it_computes_in(dty
     assert module(x).item() == pytest.approx(expected, rel=1e-2)
 
 
-# ---- Other libraries' classes ----
+# ---- Classes of other libraries ----
 
 
 class LlamaRMSNorm(torch.nn.Module):

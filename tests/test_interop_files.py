@@ -1,4 +1,4 @@
-"""Tests files of arrays: nothing is lost, changed or half written."""
+"""Tests that files of arrays are never lossy, changed or incomplete."""
 
 import collections
 import json
@@ -25,7 +25,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 def bn(module="bn", channels=3, count=7):
-    """The state dict of a norm, all values different."""
+    """Returns the state dict of a norm whose values all differ."""
     rng = np.random.default_rng(channels)
     floats = ("weight", "bias", "running_mean", "running_var")
     arrays = {f"{module}.{k}": rng.random(channels).astype(np.float32) for k in floats}
@@ -37,7 +37,7 @@ def tensors(arrays):
 
 
 def assert_same(found, expected):
-    """The same names, and the same bits."""
+    """Checks that names and bits are equal."""
     assert found.keys() == expected.keys()
     for key, a in expected.items():
         assert (found[key].dtype, found[key].shape) == (a.dtype, a.shape), key
@@ -53,7 +53,7 @@ def convert(*arguments):
 
 
 def refused(capsys, *arguments):
-    """What the command line says to it: one line, or argparse's usage and a line."""
+    """Returns the error of the command line: one line, or argparse's usage and a line."""
     with pytest.raises(SystemExit) as stopped:
         convert(*arguments)
     assert stopped.value.code not in (None, 0)
@@ -77,7 +77,7 @@ def target(tmp_path):
 
 
 def of_every_dtype():
-    """One array of each dtype, of different shapes, with all kinds of bits."""
+    """Returns one array of each dtype, with different shapes and random bits."""
     bits = np.random.default_rng(0)
     shapes = [(), (3,), (2, 3), (0, 2), (1,), (5, 1, 2)]
     arrays = {}
@@ -123,7 +123,7 @@ def test_arrays_are_views_of_the_file_which_cannot_be_changed(source):
     found = interop.from_torch(source)["params"]["bn"]["scale"]
     assert not found.flags.owndata
     assert not found.flags.writeable
-    # Replacing the file leaves the arrays that were read as they are.
+    # Replacing the file does not change the arrays that were read.
     kept = found.copy()
     interop.to_torch({"params": {"x": {"kernel": np.zeros((500, 500))}}}, file=source)
     np.testing.assert_array_equal(found, kept)
@@ -193,7 +193,7 @@ def test_a_malformed_header_is_an_error_that_names_the_file(tmp_path, header, me
         interop.from_torch(path)
 
 
-# ---- What a checkpoint holds besides ----
+# ---- Checkpoints with other contents ----
 
 
 def checkpoint():
@@ -202,7 +202,7 @@ def checkpoint():
         "ema": {"model": tensors(bn(channels=4)), "decay": 0.9},
         "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
         "epoch": 3,
-        "a.dotted": {"bn.weight": torch.ones(3)},  # a dotted key does not lead there
+        "a.dotted": {"bn.weight": torch.ones(3)},  # a dotted key does not select this entry
     }
 
 
@@ -260,7 +260,7 @@ def test_names_that_are_no_text_are_refused():
 def test_a_prefix_is_taken_off_every_name(prefix):
     given = {prefix + name: a for name, a in bn().items()}
     assert_same(interop.to_torch(interop.from_torch(given, prefix=prefix)), bn())
-    assert prefix.split(".")[0] in interop.from_torch(given)["params"]  # unless it is written
+    assert prefix.split(".")[0] in interop.from_torch(given)["params"]  # unless `prefix` is given
     with pytest.raises(ValueError, match=r"the prefix .* but step do not; write leave_out=\['step"):
         interop.from_torch(given | {"step": np.ones(2)}, prefix=prefix)
 
@@ -289,7 +289,7 @@ def test_a_prefix_that_is_in_the_way_is_mentioned():
 
 
 def write_shards(folder, groups, name="model", metadata=None, about=None):
-    """A sharded checkpoint as Hugging Face's programs write it: the index in alphabetical order."""
+    """Writes a sharded checkpoint as Hugging Face's libraries do, with a sorted index."""
     weight_map = {}
     for i, arrays in enumerate(groups, 1):
         file = f"{name}-{i:05d}-of-{len(groups):05d}.safetensors"
@@ -377,7 +377,7 @@ def test_an_index_that_is_wrong_is_an_error_that_names_it(tmp_path, source, cont
         interop.from_torch(path)
 
 
-@pytest.mark.slow  # it writes 400 MB
+@pytest.mark.slow  # the test writes 400 MB
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 def test_shards_are_converted_in_the_memory_of_one(tmp_path):
     size = 32 * 2**20
@@ -415,7 +415,7 @@ print(max(peaks) - start)
     assert_same(load(names[1]), load(index))
 
 
-# ---- Files come into place whole ----
+# ---- Files are replaced atomically ----
 
 
 def temporary(folder, process):
@@ -662,7 +662,7 @@ def test_sources_that_cannot_be_read_are_said_in_a_line(capsys, tmp_path, source
 
 
 def test_a_file_that_may_not_be_read_is_said_in_a_line(capsys, source, target, monkeypatch):
-    def denied(path, **_):  # root may read everything
+    def denied(path, **_):  # root may read all files
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(safetensors, "safe_open", denied)

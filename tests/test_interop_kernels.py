@@ -1,4 +1,4 @@
-"""Tests that converted kernels compute what PyTorch's weights do, and come back bit for bit."""
+"""Tests that converted kernels agree with PyTorch's weights, and are restored bit for bit."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def _seed():
 
 
 def images(*shape):
-    """An input with channels last, and the same for PyTorch."""
+    """Returns an input with channels last, and the same input for PyTorch."""
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     return x, torch.from_numpy(np.moveaxis(x, -1, 1).copy())
 
@@ -32,7 +32,7 @@ def assert_round_trip(module, convert, variables, **options):
 
 
 def converted(module, convert, **options):
-    """The parameters of one module that is called "m", which come back as they were."""
+    """Converts one module that is called "m", and checks that it is restored."""
     model = torch.nn.ModuleDict({"m": module})
     variables = interop.from_torch(model.state_dict(), convert=convert, **options)
     assert_round_trip(model, convert, variables, **options)
@@ -43,7 +43,7 @@ def assert_agree(found, expected):
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=0, atol=1e-5)
 
 
-# ---- One kind each ----
+# ---- Each kind ----
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])
@@ -82,7 +82,7 @@ def test_a_linear():
 
 
 class Conv1D(torch.nn.Module):
-    """That of Hugging Face's GPT-2."""
+    """The class of Hugging Face's GPT-2."""
 
     def __init__(self, before, after):
         super().__init__()
@@ -95,7 +95,7 @@ class Conv1D(torch.nn.Module):
 
 def test_a_transposed_linear():
     x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
-    module = Conv1D(4, 4)  # square: the shape does not tell
+    module = Conv1D(4, 4)  # square, so that the shape is ambiguous
     y = nn.Dense(4).apply(converted(module, interop.kernels({"m": "transposed_linear"})), x)
     assert_agree(y, module(torch.from_numpy(x)))
 
@@ -177,7 +177,7 @@ def test_other_leaves_do_not_change():
 
 
 class Decoder(torch.nn.Module):
-    """Each kind once, and a norm."""
+    """A model with each kind once, and a norm."""
 
     def __init__(self):
         super().__init__()
@@ -274,7 +274,7 @@ def test_jax_arrays_are_restored_too():
     np.testing.assert_array_equal(convert(name, weight)[1], kernel)
 
 
-# ---- What the classes say ----
+# ---- Kinds from the classes ----
 
 
 def test_subclasses_and_lazy_modules_that_are_initialized():
@@ -380,7 +380,7 @@ def test_modules_that_cannot_be_converted(module, words):
     model = torch.nn.ModuleDict({"m": module()})
     for kinds in (None, {"m": "conv"}):
         if isinstance(model["m"], Attention) and kinds:
-            continue  # somebody has decided
+            continue  # the kind is given
         with pytest.raises(ValueError, match=f"kernels_of: 'm' should .*{words}"):
             interop.kernels_of(model, kinds=kinds)
     assert interop.kernels_of(model, kinds={"m": "unchanged"}).kinds["m"] == "unchanged"
@@ -467,7 +467,7 @@ def test_what_kernels_returns_does_not_change():
 
 
 def test_kernels_with_kinds_need_the_same_names():
-    """Otherwise the kinds are not found, and a transposed convolution is taken for another."""
+    """Checks the error for other names, with which a transposed convolution would be wrong."""
     names = {"up": "ConvTranspose_0"}
     state_dict = {"up.weight": np.ones((3, 3, 2, 2), np.float32)}
     right = interop.kernels({"up": "conv_transpose"}, names=names)
@@ -482,4 +482,4 @@ def test_kernels_with_kinds_need_the_same_names():
     ):
         with pytest.raises(ValueError, match="names should be the map that kernels was given"):
             call()
-    interop.from_torch(state_dict, names=names, convert=interop.kernels())  # no kinds to be found
+    interop.from_torch(state_dict, names=names, convert=interop.kernels())  # there are no kinds

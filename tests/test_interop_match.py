@@ -20,7 +20,7 @@ def _seed():
 
 
 def images(*shape):
-    """An input with channels last, and the same for PyTorch."""
+    """Returns an input with channels last, and the same input for PyTorch."""
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     return x, torch.from_numpy(np.moveaxis(x, -1, 1).copy())
 
@@ -38,7 +38,7 @@ def matched(proposal):
 
 
 class TheirBlock(torch.nn.Module):
-    """Two branches whose convolutions have the same shapes, and norms that have them too."""
+    """A block of two branches, whose convolutions and norms have equal shapes."""
 
     def __init__(self):
         super().__init__()
@@ -164,11 +164,11 @@ def test_the_map_works_in_both_directions():
         np.testing.assert_array_equal(back[name], a)
 
 
-# ---- What is wrong is found ----
+# ---- Wrong pairs are found ----
 
 
 def test_two_equal_norms_that_are_exchanged_are_found_although_their_values_are_equal():
-    """Initialized, both norms have scale 1 and bias 0: the outputs agree as they are."""
+    """Checks two initial norms, with scale 1 and bias 0, with which the outputs agree."""
     x, x_torch = rows(3, 8)
 
     class Norms(nn.Module):
@@ -284,7 +284,7 @@ def test_an_output_that_pytorch_changes_in_place_is_compared_as_it_was():
         interop.match(model, x, module, x_torch).verify()
 
 
-# ---- What the two traces see ----
+# ---- Tracing both models ----
 
 
 def test_neither_model_is_changed():
@@ -413,10 +413,10 @@ def test_keyword_arguments_and_several_outputs():
         Ours(), x, Theirs(), x_torch, kwargs={"train": 0, "scale": 3}, torch_kwargs={"scale": 2}
     )
     with pytest.raises(ValueError, match=r"differ by 0\.5; compare"):
-        proposal.verify()  # both modules compute what they should
+        proposal.verify()  # both modules are correct
 
 
-# ---- Arrays alone ----
+# ---- Only arrays ----
 
 
 def test_arrays_alone_are_matched_by_the_natural_order_of_their_names():
@@ -449,7 +449,7 @@ def test_groups_of_different_sizes_are_not_paired():
 
 
 def test_what_is_left_over_when_a_name_is_known_is_still_a_matter_of_order():
-    """Two of one shape: that one was matched by its name does not make the other certain."""
+    """Checks two modules of one shape: matching one by its name does not determine the other."""
     state_dict = {"a.weight": np.ones(4), "b.weight": np.ones(4)}
     variables = {"params": {"a": {"scale": np.ones(4)}, "c": {"scale": np.ones(4)}}}
     assert matched(interop.match_variables(variables, state_dict)) == [("a", "a", "name")]

@@ -1,4 +1,4 @@
-"""Tests that no array of a model is lost, and that each comes back under its name."""
+"""Tests that no array of a model is lost, and that the name of each is restored."""
 
 import warnings
 from types import MappingProxyType
@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 
 
 class Affine(torch.nn.Module):
-    """A module that is no norm, with a scale of its own, as in timm's HGNetV2."""
+    """A module with a scale that is not a norm, as in timm's HGNetV2."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class Affine(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.full((1,), 3.0))
 
 
-# ---- Names that could be a norm's ----
+# ---- Names that could belong to a norm ----
 
 
 @pytest.mark.parametrize("said", ["like", "norms"])
@@ -39,7 +39,7 @@ def test_a_scale_that_is_no_norm_s_goes_back_under_its_name(said):
     given = {"like": model.state_dict()} if said == "like" else {"norms": ["1"]}
     expected = {name: value.numpy() for name, value in model.state_dict().items()}
     assert_same(interop.to_torch(variables, **given), expected)
-    assert "0.weight" in interop.to_torch(variables)  # where nothing is said
+    assert "0.weight" in interop.to_torch(variables)  # without `norms` or `like`
 
 
 def test_norms_must_fit_the_variables():
@@ -68,7 +68,7 @@ def test_random_streams_are_neither_params_nor_batch_stats():
     interop.from_torch(under("bn", bn()), like=like)
 
 
-# ---- Names that would not come back ----
+# ---- Names that could not be restored ----
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_pytorch_s_instance_norm_counts_nothing_and_is_no_finding():
     assert jaxnorm.check_batch_stats(interop.from_torch(model)) == []
 
 
-# ---- PyTorch's own modules and tensors ----
+# ---- PyTorch's modules and tensors ----
 
 
 def test_a_module_is_taken_for_its_state_dict_and_copied():

@@ -28,7 +28,7 @@ def names(options):
     return (" ".join(options) or "defaults") if isinstance(options, dict) else str(options)
 
 
-# ---- A drop-in for Flax's own ----
+# ---- Replacing Flax's layers ----
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_flax_arguments_give_flax_parameters_state_and_outputs(name, axes, optio
     y, updates = ours.apply(variables, X, mutable=["batch_stats"])
     y_flax, updates_flax = flaxs.apply(expected, X, mutable=["batch_stats"])
     assert y.dtype == y_flax.dtype
-    # Flax's variance loses a digit, its output another in bfloat16.
+    # Flax's variance loses a digit, and its output in bfloat16 another one.
     tolerance = float(4 * jnp.finfo(y.dtype).eps) + 1e-5
     chex.assert_trees_all_close(
         y.astype(jnp.float32), y_flax.astype(jnp.float32), rtol=tolerance, atol=tolerance
@@ -79,7 +79,7 @@ def test_flax_arguments_give_flax_parameters_state_and_outputs(name, axes, optio
         assert int(state.pop("count")) == 1
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, state_flax)
         np.testing.assert_allclose(state["mean"], state_flax["mean"], rtol=1e-4, atol=1e-6)
-        n = X.size / state["var"].size  # unbiased here, biased there
+        n = X.size / state["var"].size  # unbiased in jaxnorm, biased in Flax
         biased = 0.75 + (state["var"] - 0.75) * (n - 1) / n
         np.testing.assert_allclose(biased, state_flax["var"], rtol=1e-4)
 
@@ -92,12 +92,12 @@ def test_the_constructor_has_flax_s_arguments_in_their_order(name):
     defaults = {
         field: (getattr(jnn, name)().__dict__[field], getattr(nn, name)().__dict__[field])
         for field in flaxs
-        if field != "momentum"  # 0.1 of the new value here, 0.01 of it there
+        if field != "momentum"  # the weights of the new value are 0.1 and 0.01
     }
     assert all(ours == theirs for ours, theirs in defaults.values()), defaults
 
 
-# ---- Where variables live ----
+# ---- Collections ----
 
 
 @both

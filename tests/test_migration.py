@@ -1,4 +1,4 @@
-"""Tests that docs/migration.md has every argument, and that what it says of each is true."""
+"""Tests that docs/migration.md lists every argument, and describes each one correctly."""
 
 import inspect
 import pathlib
@@ -30,11 +30,11 @@ linen = pytest.mark.parametrize("linen", [flax.linen, jaxnorm.linen], ids=["flax
 nnx = pytest.mark.parametrize("nnx", [flax.nnx, jaxnorm.nnx], ids=["flax", "jaxnorm"])
 
 
-# ---- Every argument has its row ----
+# ---- A row for every argument ----
 
 
 def read_rows():
-    """The argument tables' rows: (layer, argument, in the call) to their other cells."""
+    """Returns a map from (layer, argument, in the call) to the other cells of the row."""
     rows = []
     for section in PAGE.split("\n## ")[1:]:
         named = [name for name in LAYERS if name in section.splitlines()[0]]
@@ -51,7 +51,7 @@ ROWS = read_rows()
 
 
 def arguments(module, layer, in_call):
-    """The arguments of the constructor, or of the call, and how the page writes their defaults."""
+    """Returns the arguments of the constructor or the call, with defaults as on the page."""
     method = getattr(module, layer).__call__ if in_call else getattr(module, layer).__init__
     parameters = list(inspect.signature(method).parameters.values())[1:]
     return {p.name: written(p.default) for p in parameters if p.name not in ("parent", "name")}
@@ -94,11 +94,11 @@ def test_a_row_holds_the_defaults_and_says_what_becomes_of_them(row):
             assert all(here[layer] == d for layer, d in there.items() if d is not None)
 
 
-# ---- What is different, on both sides; what is missing here is in test_linen.py ----
+# ---- Differences between Flax and jaxnorm; test_linen.py has the others ----
 
 
 def make(linen, layer, **options):
-    """A layer of either side, ready to train on X."""
+    """Makes a layer of Flax or jaxnorm that can be trained on X."""
     options |= {"BatchNorm": {"use_running_average": False}, "GroupNorm": {"num_groups": 2}}.get(
         layer, {}
     )
@@ -111,7 +111,7 @@ def make_nnx(nnx, layer, *args, **options):
 
 
 def run(layer, x=X, **call):
-    """y, and the moved state of a batch norm."""
+    """Returns y and the updated state of a batch norm."""
     y, updates = layer.apply(layer.init(KEY, X), x, mutable=["batch_stats"], **call)
     return y, updates.get("batch_stats")
 
@@ -133,14 +133,14 @@ def test_dtype_none_is_x_s_and_promotes_in_flax(layer):
 
 @nnx
 def test_dtype_rounds_x_before_it_is_measured_in_flax_s_nnx(nnx):
-    y = make_nnx(nnx, "LayerNorm", dtype=jnp.bfloat16)(1 + 1e-3 * X)  # all the same in bfloat16
+    y = make_nnx(nnx, "LayerNorm", dtype=jnp.bfloat16)(1 + 1e-3 * X)  # all equal in bfloat16
     assert bool(jnp.any(y)) == ours(nnx)
 
 
 @linen
 def test_dtype_rounds_float64_before_it_is_measured_in_flax_s_linen(x64, linen):
     layer = make(linen, "LayerNorm", dtype=jnp.float32, use_fast_variance=False, epsilon=0.0)
-    x = 1 + 1e-9 * X.astype(jnp.float64)  # all the same in float32
+    x = 1 + 1e-9 * X.astype(jnp.float64)  # all entries are equal in float32
     assert bool(jnp.isfinite(run(layer, x)[0]).all()) == ours(linen)
 
 
@@ -189,7 +189,7 @@ VARIABLES = {"params": jaxnorm.init_params(6), "batch_stats": jaxnorm.init_batch
 
 
 def spread(layer, x, **call):
-    """y of a layer whose x lies, along its first axis, on two devices."""
+    """Returns y of a layer, with x on two devices along its first axis."""
 
     def on_one(x, call):
         y, _ = layer.apply(VARIABLES, x, mutable=["batch_stats"], **call)
@@ -201,12 +201,12 @@ def spread(layer, x, **call):
 
 @linen
 def test_axis_name_weighs_the_devices_by_what_their_masks_leave(linen):
-    mask = jnp.arange(20).reshape(4, 5, 1) < 13  # 10 and 3
+    mask = jnp.arange(20).reshape(4, 5, 1) < 13  # 10 and 3 entries entries
     layer = make(linen, "BatchNorm", axis_name="devices")
     whole, _ = run(make(linen, "BatchNorm"), mask=mask)
     y = spread(layer, X, mask=mask)
     worst = np.abs(np.where(mask, y - whole, 0)).max()
-    assert (worst < 2e-6) == ours(linen)  # as close as float32 sums in another order; else 0.3
+    assert (worst < 2e-6) == ours(linen)  # float32 sums in another order; otherwise 0.3
 
 
 @linen
@@ -351,7 +351,7 @@ def test_data_far_from_0(linen, layer):
     far = X + 10_000
     expected, _ = run(make(flax.linen, layer), np.asarray(far) - np.float32(10_000))
     worst = np.abs(run(make(linen, layer), far)[0] - expected).max()
-    # expected has the rounding of far too, so that 1e-6 is left; Flax is off by 0.1 and more.
+    # The reference also contains the rounding of `far`, so 1e-6 remains; Flax's error is above 0.1.
     assert (worst < 1e-4) == ours(linen)
 
 

@@ -1,6 +1,6 @@
 """Compares the models of the examples with the same models in PyTorch, in evaluation.
 
-The maps of names here are written by hand: those that `interop.match` finds have to be the same.
+The maps of names in this file are written by hand, and compared with those of `interop.match`.
 """
 
 import sys
@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 torch_models = pytest.importorskip("torch_models")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-MOST = 1e-5  # of the largest output
+MOST = 1e-5  # relative to the largest output
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,13 +38,13 @@ def channels_first(x):
 
 
 def photographs(number, size):
-    """Noise about a mean that is not 0, as photographs have it."""
+    """Returns noise about a mean that is not 0, as in photographs."""
     x = np.random.default_rng(0).normal(0.5, 1, (number, size, size, 3))
     return x.astype(np.float32)
 
 
 def difference(found, expected):
-    """The largest difference, relative to the largest output."""
+    """Returns the largest difference, relative to the largest output."""
     found, expected = np.asarray(found), expected.detach().numpy()
     assert found.dtype == expected.dtype == np.float32
     assert found.shape == expected.shape
@@ -52,7 +52,7 @@ def difference(found, expected):
 
 
 def assert_matched(names, *models, **options):
-    """The map is found by the order of the calls, and the outputs agree with it."""
+    """Checks that the order of the calls gives the map, and that the outputs agree with it."""
     proposal = interop.match(*models, **options, allow_order=True)
     assert not proposal.only_torch
     assert not proposal.only_here
@@ -65,7 +65,7 @@ def assert_matched(names, *models, **options):
 
 
 def a_resnet(block, blocks, **options):
-    """The largest difference of a ResNet, whose names are PyTorch's."""
+    """Returns the largest difference of a ResNet, whose names are PyTorch's."""
     import resnet
 
     x = photographs(4, 64)
@@ -209,7 +209,7 @@ def test_gpt2():
 
 
 def test_gpt2_says_what_follows(tmp_path, capsys):
-    """Files of a GPT2LMHeadModel, and of a GPT2Model with its masks, as they are published."""
+    """Checks published files: of a GPT2LMHeadModel, and of a GPT2Model with its masks."""
     import gpt2
 
     ids = torch.tensor([[3, 1, 4, 1, 5]])
@@ -228,7 +228,7 @@ def test_gpt2_says_what_follows(tmp_path, capsys):
     for wrong, match in (
         (["50", "--heads", "4"], r"ids should be those of 50 tokens"),
         (["1", "--heads", "5"], r"heads should divide the width, 32"),
-        (["1"], r"heads should divide the width, 32"),  # no head of 64 channels
+        (["1"], r"heads should divide the width, 32"),  # fewer than 64 channels
         (["1"] * 21 + ["--heads", "4"], r"at most 20 tokens"),
     ):
         with pytest.raises(SystemExit, match=rf"gpt2\.py: .*{match}"):

@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 
 def assert_moments(found, x, axis, where=None, rtol=1e-6):
-    """Equal to float64 NumPy's within float32's rounding: of the values, for a mean near zero."""
+    """Compares with float64 NumPy, within float32 rounding of the values."""
     x = np.asarray(x, np.float64)
     where = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
     np.testing.assert_allclose(found.count, where.sum(axis), rtol=0)
@@ -26,14 +26,14 @@ def assert_moments(found, x, axis, where=None, rtol=1e-6):
 @pytest.mark.parametrize("axis", [0, -1, (0, 2), (1, -1, 0), ()])
 def test_moments_are_numpys_over_any_axes(axis):
     x = RNG.normal(3, 2, (4, 5, 6)).astype(np.float32)
-    # The variance is the difference of squares of up to twice its size: a few roundings of those.
+    # The variance is a difference of squares of up to twice its size, with a few roundings of them.
     assert_moments(jaxnorm.moments(x, axis), x, axis, rtol=2e-6)
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4, 1e5, 1e6])
 def test_variance_keeps_its_digits_at_any_offset(offset):
     x = (RNG.standard_normal((64, 33)) + offset).astype(np.float32)
-    # Rounding the mean and var to float32 is all that is lost: a few units in the last place.
+    # The only error is rounding mean and var to float32: a few units in the last place.
     assert_moments(jax.jit(lambda x: jaxnorm.moments(x, 0))(x), x, 0, rtol=5e-7)
 
 
@@ -46,18 +46,18 @@ def test_the_shift_is_one_number_in_whatever_the_compiler_fuses_it_into(masked):
     )
     shift, mean = (np.asarray(a, np.float64) for a in (measured[0], measured[1].mean))
     expected = x.mean((0, 1, 2), np.float64, where=mask)
-    # The pair has the mean to float32's rounding of d, a few units at most, not of 1e6.
+    # The mean is a pair, with the float32 rounding of d, which is a few units, and not of 1e6.
     np.testing.assert_allclose((shift + mean).ravel(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [2, 16])  # as the shift reads: of 8 and of 64 entries
+@pytest.mark.parametrize("step", [2, 16])  # the stride of the shift: of 8 and of 64 entries
 @pytest.mark.parametrize("axes", [(0,), (0, 1, 2)])
 def test_a_part_that_is_nothing_like_the_rest_costs_four_bits_at_most(axes, step):
     x = RNG.standard_normal((4 * step, *(4 * step,) * (len(axes) - 1), 5)) + 1e3
     x[(slice(None),) * (len(axes) > 1) + (slice(None, None, step),)] = 0
     x += 1e4
     x = x.astype(np.float32)
-    # The mean squared is 15 times the variance about the shift: 2^4 times a few roundings.
+    # About the shift, the squared mean is 15 times the variance: 2^4 times a few roundings.
     assert_moments(jaxnorm.moments(x, axes), x, axes, rtol=16 * 2.0**-22)
 
 
@@ -168,7 +168,7 @@ def test_devices_pool_their_samples_and_gradients(x64, groups, masked):
 
     weights = jnp.asarray(RNG.standard_normal((4, 2)))
     found, wanted = synced(x), whole(x)
-    # 1e-11: the variance is about 1 beside squares of 1e3, of which the shift cancels nearly all.
+    # The variance is about 1, and the shift cancels most of the squares of 1e3: 1e-11.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), found, wanted)
     for f in (lambda m: m.mean, lambda m: m.var):
         found, wanted = (
@@ -184,7 +184,7 @@ def test_merging_two_samples_gives_the_moments_of_their_union(offset, cut):
     x[cut:] += 4
     a, b = (jaxnorm.moments(part, 0) for part in (x[:cut], x[cut:]))
     merged = jaxnorm.merge_moments(a, b)
-    # The means are numbers of their own here, rounded to float32: eps * offset beside spread 2.
+    # The means are rounded to float32, with errors of eps * offset; their distance is 2.
     rtol = 2e-6 + 2.0**-23 * offset
     assert_moments(merged, x, 0, rtol=rtol)
     jax.tree.map(
@@ -208,7 +208,7 @@ def test_the_moments_of_micro_batches_move_the_state_as_one_large_batch():
     found = jaxnorm.update_batch_stats(state, merged)
     _, expected = jaxnorm.batch_norm(x, None, state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
-    # Instance norm: a row a sample, concatenated.
+    # In instance norm, each sample is a row, and the rows are concatenated.
     rows = [jax.vmap(lambda x: jaxnorm.moments(x, 0))(part) for part in np.split(x, [2, 7])]
     found = jaxnorm.update_batch_stats(
         state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)

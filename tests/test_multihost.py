@@ -1,4 +1,4 @@
-"""Tests that two processes of jax.distributed train as one."""
+"""Tests that training in two processes of jax.distributed agrees with one process."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ import two_processes
 
 SCRIPT = pathlib.Path(two_processes.__file__)
 pytestmark = pytest.mark.slow
-LIMIT = 120  # seconds, for processes that take about ten: none outlives a failed test
+LIMIT = 120  # seconds; the processes take about ten, and none outlives a failed test
 
 
 def free_port():
@@ -26,7 +26,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """By each way, the variables that each process ends with; and those of one process alone."""
+    """Returns the final variables of each process in each mode, and those of one process."""
     folder, port = tmp_path_factory.mktemp("trained"), free_port()
     number = two_processes.PROCESSES
     path = os.pathsep.join(filter(None, [str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")]))
@@ -42,9 +42,9 @@ def trained(tmp_path_factory):
             )
         children.append(child)
     try:
-        alone = two_processes.train()  # meanwhile, and the reference
+        alone = two_processes.train()  # the reference, which is computed meanwhile
         end = time.monotonic() + LIMIT
-        # One that has failed leaves the others waiting for it: the first failure ends all.
+        # If one process fails, the others wait for it, so the first failure ends all of them.
         while {child.poll() for child in children} <= {None, 0} and time.monotonic() < end:
             if all(child.poll() == 0 for child in children):
                 break
@@ -70,5 +70,5 @@ def test_two_processes_train_as_one(trained, way):
     chex.assert_trees_all_equal(*found[way])
     for norm, state in found[way][0]["batch_stats"].items():
         assert state["count"] == alone["batch_stats"][norm]["count"] == two_processes.STEPS
-    # Sums in another order, through 20 steps of float32: found to differ by 4e-6 of the values.
+    # Sums have another order, through 20 steps in float32. The measured difference is 4e-6.
     chex.assert_trees_all_close(found[way][0], alone, rtol=2e-5, atol=2e-5)

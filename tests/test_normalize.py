@@ -15,7 +15,7 @@ from jaxnorm._core.normalize import normalize
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(1)
-X = RNG.standard_normal((3, 4, 2))  # made into float64 JAX arrays where that exists: in tests
+X = RNG.standard_normal((3, 4, 2))  # the tests convert it to float64 JAX arrays
 MASK = RNG.random((3, 4, 2)) < 0.6
 SAMPLES = {"batch norm": (0, 1), "instance norm": (1,), "layer norm": (2,), "all": (0, 1, 2)}
 PARAMS = {
@@ -27,7 +27,7 @@ PARAMS = {
 
 
 def plain(axes, x, scale, bias, epsilon, mask):
-    """The same from JAX's own means and derivatives, in float64."""
+    """Normalizes with jnp.mean, for derivatives by JAX in float64."""
     mean = jnp.mean(x, axes, keepdims=True, where=mask)
     var = jnp.mean((x - mean) ** 2, axes, keepdims=True, where=mask)
     y = (x - mean) * lax.rsqrt(var + epsilon) * scale + bias
@@ -55,7 +55,7 @@ def test_y_and_moments_and_all_their_derivatives_are_those_of_the_plain_formula(
     axes, shape, masked
 ):
     mask = MASK if masked else None
-    if masked:  # at least two entries in each sample, so that the plain formula has no 0 / 0
+    if masked:  # at least two entries per sample, so that the plain formula has no 0 / 0
         mask = mask | (jnp.arange(3)[:, None, None] < 1) | (jnp.arange(4)[:, None] < 2)
     scale, bias = (jnp.asarray(RNG.standard_normal(shape)) for _ in range(2))
     arguments = (jnp.asarray(X), scale, bias, jnp.asarray(0.3))
@@ -74,7 +74,7 @@ def test_y_and_moments_and_all_their_derivatives_are_those_of_the_plain_formula(
         )
 
     found, wanted = (jax.jit(value_gradient_and_hessian(f))(*arguments) for f in (ours, plain))
-    # 1e-10: second derivatives of sums of a hundred terms of size 1, in float64.
+    # These are second derivatives of sums of a hundred terms of size 1, in float64: 1e-10.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), found, wanted
     )
@@ -83,7 +83,7 @@ def test_y_and_moments_and_all_their_derivatives_are_those_of_the_plain_formula(
 @pytest.mark.parametrize("axes", SAMPLES.values(), ids=SAMPLES)
 @pytest.mark.parametrize("shape", [(1, 1, 3), (1, 3, 1), (3, 1, 1), (1, 3, 3), (3, 3, 1)])
 def test_no_axis_is_taken_for_another_of_its_size(axes, shape):
-    """All axes of one size: which of them the parameters lie along shows in their places alone."""
+    """Checks x with equal sizes, where only the position of an axis identifies it."""
     x, g = (jnp.asarray(RNG.standard_normal((3, 3, 3))) for _ in range(2))
     scale, bias = (jnp.asarray(RNG.standard_normal(shape)) for _ in range(2))
 
@@ -137,11 +137,11 @@ def test_moments_of_no_sample_are_constants():
         np.testing.assert_array_equal(found, 0)
 
 
-# ---- What does not depend on the machine is read from the compiled program. ----
+# ---- Compiled programs, which do not depend on the machine ----
 
 
 def kept(f, *args):
-    """(shape, dtype) of the large arrays that the backward pass of jit(f) gets from the forward."""
+    """Returns (shape, dtype) of the large residuals of jit(f)."""
     _, vjp = jax.vjp(jax.jit(f), *args)
     return [(a.shape, str(a.dtype)) for a in jax.tree.leaves(vjp) if a.size > 256]
 
@@ -164,7 +164,7 @@ def test_what_is_kept_for_the_backward_pass_is_x_itself(given, dtype):
     assert kept(f, x, scale, bias) == itself
     assert kept(lambda scale: f(x, scale, bias), scale) == itself
     assert kept(lambda bias: f(x, scale, bias), bias) == []
-    # Of given statistics y is a multiple of x: not even x is needed.
+    # For given statistics, y is linear in x, so its derivative does not need x.
     assert kept(lambda x: f(x, scale, bias), x) == ([] if given else itself)
 
 
@@ -181,6 +181,6 @@ def test_forward_and_backward_reduce_arrays_of_x_s_size_twice_each():
     for computation in text.split("\n}\n"):
         shape_of = dict(re.findall(r"%(\S+) = \w+\[([\d,]*)\]", computation))
         reduced += [shape_of[operand] for operand in re.findall(r" reduce\(%([^,]+),", computation)]
-    # Forward: the sums of x and x * x. Backward: those of g and g * x_hat. In the loop that
-    # measures again: two sums.
+    # Forward: the sums of x and x * x. Backward: those of g and g * x_hat. In the loop: two
+    # sums.
     assert reduced.count("8,6,6,64") <= 2 + 2 + 2

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 checkpoint = pytest.importorskip("torch.utils.checkpoint").checkpoint
 
 pytestmark = pytest.mark.usefixtures("x64")
-torch.set_num_threads(1)  # with more, threads that wait for each other take nearly all the time
+torch.set_num_threads(1)  # with more threads, most of the time is spent waiting
 
 STATIC = ("use_running_average", "skip_nonfinite", "channel_axis", "batch_axis")
 NORMS = {
@@ -28,23 +28,23 @@ each_space = pytest.mark.parametrize("space", SHAPES)
 
 
 def assert_close(found, wanted):
-    """Equal but for the last bits, leaf by leaf.
+    """Compares leaf by leaf, except for the last bits.
 
-    rtol: both sum in float64, in another order. atol: an entry near zero is a difference of terms
-    of order 1 to 10, and inherits their rounding, some 1e-15.
+    rtol: both sum in float64, in a different order. atol: an entry near zero is a difference of
+    terms of order 1 to 10, and has their rounding, about 1e-15.
     """
     close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
     jax.tree.map(close, found, wanted)
 
 
-# ---- PyTorch's modules, in jaxnorm's words ----
+# ---- PyTorch's modules with jaxnorm's arguments ----
 
 STATE = {"mean": "running_mean", "var": "running_var", "count": "num_batches_tracked"}
 PARAMS = {"scale": "weight", "bias": "bias"}
 
 
 def module_for(norm, space, channels=3, **options):
-    """torch.nn.BatchNorm1d and its kin, in float64, tracking unless told otherwise."""
+    """Makes torch.nn.BatchNorm1d and similar modules, in float64, which track by default."""
     make = getattr(torch.nn, f"{norm.capitalize()}Norm{max(space, 1)}d")
     options = {"affine": False, "track_running_stats": True, "dtype": torch.float64, **options}
     return make(channels, **options)
@@ -70,7 +70,7 @@ def state_of(module):
     return {key: getattr(module, name).numpy().copy() for key, name in STATE.items()}
 
 
-# ---- one norm, three systems: y and the state after each of some steps (x, momentum) ----
+# ---- One norm in three systems: y and the state after each step (x, momentum) ----
 
 
 def run_in_turn(norms, norm, *steps):
@@ -106,7 +106,7 @@ def test_batch_norm_divides_by_the_biased_and_remembers_the_unbiased_variance(ru
     ((y, state),) = results
     assert_close(y, (SMALL - [4.5, 2.0]) / np.sqrt([47.5 / 6 + 1e-5, 26 / 6 + 1e-5]))
     assert_close(means_and_vars(results), np.array([[[0.45, 0.2], [1.85, 1.42]]]))
-    assert state["count"] == 1  # batches, not samples
+    assert state["count"] == 1  # it counts batches, not samples
 
 
 @each_system
@@ -129,7 +129,7 @@ def test_momentum_none_weighs_all_batches_alike(run):
 def test_a_switch_to_momentum_none_midway_uses_the_whole_count(run, steps, momentum):
     results = run("batch", *[(SMALL, momentum)] * steps, (2 * SMALL + 1, None))
     before, after = means_and_vars(results)[-2:]
-    batch = np.array([[10, 5], [38, 20.8]])  # means and unbiased variances of the last
+    batch = np.array([[10, 5], [38, 20.8]])  # means and unbiased variances of the last batch batch
     assert_close(after, before + (batch - before) / (steps + 1))
 
 
@@ -141,7 +141,7 @@ def test_an_entry_that_is_masked_out_might_as_well_not_be_there(norm, space):
     options = {"batch_stats": first_state(3), "mask": keep[..., None]}
     y, new = NORMS[norm](x, **options)
     assert_close((y, new), REFERENCES[norm](x, **options))
-    # PyTorch has no masks: it is given the entries that count, in turn those of each sample.
+    # PyTorch has no masks, so it gets the included entries only, one sample after the other.
     samples = [(x, keep)] if norm == "batch" else zip(x, keep, strict=True)
     parts = [run_torch("batch", (x[keep], 0.1))[0] for x, keep in samples]
     assert_close(y[keep], np.concatenate([y for y, _ in parts]))
@@ -149,7 +149,7 @@ def test_an_entry_that_is_masked_out_might_as_well_not_be_there(norm, space):
     np.testing.assert_array_equal(y[~keep], 0)
 
 
-# ---- which norm is which ----
+# ---- Relations between the norms ----
 
 
 @each_space
@@ -198,7 +198,7 @@ def test_an_unbatched_input_is_one_sample(space):
     assert_close(new, {**state_of(module), "count": 1})
 
 
-# ---- too few values ----
+# ---- Too few values ----
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_no_values_at_all_are_not_refused(run, norm, shape):
     assert run(norm, (np.zeros(shape), 0.1))[0][0].shape == shape
 
 
-# ---- gradients and dtypes ----
+# ---- Gradients and dtypes ----
 
 
 @each_norm
@@ -238,7 +238,7 @@ def test_running_statistics_carry_no_gradient(norm, evaluating):
     floats = {key: value for key, value in later_state().items() if key != "count"}
     of_y, of_new = jax.jacobian(totals, (0, 1))(floats, normal(SHAPES[2]))
     zero = [of_y[0], of_new[1]] if evaluating else [of_y[0], of_new]
-    for leaf in jax.tree.leaves(zero):  # in evaluation the new state is the one given
+    for leaf in jax.tree.leaves(zero):  # in evaluation, the new state is the input state
         np.testing.assert_array_equal(leaf, 0)
     assert np.abs(of_y[1]).max() > 0.1
 
@@ -248,20 +248,20 @@ def test_running_statistics_carry_no_gradient(norm, evaluating):
 def test_half_precision_input_keeps_float32_statistics_and_half_precision_output(norm, dtype, bits):
     x = jnp.asarray(normal(SHAPES[2]), dtype)
     y, new = NORMS[norm](x, batch_stats=jaxnorm.init_batch_stats(3))
-    # affine, because without it PyTorch's instance norm has statistics of half precision
+    # With affine=False, PyTorch's instance norm has half-precision statistics.
     module = module_for(norm, 2, affine=True, dtype=torch.float32)
     torch_y = module(to_torch(x.astype("float64")).to(getattr(torch, dtype)))
     assert (y.dtype, str(torch_y.dtype)) == (dtype, f"torch.{dtype}")
     for key in ("mean", "var"):
         assert new[key].dtype == state_of(module)[key].dtype == "float32"
-        np.testing.assert_allclose(new[key], state_of(module)[key], rtol=1e-6)  # float32's rounding
-    # PyTorch's y is off by several units in the last place, so NumPy's is the reference: ours is
-    # one rounding away from it, half a unit, but for float32's errors beneath.
+        np.testing.assert_allclose(new[key], state_of(module)[key], rtol=1e-6)  # float32 rounding
+    # PyTorch's y has an error of several units in the last place, so NumPy is the reference. Ours
+    # has one rounding, half a unit, in addition to smaller float32 errors.
     wanted, _ = REFERENCES[norm](x)
     np.testing.assert_allclose(y.astype("float64"), wanted, rtol=1.01 * 2.0**-bits, atol=1e-6)
 
 
-# ---- where jaxnorm decides otherwise, on purpose: a test for each row of that table ----
+# ---- Deliberate differences: a test for each row of the table in docs/decisions.md ----
 
 
 def test_instance_norm_the_count_goes_up_as_for_batch_norm():
@@ -330,7 +330,7 @@ def test_half_precision_running_statistics_are_widened_and_do_not_stall(norm):
         _, state = NORMS[norm](jnp.asarray(x, "bfloat16"), None, state, momentum=0.01)
     assert module.running_mean.item() == pytest.approx(0.836, abs=1e-3)
     assert state["mean"].dtype == state["var"].dtype == "float32"
-    left, rtol = 0.99**500, 500 * 2.0**-23  # what is left to go, and a rounding of float32 a step
+    left, rtol = 0.99**500, 500 * 2.0**-23  # the remaining weight, and a float32 rounding per step
     np.testing.assert_allclose(state["mean"], 1.0078125 * (1 - left), rtol=rtol)  # 1.005 rounded
     np.testing.assert_allclose(state["var"], left, rtol=rtol)
 
@@ -344,7 +344,7 @@ def test_a_nan_or_inf_in_a_batch_skips_that_channel_by_default(norm, poison):
     assert_close((y, state), run_numpy(norm, (x, 0.1))[0])
     assert (state["mean"][0], state["var"][0], state["count"]) == (0, 1, 1)
     assert np.isfinite(means_and_vars([(y, later)])).all()
-    # As in PyTorch where it is switched off, and for y always.
+    # y is always as in PyTorch, and so is the state with skip_nonfinite=False.
     (torch_y, torch_state), (_, torch_later) = run_torch(norm, (x, 0.1), (good, 0.1))
     np.testing.assert_array_equal(np.isnan(y), np.isnan(torch_y))
     _, state = NORMS[norm](x, None, first_state(3), skip_nonfinite=False)
@@ -386,7 +386,7 @@ def test_activation_checkpointing_moves_the_state_once(norm):
     assert module.num_batches_tracked == 2
 
 
-# ---- fifty steps of training, then evaluation ----
+# ---- Fifty steps of training, then evaluation ----
 
 STEPS, RATE = 50, 0.01
 SPACES = [("batch", (9, 3)), *((norm, SHAPES[space]) for norm in NORMS for space in SHAPES)]
@@ -394,7 +394,7 @@ SPACES = [("batch", (9, 3)), *((norm, SHAPES[space]) for norm in NORMS for space
 
 @functools.partial(jax.jit, static_argnames=("norm", "axis"))
 def train_jaxnorm(norm, axis, params, state, momentum, xs, dys):
-    """Trains on all batches but the last, and evaluates on that; results stacked by step."""
+    """Trains on all batches but the last, evaluates on the last, and stacks the results."""
 
     def step(carry, batch, **options):
         (params, state), (x, dy) = carry, batch
@@ -410,7 +410,7 @@ def train_jaxnorm(norm, axis, params, state, momentum, xs, dys):
 
 
 def step_torch(module, axis, x, dy):
-    """One step of the same."""
+    """Runs one such step in PyTorch."""
     x = to_torch(x, axis).requires_grad_()
     y = module(x)
     y.backward(to_torch(dy, axis))
@@ -424,7 +424,7 @@ def step_torch(module, axis, x, dy):
 
 
 def averages_so_far(xs, axis):
-    """By hand: after each step, the average of all samples' means and unbiased variances."""
+    """Computes the average of the means and unbiased variances of all samples after each step."""
     samples = np.moveaxis(xs, axis, 2).reshape(*xs.shape[:2], 3, -1)  # (step, N, C, space)
     rows = {"mean": samples.mean(-1), "var": samples.var(-1, ddof=1)}
     steps = np.arange(1, len(xs) + 1)[:, None]
@@ -457,7 +457,7 @@ def test_fifty_steps_of_training_and_then_evaluation_are_pytorchs(
 
     results = [step_torch(module, axis, x, dy) for x, dy in zip(xs[:-1], dys[:-1], strict=True)]
     training = jax.tree.map(lambda *leaves: np.stack(leaves), *results)
-    if norm == "instance" and tracked:  # decided otherwise: the count, and momentum None
+    if norm == "instance" and tracked:  # deliberate differences: the count, and momentum=None
         if momentum is None:
             training["state"] = averages_so_far(xs[:-1], axis if axis < 0 else 2)
         training["state"]["count"] = np.arange(1, STEPS + 1)

@@ -20,12 +20,12 @@ eqx, hk, keras, torch = map(pytest.importorskip, ("equinox", "haiku", "keras", "
 ROOT = Path(__file__).parents[1]
 TABLE = (ROOT / "docs" / "comparison.md").read_text()
 PEERS = ("jaxnorm", "flax.linen", "Haiku", "Equinox", "Keras", "PyTorch")
-# The libraries warn of their own and of JAX's changes.
+# The libraries warn about deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def row(title):
-    """A row of the table: what it says of each library."""
+    """Returns the cells of a row of the table by library."""
     (line,) = re.findall(rf"^\| {re.escape(title)}.*$", TABLE, re.M)
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
     return dict(zip(PEERS, cells, strict=False))
@@ -36,7 +36,7 @@ def test_the_table_s_columns():
 
 
 def train(peer, x):
-    """Batch norm's y, and its first running mean and variance where the batch weighs all."""
+    """Returns y of batch norm, and the running statistics if the batch has all the weight."""
     c = x.shape[-1]
     if peer == "jaxnorm":
         y, state = jaxnorm.batch_norm(x, None, jaxnorm.init_batch_stats(c), momentum=1.0)
@@ -57,7 +57,7 @@ def train(peer, x):
         )
         axes = {"in_axes": (0, None), "out_axes": (0, None)}
         y, state = jax.vmap(norm, axis_name="batch", **axes)(x, state)
-        # Its statistics are what evaluation uses: y = (x - mean) / sqrt(var + eps) at 0 and 1.
+        # The statistics follow from y in evaluation, (x - mean) / sqrt(var + eps), at 0 and 1.
         at, _ = jax.vmap(eqx.nn.inference_mode(norm), axis_name="batch", **axes)(
             jnp.stack([jnp.zeros(c), jnp.ones(c)]), state
         )
@@ -83,7 +83,7 @@ def test_the_error_of_y_far_from_zero(peer):
     said, *_ = row("largest error of y")[peer].split(" (")  # an option of Flax is in parentheses
     if said == "NaN":
         assert np.isnan(error)
-    else:  # the order of magnitude: which entry is the worst differs from machine to machine
+    else:  # the order of magnitude, because the worst entry depends on the machine
         said = float(said.replace(",", ""))
         assert said / 3 < error < said * 3
 
@@ -171,7 +171,7 @@ BENCHMARK = json.loads((ROOT / "docs" / "benchmarks" / "norms.json").read_text()
 
 
 def measured(norm, mode):
-    """What the last run of the benchmarks says of a norm in float32 on (32, 56, 56, 64)."""
+    """Returns the last benchmark results of a norm in float32 on (32, 56, 56, 64)."""
     for cell in BENCHMARK.values():
         job = cell["job"]
         if (job.get("norm"), job.get("mode"), job.get("training")) == (norm, mode, True) and job[

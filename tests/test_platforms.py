@@ -1,6 +1,6 @@
 """Tests the formulation of every platform on a CPU.
 
-`pytest --formulation tpu` and `--formulation cuda` run whole files of tests under one of them.
+`pytest --formulation tpu` and `--formulation cuda` run whole files of tests with one of them.
 """
 
 import functools
@@ -37,7 +37,7 @@ def formulation(request):
 
 
 def normalized(kind, x):
-    """In float64 NumPy, with epsilon=0."""
+    """Normalizes in float64 NumPy, with epsilon=0."""
     shape, x = x.shape, np.asarray(x, np.float64)
     x = x.reshape(*shape[:-1], 4, -1) if kind == "group" else x
     mean, std = (f(x, axis=AXES[kind], keepdims=True) for f in (np.mean, np.std))
@@ -46,7 +46,7 @@ def normalized(kind, x):
 
 @pytest.mark.parametrize("kind", CENTERED)
 def test_y_is_within_2e_6_at_every_offset(kind):
-    """Also where the mean is about as large as the standard deviation, or a few times as large."""
+    """Also checks means of about one standard deviation, and of a few."""
     draws = RNG.standard_normal((8, 28, 28, 32))
     f = jax.jit(functools.partial(NORMS[kind], epsilon=0.0))
     for offset in (0, 0.9, 1.1, 1.7, 3, 3.8, 4.2, 1e2, 1e3, 1e4, 1e5, 1e6):
@@ -73,10 +73,10 @@ ORDERS = [
 @pytest.mark.parametrize(("name", "shape", "options", "axes"), ORDERS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_axes_in_any_order(name, shape, options, axes, masked):
-    """Far from 0, so that a loop measures again."""
+    """Uses data far from 0, so that a loop computes the moments again."""
     x = (RNG.standard_normal(shape) + 1e3).astype(np.float32)
     mask = np.ones(shape, bool)
-    if masked:  # every other entry at least is kept
+    if masked:  # at least every other entry is included
         mask = (RNG.random(shape) < 0.5) | (np.indices(shape).sum(0) % 2 == 0)
     f = functools.partial(getattr(jaxnorm, name), mask=mask if masked else None, epsilon=0.0)
     y = jax.jit(functools.partial(f, **options))(x)
@@ -90,12 +90,12 @@ def test_axes_in_any_order(name, shape, options, axes, masked):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["batch", "instance", "group"])
 def test_a_first_row_unlike_the_rest_costs_nothing_that_y_shows(kind, dtype):
-    """On a GPU the shift is made of it: of every sixteenth row, or in half precision one entry."""
+    """Checks that y is accurate although, on GPU, the shift is computed from these entries."""
     x = RNG.standard_normal((4, 64, 64, 8))
     x[:, 0] += 100
     x = jnp.asarray(x, dtype)
     y = jax.jit(functools.partial(NORMS[kind], epsilon=0.0))(x)
-    # In float32 the variance may lose four of 24 bits; otherwise y is rounded once.
+    # In float32, the variance may lose four of 24 bits; in half precision, y is rounded once.
     rtol = 2.0**-20 if dtype == "float32" else float(jnp.finfo(dtype).eps) * 0.6
     np.testing.assert_allclose(y.astype(float), normalized(kind, x), rtol=rtol, atol=2e-6)
 
@@ -104,10 +104,10 @@ def test_a_first_row_unlike_the_rest_costs_nothing_that_y_shows(kind, dtype):
 @pytest.mark.parametrize("constant", [0.1, 1e-30, 3.3333e9, 1e30, LARGEST, -LARGEST])
 def test_constants_up_to_the_largest_give_0_exactly(kind, constant, formulation):
     if formulation == "cuda":
-        constant = np.clip(constant, -1e38, 1e38)  # the part's mean must not round up to Inf
+        constant = np.clip(constant, -1e38, 1e38)  # the mean of the part must not round up to Inf
     x = jnp.full((4, 14, 14, 32), constant, jnp.float32)
     np.testing.assert_array_equal(jax.jit(NORMS[kind])(x), 0)
-    # Where the sum overflows, or on a GPU the square of one rounding, the variance is Inf.
+    # If the sum overflows, or on a GPU the square of a rounding error, the variance is Inf.
     if kind == "batch" and abs(constant) < (1e25 if formulation == "cuda" else 1e35):
         m = jaxnorm.moments(x, (0, 1, 2))
         np.testing.assert_array_equal(m.mean, np.float32(constant))
@@ -141,7 +141,7 @@ def test_nan_and_inf_are_measured_a_bounded_number_of_times_and_skipped():
 
 
 def test_samples_that_overflow_give_finite_y():
-    """Squares overflow, and sums: the variance is Inf, and y is 0 as in PyTorch, not NaN."""
+    """Checks that y is 0 as in PyTorch, and not NaN, if squares and sums overflow."""
     x = RNG.standard_normal((4, 14, 14, 8)).astype(np.float32) * 1e30
     for kind in CENTERED:
         assert np.isfinite(jax.jit(NORMS[kind])(x)).all()
@@ -158,7 +158,7 @@ def test_a_mask_keeps_nan_from_y_and_gradient(kind):
     )
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_array_equal(np.where(mask, 0, gradient), 0)
-    # Sums of a few hundred float32 terms.
+    # These are sums of a few hundred float32 terms.
     np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_derivatives_in_both_modes_to_order_two(kind, x64):
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_models_under_vmap_are_each_their_own(kind, offset):
-    """One model's samples are good, the other's are measured again."""
+    """Checks two models; only the moments of the second are computed again."""
     x = RNG.standard_normal((2, 4, 5, 5, 8)).astype(np.float32)
     x[1] += offset
     found = jax.jit(jax.vmap(NORMS[kind]))(x)
@@ -183,7 +183,7 @@ def test_models_under_vmap_are_each_their_own(kind, offset):
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_batch_on_several_devices_is_one_batch(groups, offset, masked):
-    """With unequal counts, and one device that holds nothing; one group is far from 0."""
+    """Uses unequal counts, one device without entries, and one group that is far from 0."""
     x = RNG.standard_normal((4, 6, 5, 8)).astype(np.float32)
     x[2:] += np.float32(offset)
     counts = [[[[0.3]]], [[[1.0]]], [[[0.0]]], [[[0.6]]]]
@@ -208,7 +208,7 @@ def test_a_batch_on_several_devices_is_one_batch(groups, offset, masked):
             jnp.asarray(x[group]),
             has_aux=True,
         )
-        # The sums in another order; beside a mean of 1e4 the running mean is rounded at 1e-4.
+        # The sums have another order; the running mean, of 1e4, is rounded to 1e-4.
         np.testing.assert_allclose(y[group], whole, rtol=0, atol=4e-6)
         np.testing.assert_allclose(gradient[group], vjp(jnp.cos(whole))[0], rtol=0, atol=4e-6)
         for k in group:
@@ -234,14 +234,14 @@ def test_a_gpu_has_no_loop_and_no_conditional(formulation):
 
 
 def test_the_running_mean_is_where_a_tpu_begins(formulation):
-    """With a good guess nothing is measured again: the bits are those of sums about the guess."""
+    """Checks that a good shift is not replaced: the bits are those of sums about the shift."""
     x = (RNG.standard_normal((64, 8)) + 50).astype(np.float32)
     state = {"mean": jnp.full(8, 50.0), "var": jnp.ones(8), "count": jnp.int32(9)}
     found, _ = jax.jit(jaxnorm.batch_norm)(x, None, state)
     about, _ = jax.jit(jaxnorm.batch_norm)(x - np.float32(50), None, jaxnorm.init_batch_stats(8))
     if formulation == "tpu":
         np.testing.assert_array_equal(found, about)
-    # Each is within 2e-6 of float64.
+    # Each result is within 2e-6 of float64.
     np.testing.assert_allclose(found, about, rtol=0, atol=4e-6)
 
 
@@ -255,7 +255,7 @@ def test_a_running_mean_that_is_far_off_does_no_harm(guess):
 
 
 def test_programs_for_all_platforms_are_exported_together():
-    """Here the choice is made when the program is loaded."""
+    """Checks an export, in which the platform is chosen when the program is loaded."""
     platforms._forced = None
     x = jnp.asarray(RNG.standard_normal((4, 6, 6, 8)), jnp.float32)
     for norm in NORMS.values():

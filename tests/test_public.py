@@ -1,4 +1,4 @@
-"""Tests names, arguments and documents of the public functions and layers."""
+"""Tests names, arguments and docstrings of the public functions and layers."""
 
 import dataclasses
 import inspect
@@ -122,7 +122,7 @@ def test_every_layer_of_nnx_declares_its_arguments(layer):
 
 
 def test_batch_renorm_of_nnx_takes_the_arguments_of_batch_norm_and_its_limits():
-    """Their defaults, too, which are written twice."""
+    """Also checks the defaults, which are written twice."""
     batch, renorm = (
         inspect.signature(layer.__init__).parameters
         for layer in (jaxnorm.nnx.BatchNorm, jaxnorm.nnx.BatchRenorm)
@@ -176,7 +176,7 @@ def test_both_faces_have_the_same_layers_with_the_same_call():
     assert {c.__name__ for c in LAYERS} == {c.__name__ for c in NNX_LAYERS}
     for layer in NNX_LAYERS:
         linen = getattr(jaxnorm.linen, layer.__name__)
-        # Flax's own: nnx.RMSNorm alone takes its mask by position.
+        # As in Flax, only nnx.RMSNorm accepts its mask by position.
         if not issubclass(layer, jaxnorm.nnx.RMSNorm):
             assert inspect.signature(layer.__call__) == inspect.signature(linen.__call__)
 
@@ -201,7 +201,7 @@ def test_the_readme_s_code_runs():
         "nnx": jaxnorm.nnx,
         "interop": jaxnorm.interop,
         "inspect": jaxnorm.inspect,
-        "onnx": None,  # jax2onnx is not here
+        "onnx": None,  # jax2onnx is not installed
     }.items(),
 )
 def test_every_public_name_is_on_its_page_of_the_reference(page, module):

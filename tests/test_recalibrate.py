@@ -1,4 +1,4 @@
-"""Tests that recalibrated statistics are those of all the data at once."""
+"""Tests that recalibrated statistics equal those of all data as one batch."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(300, 2, (12, 5, 3)).astype(np.float32)
 X[6:] += 3
 UNEVEN = np.split(X, [1, 4])  # 1, 3 and 8 samples
-# A batch's mean is one float32 number: off by up to 1.5e-5 at 300, beside variances of about 6.
+# The mean of a batch is rounded to float32, by up to 1.5e-5 at 300; the variances are about 6.
 CLOSE = {"rtol": 1e-5}
 
 
@@ -33,7 +33,7 @@ def test_batch_norm_gets_the_moments_of_every_entry(offset):
     new = jaxnorm.recalibrate(batch_step, jaxnorm.init_batch_stats(3), batches)
     entries = np.concatenate(batches).astype(np.float64).reshape(-1, 3)
     np.testing.assert_allclose(new["mean"], entries.mean(0), rtol=1e-6)
-    # At 1e4 a mean is off by up to 5e-4, and differs from the others' by about 3.
+    # At 1e4, a mean has an error of up to 5e-4, and its distance to the others is about 3.
     np.testing.assert_allclose(
         new["var"], entries.var(0, ddof=1), rtol=1e-5 if offset == 0 else 1e-3
     )
@@ -95,7 +95,7 @@ def test_further_arguments_go_to_step_and_batches_of_one_size_share_one_program(
     assert traced == [(3, 5, 3)]
 
 
-# ---- What cannot be measured is an error, and the given state stays ----
+# ---- Errors, which do not change the input state ----
 
 
 def one_nan(x):
@@ -166,11 +166,11 @@ class Nnx(nnx.Module):
 
 
 def assert_recalibrated(first, second, hidden):
-    """The first norm's statistics are the data's, the second's those of what it was given."""
+    """Checks that the statistics of both norms are those of their inputs."""
     np.testing.assert_allclose(first["mean"], X.mean((0, 1)), rtol=1e-6)
     np.testing.assert_allclose(first["var"], X.reshape(-1, 3).astype(float).var(0, ddof=1), **CLOSE)
     rows = np.concatenate([np.asarray(h, np.float64) for h in hidden])
-    # Hidden values of size 1, rounded to float32 differently in the compiled program.
+    # The hidden values are about 1, and rounded differently in the compiled program.
     np.testing.assert_allclose(second["mean"], rows.mean((0, 1)), atol=1e-5)
     np.testing.assert_allclose(second["var"], rows.var(1, ddof=1).mean(0), rtol=1e-4)
     assert first["count"] == second["count"] == 3

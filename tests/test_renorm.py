@@ -21,11 +21,11 @@ import jaxnorm.nnx
 
 X = normal((6, 5, 3))
 STATE, PARAMS = later_state(), some_params()
-STATE["var"] *= [1, 0.1, 30]  # r on both sides of its limits
+STATE["var"] *= [1, 0.1, 30]  # r is on both sides of its limits
 
 
 def reference_renorm(x, params, state, r_max, d_max, mask=None, epsilon=1e-5):
-    """Ioffe, 2017, algorithm 1, in float64 NumPy, one channel at a time."""
+    """Computes algorithm 1 of Ioffe, 2017, in float64 NumPy, one channel at a time."""
     counts = np.broadcast_to(True if mask is None else mask, x.shape)
     y = np.zeros(x.shape)
     for c in range(x.shape[-1]):
@@ -125,7 +125,7 @@ def test_a_spread_batch_is_the_whole_batch_in_one_collective_each_way():
     chex.assert_trees_all_close(new, expected, rtol=1e-6)
     wanted = jax.grad(lambda x: jnp.sum(jaxnorm.batch_renorm(x, PARAMS, STATE)[0] ** 2))(x)
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-4)  # sums of 30 terms
-    # The statistics forward and their gradient backward; the third is this test's own loss.
+    # One for the statistics, one for their gradient, and one for the loss of this test.
     assert spread.lower(x).compile().as_text().count(" all-reduce(") <= 3
 
 
@@ -190,7 +190,7 @@ print(json.dumps(np.asarray(layer(x, training=True)).tolist()))
 
 
 def test_y_is_keras():
-    """The running sigma is given: Keras averages it, where here it is the variance's root."""
+    """Passes the running sigma, which Keras averages, and which is sqrt(var) in jaxnorm."""
     if importlib.util.find_spec("keras") is None:
         pytest.skip("Keras is not there")
     given = X, PARAMS["scale"], PARAMS["bias"], STATE["mean"], np.sqrt(STATE["var"] + 1e-5)
@@ -202,5 +202,5 @@ def test_y_is_keras():
         check=True,
     )
     y, _ = jaxnorm.batch_renorm(jnp.asarray(X, jnp.float32), PARAMS, STATE, r_max=1.5, d_max=0.5)
-    # Float32 in both, and Keras' one-pass variance: a few units in the last place.
+    # Both use float32, and Keras a one-pass variance: a few units in the last place.
     np.testing.assert_allclose(y, json.loads(result.stdout), rtol=1e-5, atol=1e-5)

@@ -16,13 +16,13 @@ def moments(count, mean, var, dtype=np.float32):
 
 
 def assert_state(state, mean, var, count):
-    np.testing.assert_allclose(state["mean"], mean, rtol=1e-6)  # float32's rounding
+    np.testing.assert_allclose(state["mean"], mean, rtol=1e-6)  # float32 rounding
     np.testing.assert_allclose(state["var"], var, rtol=1e-6)
     assert state["count"] == count
 
 
 TRAINED = {"mean": jnp.array([1.0, 2.0]), "var": jnp.array([3.0, 4.0]), "count": jnp.int32(7)}
-BATCH = moments([4, 4], [5, 6], [0.75, 1.5])  # unbiased variances 1 and 2
+BATCH = moments([4, 4], [5, 6], [0.75, 1.5])  # the unbiased variances are 1 and 2
 
 
 def test_momentum_weighs_the_new_value_and_the_unbiased_variance():
@@ -92,7 +92,7 @@ def test_an_empty_batch_moves_nothing(skip_nonfinite, momentum):
 
 
 def test_the_cumulative_average_moves_every_channel_or_none():
-    # Were the good channel to move alone, the count would weigh batches that the other never saw.
+    # If only the finite channel were updated, the count would be wrong for the other channel.
     poisoned = moments([4, 4], [np.nan, 6], [0.75, 1.5])
     new = jaxnorm.update_batch_stats(TRAINED, poisoned, momentum=None)
     assert_state(new, TRAINED["mean"], TRAINED["var"], 7)

@@ -33,12 +33,12 @@ NNX = {
     ),
 }
 both = pytest.mark.parametrize("kind", FUNCTION)
-# One reduction more or less, fused or not: a few units in the last place.
+# The programs differ in fusions and reductions: a few units in the last place.
 close = functools.partial(chex.assert_trees_all_close, rtol=2e-6, atol=2e-6)
 
 
 def first(scale=1.0):
-    """First variables, with a scale of one's own."""
+    """Returns initial variables with a different scale."""
     params = jaxnorm.init_params(C)
     return {
         "params": {**params, "scale": params["scale"] * scale},
@@ -52,7 +52,7 @@ def stack(trees):
 
 @functools.partial(quick_jit, static_argnums=0)
 def steps(kind, xs, variables=None):
-    """One layer on batch after batch: all outputs, and the last state."""
+    """Applies a layer to one batch after another; returns all outputs and the last state."""
     variables = first() if variables is None else variables
     ys, state = [], variables["batch_stats"]
     for x in xs:
@@ -63,7 +63,7 @@ def steps(kind, xs, variables=None):
 
 @functools.partial(quick_jit, static_argnums=0)
 def through(kind, x, layers):
-    """Layer after layer on one batch: the output, and all states."""
+    """Applies one layer after another to a batch; returns the output and all states."""
     states = []
     for variables in layers:
         x, state = FUNCTION[kind](x, variables["params"], variables["batch_stats"])
@@ -73,14 +73,14 @@ def through(kind, x, layers):
 
 @functools.partial(quick_jit, static_argnums=0)
 def whole(kind, xs):
-    """All batches as one."""
+    """Concatenates all batches."""
     y, state = FUNCTION[kind](xs.reshape(-1, *xs.shape[-2:]), *first().values())
     return y.reshape(xs.shape), state
 
 
 @functools.partial(quick_jit, static_argnums=0)
 def train(model, variables, *inputs):
-    """What a Linen model returns, and its moved variables."""
+    """Returns the output of a Linen model, and its updated variables."""
     return model.apply(variables, *inputs, mutable=["batch_stats"])
 
 
@@ -89,7 +89,7 @@ def state_of(layer):
 
 
 def put(layer, variables):
-    """Gives an NNX layer, or a stack of them, these variables."""
+    """Sets the variables of an NNX layer, or of a stack of layers."""
     for values in variables.values():
         for key, value in values.items():
             getattr(layer, key).set_value(value)
@@ -266,7 +266,7 @@ def test_lax_scan_carries_a_split_module(kind):
 
 @functools.partial(quick_jit, static_argnums=0)
 def expected_gradients(kind, x):
-    """Of the sum of the sines of the output, and the state."""
+    """Returns the gradients of the sum of the sines of the output, and the state."""
 
     def loss(params):
         y, state = FUNCTION[kind](x, params, first()["batch_stats"])
@@ -337,7 +337,7 @@ def test_a_module_in_training_that_a_jax_transformation_closes_over_is_refused_b
     with pytest.raises(errors.TraceContextError):
         transform(lambda x: layer(x))
     layer.eval()
-    transform(lambda x: layer(x))  # nothing moves
+    transform(lambda x: layer(x))  # nothing is updated
     chex.assert_trees_all_equal(state_of(layer), first()["batch_stats"])
 
 
@@ -400,7 +400,7 @@ class Nested(nnx.Module):
 def test_train_and_eval_choose_the_statistics_of_every_layer(kind):
     model = Nested(kind)
     trained, state = steps(kind, [X])
-    for _ in range(2):  # and back again
+    for _ in range(2):  # switches the mode twice
         put(model.norms[0], first())
         model.train()
         close((model(X), state_of(model.norms[0])), (trained[0], state))
@@ -420,7 +420,7 @@ def test_a_view_evaluates_with_the_same_variables_while_the_model_trains(kind):
     assert int(view.norms[0].count[...]) == 1
 
 
-# ---- What is kept for the backward pass ----
+# ---- Residuals ----
 
 BIG = (4, 8, 8, 32)
 SAMPLES = {"batch": 1, "instance": 4, "group": 4, "layer": 4 * 8 * 8, "rms": 4 * 8 * 8}
@@ -447,12 +447,12 @@ each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 
 def kept(f, *args):
-    """The arrays that a jitted function keeps for its backward pass."""
+    """Returns the arrays that a jitted function keeps for its backward pass."""
     return jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(jax.jit(f), *a)[1], *args))
 
 
 def assert_only_x_is_kept(found, kind, x, layers=()):
-    """x itself, and otherwise arrays of the size of the parameters or of the statistics."""
+    """Checks that only x, and arrays of the size of parameters or statistics, are kept."""
     channels = 1 if kind in ("layer", "rms") else x.shape[-1]
     small = max(x.shape[-1], SAMPLES[kind] * channels) * int(np.prod(layers))
     large = [(a.shape, a.dtype) for a in found if a.size > small]

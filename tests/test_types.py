@@ -1,4 +1,4 @@
-"""Tests what type checkers say of code that uses the package, by mypy --strict."""
+"""Tests with mypy --strict which code type checkers accept and reject."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ ACCEPTED, REJECTED = TESTS / "typing_user.py", TESTS / "typing_rejected.py"
 
 @pytest.fixture(scope="module")
 def reported():
-    """The error codes that mypy reports, by file and line."""
+    """Returns the error codes that mypy reports, by file and line."""
     options = ["--config-file", CONFIG, "--cache-dir", ROOT / "build" / "mypy"]
     found = subprocess.run(
         [sys.executable, "-m", "mypy", "--no-error-summary", *options, ACCEPTED, REJECTED],

@@ -1,4 +1,4 @@
-"""Tests that each virtual batch is normalized alone, and the update is that of the whole batch."""
+"""Tests that virtual batches are normalized separately, and the update uses the whole batch."""
 
 import functools
 
@@ -109,7 +109,7 @@ def test_a_poisoned_virtual_batch_leaves_the_others():
     assert new["mean"][0] > 0
 
 
-# ---- MappedAxes: a virtual batch lies on one ----
+# ---- MappedAxes: a virtual batch is on one device ----
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -147,8 +147,8 @@ def test_axis_name_spreads_the_update_alone_in_two_small_collectives():
     spread = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("d"), out_specs=(P("d"), P())))
     expected = jaxnorm.batch_norm(X, PARAMS, STATE, virtual_batch_size=2)
     chex.assert_trees_all_close(spread(X), expected, rtol=1e-6, atol=2e-6)
-    # The sums of the means, and then of the squares about their mean: a table would be one, and
-    # grow with the number of devices.
+    # These are the sums of the means, and then of the squares about their mean. A table would be
+    # one collective, but grow with the number of devices.
     assert spread.lower(X).compile().as_text().count(" all-reduce(") <= 2
     with pytest.raises(ValueError, match="but is 4 for 2 samples"):
         jax.shard_map(
@@ -174,7 +174,7 @@ def test_linen_and_nnx_layers_have_it_and_initialize_with_any_batch():
 
 
 def test_split_batch_norm_is_the_same_fold_with_a_state_for_each_domain():
-    """Samples of two domains, the first half and the second, each by its own statistics."""
+    """Normalizes the samples of two domains, the two halves, by the statistics of each."""
     domains = jnp.stack([X[:4], X[4:] * 2 - 100])
     states = jax.tree.map(lambda a: jnp.stack([a, a]), STATE)
     split = jax.vmap(jaxnorm.batch_norm, in_axes=(0, None, 0))

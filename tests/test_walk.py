@@ -16,7 +16,7 @@ from jaxnorm import inspect, interop
 
 
 def state(k):
-    """A trained state of two channels."""
+    """Returns a trained state of two channels."""
     values = {"mean": jnp.array([1.0, 2.0]) + k, "var": jnp.array([3.0, 4.0]) + k}
     return {**values, "count": jnp.int32(5 + k)}
 
@@ -41,7 +41,7 @@ def nnx_state():
     return nnx.state(model, nnx.BatchStat)
 
 
-# Each holds state(0) and state(1), in this order.
+# Each contains state(0) and state(1), in this order.
 TREES = {
     "dict": lambda: {"a": state(0), "b": {"c": state(1)}},
     "list": lambda: [state(0), [state(1)]],
@@ -54,7 +54,7 @@ TREES = {
     "modules called mean and var": lambda: {"mean": state(0), "var": state(1)},
     "nnx.State": nnx_state,
 }
-# Those that can go through jit, as the others could not in any program.
+# The containers that jit accepts; programs cannot use the others.
 PYTREES = [name for name in TREES if name != "a mapping that is no pytree"]
 
 
@@ -110,7 +110,7 @@ def test_every_state_is_recalibrated(name):
     found = jaxnorm._stats.trees.states(new)
     assert len(found) == 2
     for _, s in found:
-        np.testing.assert_allclose(s["mean"], x.mean(0), rtol=1e-6)  # float32's rounding
+        np.testing.assert_allclose(s["mean"], x.mean(0), rtol=1e-6)  # float32 rounding
         np.testing.assert_allclose(s["var"], x.var(0, ddof=1), rtol=1e-6)
 
 
@@ -184,7 +184,7 @@ def test_norms_in_lists_are_folded_and_the_others_keep_their_names():
     assert second == 1.0
     assert folded["batch_stats"]["layers"][0] == {}
     assert jaxnorm._stats.trees.states(folded["batch_stats"])[0][0] == "['layers'][1]['bn']"
-    assert sorted(params["layers"][0]) == ["bn", "conv"]  # what was given is not changed
+    assert sorted(params["layers"][0]) == ["bn", "conv"]  # the input is not changed
 
 
 def test_states_in_lists_leave_for_pytorch():

@@ -27,7 +27,7 @@ class Residual(nn.Module):
 
 
 class Generator(nn.Module):
-    """Choi et al., StarGAN, 2018, table 4."""
+    """The generator of Choi et al., StarGAN, 2018, table 4."""
 
     def __init__(self, features=64, labels=5, blocks=6):
         super().__init__()
@@ -50,7 +50,7 @@ class Generator(nn.Module):
 
 
 def shortcut(before, features, stride):
-    """A projection where the shape changes, and None where it does not."""
+    """Returns a projection if the shape changes, and None otherwise."""
     if stride == 1 and before == features:
         return None
     return nn.Sequential(
@@ -97,7 +97,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """torchvision.models.resnet18 to resnet152, by their names."""
+    """The models torchvision.models.resnet18 to resnet152, with their names."""
 
     def __init__(self, block, blocks, classes=1000, features=64):
         super().__init__()
@@ -125,7 +125,7 @@ ResNet50 = functools.partial(ResNet, Bottleneck, (3, 4, 6, 3))
 
 
 class Conv1D(nn.Module):
-    """Hugging Face's Linear with a weight of shape (inputs, outputs)."""
+    """The Linear of Hugging Face's GPT-2, with a weight of shape (inputs, outputs)."""
 
     def __init__(self, outputs, inputs):
         super().__init__()
@@ -191,7 +191,7 @@ class GPT2Model(nn.Module):
 
 
 class GPT2(nn.Module):
-    """transformers.GPT2LMHeadModel, by its names."""
+    """The model transformers.GPT2LMHeadModel, with its names."""
 
     def __init__(self, layers=12, heads=12, width=768, vocabulary=50257, positions=1024):
         super().__init__()
@@ -203,18 +203,18 @@ class GPT2(nn.Module):
         return self.lm_head(self.transformer(ids))
 
 
-# ---- Models that are not new ----
+# ---- Models with changed values ----
 
 
 @torch.no_grad()
 def moved(model, *inputs):
-    """The model in evaluation, with scales, biases and running statistics unlike the first ones.
+    """Returns the model in evaluation, with changed scales, biases and running statistics.
 
-    Some channels have so small a variance that a wrong epsilon is seen.
+    The variance of some channels is so small that a wrong epsilon has an effect.
     """
     for module in model.modules():
         if "Norm" in type(module).__name__:
-            module.momentum = 0.9  # little is left of the first statistics
+            module.momentum = 0.9  # the initial statistics have little weight
             module.weight.uniform_(0.5, 1.5)
             module.bias.uniform_(-0.5, 0.5)
         elif getattr(module, "bias", None) is not None:

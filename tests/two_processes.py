@@ -1,7 +1,7 @@
-"""Trains in several processes over the loopback, each with a part of the batch.
+"""Trains in several processes over the loopback interface, each with a part of the batch.
 
-`python two_processes.py INDEX NUMBER PORT FOLDER` is one process of NUMBER; it writes what it has
-trained, by each way, into FOLDER. test_multihost.py starts them, and calls `train` for itself.
+`python two_processes.py INDEX NUMBER PORT FOLDER` is one process of NUMBER; it writes the variables
+that it trains in each mode to FOLDER. test_multihost.py starts the processes, and calls `train`.
 """
 
 import functools
@@ -10,7 +10,7 @@ import pathlib
 import sys
 import traceback
 
-if __name__ == "__main__":  # before jax is imported: two devices in each process
+if __name__ == "__main__":  # set before jax is imported: two devices per process
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import flax.linen as nn
@@ -24,14 +24,14 @@ from models import kernel_init, quick_jit
 
 from jaxnorm.linen import BatchNorm, InstanceNorm
 
-STEPS, SAMPLES, PROCESSES = 20, 4, 2  # samples of a process in each step
+STEPS, SAMPLES, PROCESSES = 20, 4, 2  # SAMPLES per process and step
 WAYS = ("jit", "shard_map")
 
 
 def part(index):
-    """What the process of that index reads: images and targets of each step, and a mask.
+    """Returns the images, targets and mask of each step for one process.
 
-    The parts differ in their means and spreads, and in how many of their pixels count.
+    The parts differ in their means, standard deviations and numbers of included pixels.
     """
     rng = np.random.default_rng(index)
     x = rng.normal(3 * index, 1 + index, (STEPS, SAMPLES, 6, 6, 2))
@@ -59,7 +59,7 @@ class Net(nn.Module):
 
 
 def train(way=None):
-    """Params and batch_stats after all steps; way None is one device and the whole batch."""
+    """Returns the variables after all steps; way None means one device and the whole batch."""
     axis_name = "batch" if way == "shard_map" else None
     model, optimizer = Net(axis_name), optax.sgd(0.05, momentum=0.9)
     variables = quick_jit(model.init)(
@@ -102,7 +102,7 @@ def train(way=None):
 
 
 def main(index, number, port, folder):
-    """Joins the others, trains by each way, and writes the leaves in their order."""
+    """Connects to the other processes, trains in each mode, and writes the leaves in order."""
     address = f"127.0.0.1:{port}"
     jax.distributed.initialize(
         address,
@@ -122,4 +122,4 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # an ordinary exit would wait for the other processes first
+        os._exit(1)  # a normal exit would wait for the other processes

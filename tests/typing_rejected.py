@@ -1,6 +1,6 @@
-"""Mistakes that type checkers report: test_types.py checks each line for the code in its comment.
+"""Mistakes that type checkers report; test_types.py checks the error code in each comment.
 
-Nothing of it runs.
+This file is never run.
 """
 
 import jax
@@ -36,7 +36,7 @@ def functions(x: jax.Array, params: Affine, state: BatchStats, either: BatchStat
     jaxnorm.batch_norm(x, params, {"running_mean": x})  # rejected: type-var
     print(state["running_mean"])  # rejected: typeddict-item
 
-    # There is no new state without an old one.
+    # Without a state, there is no new state.
     _, new = jaxnorm.batch_norm(x, params)
     print(new["mean"])  # rejected: index
     _, new_or_none = jaxnorm.instance_norm(x, params, either)

@@ -1,4 +1,4 @@
-"""Code as users write it, which type checkers accept: test_types.py checks and runs it."""
+"""User code that type checkers accept; test_types.py checks and runs it."""
 
 from collections.abc import Mapping
 from typing import Any, assert_type
@@ -49,7 +49,7 @@ def layer_of_either_kind(
 
 
 class Model:
-    """A model of one's own keeps its parameters and states in dicts."""
+    """A user's model, which stores its parameters and states in dicts."""
 
     def __init__(self) -> None:
         self.params: dict[str, Affine] = {"bn": jaxnorm.init_params(2)}
