@@ -201,7 +201,7 @@ def spread(layer, x, **call):
 
 @linen
 def test_axis_name_weighs_the_devices_by_what_their_masks_leave(linen):
-    mask = jnp.arange(20).reshape(4, 5, 1) < 13  # 10 and 3 entries entries
+    mask = jnp.arange(20).reshape(4, 5, 1) < 13  # 10 and 3 entries
     layer = make(linen, "BatchNorm", axis_name="devices")
     whole, _ = run(make(linen, "BatchNorm"), mask=mask)
     y = spread(layer, X, mask=mask)

@@ -129,7 +129,7 @@ def test_momentum_none_weighs_all_batches_alike(run):
 def test_a_switch_to_momentum_none_midway_uses_the_whole_count(run, steps, momentum):
     results = run("batch", *[(SMALL, momentum)] * steps, (2 * SMALL + 1, None))
     before, after = means_and_vars(results)[-2:]
-    batch = np.array([[10, 5], [38, 20.8]])  # means and unbiased variances of the last batch batch
+    batch = np.array([[10, 5], [38, 20.8]])  # means and unbiased variances of the last batch
     assert_close(after, before + (batch - before) / (steps + 1))
 
 

@@ -1,6 +1,6 @@
 """The attributes of the layers: their checks, and the axes that they name.
 
-A layer is a module of Linen or NNX with the attributes of Flax's own classes.
+A layer is a Linen or NNX module with the attributes of Flax's classes.
 """
 
 from typing import Any
@@ -12,19 +12,19 @@ from jaxnorm._core import arguments
 
 
 class Default(float):
-    """A default that differs from the same number given by the user: None has a meaning here."""
+    """The type of a default, which distinguishes it from the same number given by the user."""
 
 
 MOMENTUM = Default(0.1)
 
-# ---- What is checked before there is an input ----
+# ---- Checks without an input ----
 
 
 def check(layer: Any, *, infers_channels: bool) -> None:
     """Checks the attributes that any layer may have.
 
-    In Linen the channels are those of the input, so that the number that PyTorch's layers begin
-    with is taken for another argument.
+    Linen infers the channels from the input, so the number of channels that PyTorch's layers take
+    first would be used as another argument.
     """
     name, held = type(layer).__name__, vars(layer)
     hint = ""
@@ -57,7 +57,7 @@ def check(layer: Any, *, infers_channels: bool) -> None:
 
 
 def _check_momentum(layer: Any) -> None:
-    """Momentum weighs the new value and decay the old one; Flax's momentum is our decay."""
+    """Checks momentum, the weight of the new value, and decay, which is Flax's momentum."""
     name, momentum, decay = type(layer).__name__, layer.momentum, layer.decay
     if decay is not None and not isinstance(momentum, Default):
         raise ValueError(
@@ -76,7 +76,7 @@ def _check_momentum(layer: Any) -> None:
 
 
 def _check_limits(layer: Any) -> None:
-    """A batch renorm corrects within limits, towards running statistics."""
+    """Checks the limits and the running statistics of batch renorm."""
     arguments.limits(type(layer).__name__, layer.r_max, layer.d_max)
     if not layer.track_running_stats:
         raise ValueError(
@@ -86,7 +86,7 @@ def _check_limits(layer: Any) -> None:
 
 
 def _check_groups(layer: Any) -> None:
-    """The groups are said by their number or by their size."""
+    """Checks that either the number or the size of the groups is given."""
     if (layer.num_groups is None) == (layer.group_size is None):
         raise ValueError(
             f"{type(layer).__name__}: one of num_groups and group_size should be given, because "
@@ -96,7 +96,7 @@ def _check_groups(layer: Any) -> None:
 
 
 def number_of_groups(layer: Any, channels: int) -> int:
-    """Into how many groups the channels are divided, none left over."""
+    """Returns the number of groups, into which the channels have to divide."""
     _check_groups(layer)
     said = "num_groups" if layer.group_size is None else "group_size"
     divisor = arguments.whole(
@@ -110,17 +110,17 @@ def number_of_groups(layer: Any, channels: int) -> int:
     return divisor if said == "num_groups" else channels // divisor
 
 
-# ---- The axes of the parameters: in rising order, as Flax lays its parameters out ----
+# ---- The axes of the parameters, in increasing order, as in Flax ----
 
 
 def batch_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
-    """The channel axes, for an input whose rank the layer takes."""
+    """Returns the channel axes, and checks the rank of the input."""
     _check_rank(layer, ndim)
     return _sorted_axes(layer, "axis", ndim)
 
 
 def instance_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
-    """The channel axes, which are given for a batch; one sample lacks the axis in front of them."""
+    """Returns the channel axes, which are given for a batch; one sample has no axis before them."""
     _check_rank(layer, ndim)
     missing = 1 if is_one_sample(layer, ndim) else 0
     axes = _sorted_axes(layer, "feature_axes", ndim + missing)
@@ -133,17 +133,17 @@ def instance_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
 
 
 def group_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
-    """The last axis, as Flax has no argument for another."""
+    """Returns the last axis, because Flax has no argument for another one."""
     return (ndim - 1,)
 
 
 def feature_axes(layer: Any, ndim: int) -> tuple[int, ...]:
-    """The axes of the parameters of a layer or RMS norm."""
+    """Returns the axes of the parameters of a layer or RMS norm."""
     return _sorted_axes(layer, "feature_axes", ndim)
 
 
 def is_one_sample(layer: Any, ndim: int) -> bool:
-    """Whether an instance norm of known rank gets an input without the axis of the samples."""
+    """Returns whether an instance norm of known rank gets an input without an axis of samples."""
     return layer.ranks is not None and ndim < layer.ranks[-1]
 
 
@@ -153,7 +153,7 @@ def _sorted_axes(layer: Any, attribute: str, ndim: int) -> tuple[int, ...]:
 
 
 def _check_rank(layer: Any, ndim: int) -> None:
-    """A layer for 1, 2 or 3 space axes takes only inputs of its ranks."""
+    """Checks the rank of the input of a layer for 1, 2 or 3 space axes."""
     if layer.ranks is not None and ndim not in layer.ranks:
         ranks = " or ".join(str(rank) for rank in layer.ranks)
         raise ValueError(f"{type(layer).__name__}: x should have {ranks} axes, but has {ndim}")

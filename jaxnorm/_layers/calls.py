@@ -35,14 +35,14 @@ def normalize_and_update(
 def batch_norm(
     layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats | None, **call: Any
 ) -> tuple[jax.Array, BatchStats | None]:
-    """`jaxnorm.batch_norm` as the layer's attributes and the call say."""
+    """Calls `jaxnorm.batch_norm` with the arguments of the layer and of the call."""
     return functional.batch_norm(x, params, batch_stats, **_batch_options(layer, x, **call))
 
 
 def batch_renorm(
     layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats, **call: Any
 ) -> tuple[jax.Array, BatchStats]:
-    """`jaxnorm.batch_renorm` as the layer's attributes and the call say."""
+    """Calls `jaxnorm.batch_renorm` with the arguments of the layer and of the call."""
     limits = {"r_max": layer.r_max, "d_max": layer.d_max}
     options = _batch_options(layer, x, **call)
     return functional.batch_renorm(x, params, batch_stats, **limits, **options)
@@ -51,7 +51,7 @@ def batch_renorm(
 def instance_norm(
     layer: Any, x: ArrayLike, params: Affine, batch_stats: BatchStats | None, **call: Any
 ) -> tuple[jax.Array, BatchStats | None]:
-    """`jaxnorm.instance_norm` as the layer's attributes and the call say."""
+    """Calls `jaxnorm.instance_norm` with the arguments of the layer and of the call."""
     ndim = jnp.ndim(x)
     return functional.instance_norm(
         x,
@@ -64,7 +64,7 @@ def instance_norm(
 
 
 def group_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Array:
-    """`jaxnorm.group_norm` as the layer's attributes and the call say."""
+    """Calls `jaxnorm.group_norm` with the arguments of the layer and of the call."""
     name, ndim, channels = type(layer).__name__, jnp.ndim(x), jnp.shape(x)[-1]
     if layer.reduction_axes is None:
         kept: tuple[int, ...] = (0,)
@@ -86,20 +86,20 @@ def group_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Arr
 
 
 def layer_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Array:
-    """`jaxnorm.layer_norm` as the layer's attributes and the call say."""
+    """Calls `jaxnorm.layer_norm` with the arguments of the layer and of the call."""
     return functional.layer_norm(x, **_feature_options(layer, x, params, **call))
 
 
 def rms_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Array:
-    """`jaxnorm.rms_norm` as the layer's attributes and the call say."""
+    """Calls `jaxnorm.rms_norm` with the arguments of the layer and of the call."""
     return functional.rms_norm(x, **_feature_options(layer, x, params, **call))
 
 
-# ---- What the attributes mean ----
+# ---- Arguments from attributes ----
 
 
 def _options(layer: Any, *, mask: ArrayLike | None, initializing: bool = False) -> dict[str, Any]:
-    """The arguments that every norm has. No axis name needs to be bound yet at initialization."""
+    """Returns the arguments of every norm. At initialization, no axis name needs to be bound."""
     return {
         "epsilon": layer.epsilon,
         "mask": mask,
@@ -118,10 +118,10 @@ def _tracked_options(
     mask: ArrayLike | None,
     initializing: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of a norm that may have a state.
+    """Returns the arguments of a norm that may have a state.
 
-    A layer is initialized with any input, be it one value per channel: a mask says that the number
-    of values is not known. It does not move the state.
+    A layer can be initialized with any input, even with one value per channel: with a mask, the
+    number of values is not known. Initialization does not update the state.
     """
     if update_stats is None:
         update_stats = layer.update_stats
@@ -140,7 +140,7 @@ def _tracked_options(
 def _batch_options(
     layer: Any, x: ArrayLike, *, initializing: bool = False, **call: Any
 ) -> dict[str, Any]:
-    """The arguments of batch norm. It is initialized with any number of samples."""
+    """Returns the arguments of batch norm, which is initialized with any number of samples."""
     return {
         "channel_axis": attributes.batch_norm_axes(layer, jnp.ndim(x)),
         "virtual_batch_size": None if initializing else layer.virtual_batch_size,
@@ -149,7 +149,7 @@ def _batch_options(
 
 
 def _feature_options(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> dict[str, Any]:
-    """The arguments of layer and RMS norm, whose parameters may have other axes."""
+    """Returns the arguments of layer and RMS norm, whose parameters may have other axes."""
     name, shape = type(layer).__name__, jnp.shape(x)
     layout = Layout(len(shape), attributes.feature_axes(layer, len(shape)))
     reduced = arguments.axes(name, "reduction_axes", layer.reduction_axes, len(shape))

@@ -15,7 +15,7 @@ from jaxnorm._layers import attributes, calls
 
 
 class Norm(nn.Module):
-    """The checks of all layers before there is an input."""
+    """The checks of all layers without an input."""
 
     # The axes of x that the parameters have, from the layer and the rank of x.
     _param_axes: ClassVar[Callable[..., tuple[int, ...]]]
@@ -95,7 +95,7 @@ def _shape(module: Norm, x: ArrayLike) -> tuple[int, ...]:
 
 
 def _params(module: Norm, x: ArrayLike) -> Affine:
-    """The layer's parameters, made while it is initialized."""
+    """Returns the parameters of the layer, and creates them at initialization."""
     shape = _shape(module, x)
     names = [name for name in ("scale", "bias") if getattr(module, f"use_{name}", False)]
     try:
@@ -113,7 +113,7 @@ def _params(module: Norm, x: ArrayLike) -> Affine:
 
 
 def _batch_stats(module: Norm, x: ArrayLike) -> BatchStats:
-    """The layer's running statistics, made while it is initialized."""
+    """Returns the running statistics of the layer, and creates them at initialization."""
     if module.is_initializing():
         first = init_batch_stats(_shape(module, x), dtype=module.param_dtype)
         for key, value in first.items():
@@ -131,7 +131,7 @@ def _batch_stats(module: Norm, x: ArrayLike) -> BatchStats:
 
 
 def _write_back(module: Norm, batch_stats: BatchStats) -> None:
-    """Stores the moved statistics in the collection, which is to be mutable."""
+    """Stores the updated statistics in the collection, which has to be mutable."""
     if not module.is_mutable_collection("batch_stats"):
         raise ValueError(
             f"{type(module).__name__}: batch_stats should be mutable, because the running "

@@ -49,7 +49,7 @@ class Tracked(Norm):
     ranks: ClassVar[tuple[int, ...] | None] = None
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Serves nnx.view, which gives the statistics that normalize in the view.
+        """Supports nnx.view, which selects the statistics that normalize in the view.
 
         Args:
           use_running_average: as the attribute; None leaves it.
@@ -118,7 +118,7 @@ class Untracked(Norm):
 
 
 def declare(module: Norm, given: dict[str, Any]) -> None:
-    """Keeps the constructor's arguments as attributes, as Flax does, and makes the variables."""
+    """Stores the constructor's arguments as attributes, as Flax does, and creates the variables."""
     making = ("self", "rngs", "scale_init", "bias_init", "scale_metadata", "bias_metadata")
     for name, value in given.items():
         if name not in making:
@@ -149,7 +149,7 @@ def _params(module: Norm) -> Affine:
 
 
 def read_batch_stats(module: Tracked) -> BatchStats:
-    """The running statistics of a layer that has them."""
+    """Returns the running statistics of a layer."""
     batch_stats: BatchStats = {
         "mean": module.mean.get_value(),
         "var": module.var.get_value(),
