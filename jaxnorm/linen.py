@@ -428,7 +428,7 @@ def recalibrate(
     progress: Callable[[int], Any] | None = None,
     **call: Any,
 ) -> dict[str, Any]:
-    """Measures a model's running statistics anew over batches: `jaxnorm.recalibrate`.
+    """Recomputes a model's running statistics from batches: `jaxnorm.recalibrate`.
 
     Args:
       model: a model with layers of `jaxnorm.linen`.

@@ -16,7 +16,7 @@ def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
 
     Args:
       model: a model with layers of `jaxnorm.nnx`, which are changed in place.
-      when: a bool, traced or not: whether to begin anew; layers that do not accumulate yet begin
+      when: a bool, traced or not: whether to restart; layers that do not accumulate yet begin
         in any case.
 
     Raises:
@@ -71,7 +71,7 @@ def recalibrate(
     progress: Callable[[int], Any] | None = None,
     **call: Any,
 ) -> None:
-    """Measures a model's running statistics anew over batches: `jaxnorm.recalibrate`.
+    """Recomputes a model's running statistics from batches: `jaxnorm.recalibrate`.
 
     The layers of `jaxnorm.nnx` normalize by the batch for it, whatever the model's mode; other
     layers, such as dropout, are in the mode that they are in.
