@@ -138,8 +138,7 @@ def tracked_norm(
     tracking = tracking.checked(function, batch_stats is not None)
     by_state, state = tracking.use_running_average, cast(Any, None)
     if batch_stats is not None:
-        channels = layout.shape(x)
-        state = state_checks.batch_stats(function, batch_stats, channels, x_shape=x.shape)
+        state = state_checks.batch_stats(function, batch_stats, layout.shape(x), x_shape=x.shape)
     operands = _operands(x, params, layout, options, state)
     run, shape, stats_axes, update_axes = layout, x.shape, tracking.stats_axes, tracking.update_axes
     if tracking.virtual_batch_size is not None and not by_state:

@@ -203,8 +203,7 @@ def _write_norm(
     if 0 < len(tracked) < len(RUNNING):
         raise ValueError(
             f"to_torch: batch_stats of {module!r} should have mean, var and count, because "
-            f"PyTorch's norm has all or none, but has "
-            f"{[LEAVES[leaf][1] for leaf in tracked]}"
+            f"PyTorch's norm has all or none, but has {[LEAVES[leaf][1] for leaf in tracked]}"
         )
     notes = dict.fromkeys(values, "")
     if track_running_stats is False:
