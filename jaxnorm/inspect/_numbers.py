@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxnorm._stats import trees
 
@@ -78,13 +81,7 @@ def scalars(batch_stats: Any) -> dict[str, jax.Array]:
     """
     found: dict[str, jax.Array] = {}
     for name, state in norms("scalars", batch_stats).items():
-        std = jnp.sqrt(state["var"])
-        numbers = {
-            "mean_min": jnp.min(state["mean"]),
-            "mean_max": jnp.max(state["mean"]),
-            "std_min": jnp.min(std),
-            "std_max": jnp.max(std),
-        }
+        numbers = extremes(state["mean"], state["var"])
         if "count" in state:
             numbers["count"] = jnp.max(jnp.asarray(state["count"]))
         found |= {f"{name}/{key}" if name else key: value for key, value in numbers.items()}
@@ -124,14 +121,31 @@ def drift(batch_stats: Any, reference: Any) -> dict[str, jax.Array]:
       Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3, on the difference between
       population and batch statistics. https://arxiv.org/abs/2105.07576
     """
-    found = {}
+    return {
+        f"{name}/{key}" if name else key: value
+        for name, a, b in pairs("drift", batch_stats, reference)
+        for key, value in distances(a, b).items()
+    }
+
+
+def distances(state: Any, reference: Any) -> dict[str, jax.Array]:
+    """The two numbers of `drift` for one norm."""
     tiny = jnp.finfo(jnp.float32).tiny  # a channel that is dead in both has drift 0, not 0 / 0
-    for name, a, b in pairs("drift", batch_stats, reference):
-        off = (a["mean"] - b["mean"]) ** 2 / (b["var"] + tiny)
-        wide = (jnp.sqrt((a["var"] + tiny) / (b["var"] + tiny)) - 1) ** 2
-        for key, squares in (("mean_drift", off), ("std_drift", wide)):
-            found[f"{name}/{key}" if name else key] = jnp.sqrt(jnp.mean(squares))
-    return found
+    mean_ref, var_ref = reference["mean"], reference["var"]
+    off = (state["mean"] - mean_ref) ** 2 / (var_ref + tiny)
+    wide = (jnp.sqrt((state["var"] + tiny) / (var_ref + tiny)) - 1) ** 2
+    return {"mean_drift": jnp.sqrt(jnp.mean(off)), "std_drift": jnp.sqrt(jnp.mean(wide))}
+
+
+def extremes(mean: ArrayLike, var: ArrayLike) -> dict[str, jax.Array]:
+    """The smallest and largest mean and standard deviation of the channels."""
+    std = jnp.sqrt(var)
+    return {
+        "mean_min": jnp.min(mean),
+        "mean_max": jnp.max(mean),
+        "std_min": jnp.min(std),
+        "std_max": jnp.max(std),
+    }
 
 
 def norms(function: str, tree: Any) -> dict[str, Any]:
@@ -151,10 +165,47 @@ def norms(function: str, tree: Any) -> dict[str, Any]:
 
 def pairs(function: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     """The name of each norm with its states in both trees."""
-    first, second = norms(function, a), norms(function, b)
+    return matched(function, norms(function, a), norms(function, b))
+
+
+def matched(
+    function: str, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """The name of each norm with its states in both; raises an error if the names differ."""
     if first.keys() != second.keys():
         raise ValueError(
             f"{function}: both should hold the same norms, but only one holds "
             f"{', '.join(sorted(first.keys() ^ second.keys()))}"
         )
     return [(name, first[name], second[name]) for name in first]
+
+
+def concrete(function: str, states: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises an error if a value of a state is traced."""
+    for name, state in states.items():
+        for key, value in state.items():
+            if isinstance(value, jax.core.Tracer):
+                raise ValueError(
+                    f"{function}: batch_stats should hold concrete values, because they are read "
+                    f"in Python, but {f'{name}/{key}'.lstrip('/')} is traced; call {function} "
+                    f"outside of jit, grad and vmap, or use scalars and drift, which work under jit"
+                )
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names in the order of the model.
+
+    jit returns dicts sorted by their keys as text, in which "norm_10" comes before "norm_2". If the
+    names have that order, they are sorted with numbers as numbers; any other order is kept.
+    """
+    given = list(names)
+    parts = [name.split("/") for name in given]
+    if parts != sorted(parts):
+        return given
+    return sorted(
+        given,
+        key=lambda name: [
+            [(int(n or -1), text) for n, text in re.findall(r"(\d+)|(\D+)", part)]
+            for part in name.split("/")
+        ],
+    )
