@@ -3,34 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
-from jaxnorm.inspect._numbers import drift, pairs
+from jaxnorm._core.arguments import whole
+from jaxnorm.inspect._numbers import concrete, distances, in_order, matched, norms
+from jaxnorm.inspect._summary import NormSummary, norm_summary, worst_first
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PANELS_IN_A_ROW = 4
+MOST_BARS = 64  # the bars of more channels would merge
+FIRST, SECOND, OTHERS, NUMBERED = "#1f77b4", "#e6842a", "#b5b5b5", "#333333"
+MOST = 1e4  # the upper end of the axes for drift
+LEAST = 1e-3  # the lower end of the axis for standard deviations
+# matplotlib's tab10 without its gray, which is the color of the norms that are not named.
+COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 
 
 def plot_layers(
-    running: Any, batch: Any, *, names: tuple[str, str] = ("running", "batch")
+    running: Any,
+    batch: Any = None,
+    *,
+    names: tuple[str, str] = ("running", "batch"),
+    worst: int | None = 16,
 ) -> Figure:
-    """Plots two sets of statistics, mean plus and minus std per channel, in one panel per norm.
+    """Plots statistics, mean plus and minus std per channel, in one panel per norm.
 
     Args:
       running: as in `flat`, with concrete values.
-      batch: the statistics of the same norms over other data or at another time.
+      batch: the statistics of the same norms over other data or at another time. Defaults to None,
+        which draws the running statistics alone.
       names: the names of the two in the legend.
+      worst: the largest number of panels. If there are more norms, the worst norms are drawn, with
+        the worst one first: those with the largest sum of the two numbers of `drift`, or without
+        batch those that `summary` lists first. An overview of all norms above the panels marks
+        them. None draws a panel for every norm.
 
     Returns:
-      A matplotlib figure. The channels of each panel are sorted by their running means.
+      A matplotlib figure. The channels of each panel are sorted by their running means, and the
+      numbers of channels that are not finite or dead, as in `summary`, are written into the panel.
+      Long names are abbreviated from the left.
 
     Raises:
-      ValueError: in the same cases as `drift`.
+      ValueError: in the same cases as `drift`, if values are traced, or if worst is not a positive
+        int.
 
     Example:
       >>> import jax.numpy as jnp
@@ -44,48 +66,77 @@ def plot_layers(
     References:
       matplotlib, fill_between and errorbar.
     """
-    both = list(pairs("plot_layers", running, batch))
-    columns = min(PANELS_IN_A_ROW, len(both))
-    rows = math.ceil(len(both) / columns)
-    figure, panels = _figure(rows, columns, (1 + 2.8 * columns, 0.5 + 2.2 * rows))
-    for axes, (name, *states) in zip(panels, both, strict=False):
-        (mean, std), (other, other_std) = (
-            (np.ravel(s["mean"]).astype(float), np.sqrt(np.ravel(s["var"]).astype(float)))
-            for s in states
-        )
-        order = np.argsort(mean)
-        channels = np.arange(len(order))
-        mean, std, other, other_std = (a[order] for a in (mean, std, other, other_std))
-        axes.fill_between(channels, mean - std, mean + std, color="#1f77b4", alpha=0.2, lw=0)
-        axes.plot(channels, mean, color="#1f77b4", label=names[0])
-        style: dict[str, Any] = {"fmt": "o", "ms": 3, "lw": 0.8, "color": "#e6842a"}
-        axes.errorbar(channels, other, other_std, label=names[1], **style)
-        axes.set_title(name, size=9)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in panels[len(both) :]:
-        axes.set_visible(False)
-    for axes in panels[max(0, len(both) - columns) : len(both)]:
-        axes.set_xlabel("channel, by running mean")
-    for axes in panels[::columns]:
-        axes.set_ylabel("mean ± std")
-    lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
+    states = norms("plot_layers", running)
+    others = None if batch is None else norms("plot_layers", batch)
+    for given in (states, others or {}):
+        concrete("plot_layers", given)
+    order = in_order(states)
+    rows = {name: norm_summary(name, states[name]) for name in order}
+    ranked = [row.path for row in worst_first(tuple(rows.values()))]
+    drifts: dict[str, float] = {}
+    if others is not None:
+        for name, state, other in matched("plot_layers", states, others):
+            drifts[name] = float(sum(distances(state, other).values()))
+        ranked = _largest_first(order, drifts)
+    limit = (
+        len(order) if worst is None else whole("plot_layers", "worst", worst, "it counts panels")
+    )
+    chosen = ranked[:limit] if limit < len(order) else order
+    lines, above = math.ceil(len(chosen) / PANELS_IN_A_ROW), int(len(chosen) < len(order))
+    columns = math.ceil(len(chosen) / lines)
+    figure = _figure((1 + 2.8 * columns, 0.5 + 2.2 * lines + 2.6 * above))
+    grid = figure.add_gridspec(lines + above, columns, height_ratios=[1.2] * above + [1] * lines)
+    titles = _abbreviated(chosen, order, 34)
+    for i, name in enumerate(chosen):
+        axes = _axes(figure, grid[above + i // columns, i % columns])
+        _draw_layer(axes, states[name], others and others[name], names, rows[name])
+        axes.set_title(f"{i + 1}. {titles[name]}" if above else titles[name], size=8)
+        if i + columns >= len(chosen):
+            axes.set_xlabel("channel, by running mean")
+        if i % columns == 0:
+            axes.set_ylabel("mean ± std")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=2, frameon=False, markerscale=2
+    )
+    if above:
+        axes = _axes(figure, grid[0, :])
+        if others is None:
+            low, high = (
+                np.array([getattr(rows[name], field) for name in order])
+                for field in ("std_min", "std_max")
+            )
+            title = "std of the channels, from the smallest to the largest"
+        else:
+            low, high = np.zeros(len(order)), np.array([drifts[name] for name in order])
+            title = f"drift of {names[0]} from {names[1]}, mean and std added"
+        axes.set_title(f"{title}; numbered: the worst {len(chosen)} of {len(order)} norms", size=9)
+        _draw_overview(axes, low, high, [order.index(name) for name in chosen])
     return figure
 
 
-def plot_drift(history: Mapping[int, Any], reference: Any = None) -> Figure:
+def plot_drift(
+    history: Mapping[int, Any], reference: Any = None, *, worst: int | None = 8
+) -> Figure:
     """Plots the drift of each norm's running statistics over the steps.
 
     Args:
       history: maps each step to the state after it (as in `flat`, with concrete values). It must
         contain at least two steps.
       reference: the state that the drift is measured from. Defaults to the last state.
+      worst: the largest number of norms in color and in the legend. If there are more norms, these
+        are the norms with the largest sum of the two numbers, averaged over the steps, with the
+        worst one first; the others are thin gray lines. None names every norm.
 
     Returns:
       A matplotlib figure with the two numbers of `drift` over the steps, and one line per norm.
+      Each named norm has a color of its own, and long names are abbreviated from the left. The
+      vertical axes are logarithmic above 1 if the drift exceeds 30, and end at 10,000; the legend
+      notes a drift that is larger or not finite.
 
     Raises:
-      ValueError: if there are fewer than two steps, and in the same cases as `drift`.
+      ValueError: if there are fewer than two steps, if values are traced, if worst is not a
+        positive int, and in the same cases as `drift`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,33 +157,176 @@ def plot_drift(history: Mapping[int, Any], reference: Any = None) -> Figure:
             f"plot_drift: history should hold two steps or more, because it draws how the "
             f"statistics move, but holds {len(history)}"
         )
-    last = history[max(history)] if reference is None else reference
     steps = sorted(history)
-    apart = [drift(history[step], last) for step in steps]
-    figure, panels = _figure(1, 2, (10, 3.6))
-    titles = {
-        "mean_drift": "mean: distance in standard deviations",
-        "std_drift": "standard deviation: distance as a ratio - 1",
-    }
-    lines = [name for name in apart[0] if name.endswith("mean_drift")]
-    for axes, (kind, title) in zip(panels, titles.items(), strict=True):
-        for i, line in enumerate(lines):
-            norm = line.removesuffix("mean_drift")
-            values = [float(numbers[norm + kind]) for numbers in apart]
-            color = f"C{i % 10}"
-            axes.plot(steps, values, color=color, lw=1.3, label=norm.rstrip("/") or "norm")
-        axes.set(title=title, xlabel="step", ylim=(0, None))
-    panels[1].legend(frameon=False, fontsize=8, ncols=math.ceil(len(lines) / 8))
+    apart = _drift_over_steps([history[step] for step in steps], reference)
+    order = in_order(apart)
+    limit = len(order) if worst is None else whole("plot_drift", "worst", worst, "it counts norms")
+    named = order
+    if limit < len(order):
+        named = _largest_first(order, {k: sum(v.mean(1)) for k, v in apart.items()})[:limit]
+    colors = dict(zip(named, _distinct_colors(len(named)), strict=True))
+    labels = _abbreviated(named, order, 40)
+    texts = [labels[name] + _note(apart[name]) for name in named]
+    if len(named) < len(order):
+        texts.append(f"{len(order) - len(named)} other norms")
+    columns = max(1, min(4, 150 // (9 + max(map(len, texts)))))  # what fits below the panels
+    figure = _figure((10, 3.5 + 0.2 * math.ceil(len(texts) / columns)))
+    grid = figure.add_gridspec(1, 2)
+    titles = (
+        "mean: distance in standard deviations",
+        "standard deviation: distance as a ratio - 1",
+    )
+    for i, title in enumerate(titles):
+        axes = _axes(figure, grid[0, i])
+        for name in order:
+            style: dict[str, Any] = {"color": OTHERS, "lw": 0.5, "zorder": 1}
+            if name in colors:  # the worst one is on top
+                above = 3 - named.index(name) / len(named)
+                style = {"color": colors[name], "lw": 1.4, "zorder": above}
+            axes.plot(steps, apart[name][i], label=labels.get(name, "_"), **style)
+        axes.set(title=title, xlabel="step")
+        _scale(axes, np.concatenate([apart[name][i] for name in order]))
+    lines = dict(zip(order, figure.axes[0].lines, strict=True))
+    gray = [name for name in order if name not in colors]
+    figure.legend(
+        [lines[name] for name in [*named, *gray[:1]]],
+        texts,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+    )
     return figure
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+def _note(numbers: np.ndarray) -> str:
+    """What the lines of a norm cannot show."""
+    if np.any(np.isnan(numbers)):
+        return " (not finite)"
+    return f" (up to {np.max(numbers):.0e})" if np.max(numbers) > MOST else ""
+
+
+def _largest_first(order: list[str], values: Mapping[str, float]) -> list[str]:
+    """The names by descending value; values that are not finite come first."""
+    finite = {name: v if math.isfinite(v) else math.inf for name, v in values.items()}
+    return sorted(order, key=lambda name: -finite[name])
+
+
+def _drift_over_steps(states: Sequence[Any], reference: Any) -> dict[str, np.ndarray]:
+    """For each norm an array of shape (2, steps) with the two numbers of `drift`."""
+    found = [norms("plot_drift", state) for state in states]
+    last = found[-1] if reference is None else norms("plot_drift", reference)
+    for state in (*found, last):
+        concrete("plot_drift", state)
+        matched("plot_drift", state, last)
+    drifts = {}
+    for name, to in last.items():
+        over_steps = {k: np.stack([state[name][k] for state in found]) for k in ("mean", "var")}
+        # Broadcast here, because XLA would multiply by the reciprocal of a broadcast divisor.
+        same = {k: np.broadcast_to(to[k], over_steps[k].shape) for k in over_steps}
+        numbers = jax.vmap(distances)(over_steps, same)
+        drifts[name] = np.stack([numbers["mean_drift"], numbers["std_drift"]])
+    return drifts
+
+
+def _draw_layer(
+    axes: Axes, state: Any, other: Any, names: tuple[str, str], row: NormSummary
+) -> None:
+    """Draws one norm: a line in a band, and points with bars or a band for the other state."""
+    mean, std = _mean_std(state)
+    order = np.argsort(mean)
+    channels = np.arange(len(order))
+    mean, std = mean[order], std[order]
+    if len(order) == 1:  # a line and a band of one point are invisible
+        axes.errorbar(channels, mean, std, fmt="s", ms=5, capsize=4, color=FIRST)
+    axes.fill_between(channels, mean - std, mean + std, color=FIRST, alpha=0.25, lw=0)
+    axes.plot(channels, mean, color=FIRST, label=names[0], zorder=3)
+    if other is not None:
+        mean, std = (a[order] for a in _mean_std(other))
+        if len(order) <= MOST_BARS:
+            axes.errorbar(channels, mean, std, fmt="o", ms=3, lw=0.8, color=SECOND, label=names[1])
+        else:
+            ms = max(0.6, min(1.5, 400 / len(order)))
+            axes.fill_between(channels, mean - std, mean + std, color=SECOND, alpha=0.25, lw=0)
+            axes.plot(channels, mean, "o", ms=ms, color=SECOND, label=names[1])
+    problems = {"not finite": row.nonfinite, "dead": row.dead}
+    text = ", ".join(f"{number} {problem}" for problem, number in problems.items() if number)
+    axes.text(0.03, 0.97, text, color="#c0161d", size=8, va="top", transform=axes.transAxes)
+    axes.locator_params(axis="x", integer=True)
+
+
+def _draw_overview(axes: Axes, low: np.ndarray, high: np.ndarray, chosen: list[int]) -> None:
+    """Draws one bar per norm in the order of the model, and numbers the chosen ones."""
+    # Bars that are not finite are the longest.
+    most = np.max(high, initial=0, where=high <= MOST) or 1.0
+    high = np.where(high <= most, high, 1.2 * most)
+    if np.any(low != 0):
+        axes.set_yscale("log")
+        # Bars of dead channels end at the bottom.
+        low, high = np.maximum(np.nan_to_num(low), LEAST), np.maximum(high, LEAST)
+    elif most > 30:
+        axes.set_yscale("symlog", linthresh=1)
+    color = [OTHERS] * len(high)
+    for rank, i in enumerate(chosen, 1):
+        color[i] = NUMBERED
+        where: Any = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(str(rank), (i, high[i]), size=7, **where)
+    axes.vlines(np.arange(len(high)), low, high, color=color, lw=1.5)
+    axes.plot(chosen, high[chosen], "o", ms=2, color=NUMBERED)
+    axes.set_xlabel("norm, in the order of the model")
+    axes.margins(x=0.01, y=0.1)
+    axes.locator_params(axis="x", integer=True)
+
+
+def _mean_std(state: Any) -> tuple[np.ndarray, np.ndarray]:
+    mean, var = (np.ravel(np.asarray(state[key])).astype(float) for key in ("mean", "var"))
+    with np.errstate(invalid="ignore"):  # a negative variance is drawn as a gap
+        return mean, np.sqrt(var)
+
+
+def _abbreviated(names: Sequence[str], among: Sequence[str], width: int) -> dict[str, str]:
+    """The names, cut from the left to what fits the width and still tells them apart."""
+    short = {}
+    for name in names:
+        parts = name.split("/")
+        ends = ["/".join(parts[i:]) for i in reversed(range(len(parts)))]
+        told_apart = [
+            end
+            for end in ends
+            if end == name or sum(f"/{other}".endswith(f"/{end}") for other in among) == 1
+        ]
+        end = [told_apart[0], *(e for e in told_apart if len(e) <= width)][-1]
+        cut = "" if end == name else "…/"
+        short[name] = cut + end if len(end) <= width else f"…{end[-width:]}"
+    return {name: text or "norm" for name, text in short.items()}
+
+
+def _distinct_colors(number: int) -> list[Any]:
+    """Colors of which no two are equal."""
+    if number <= len(COLORS):
+        return list(COLORS[:number])
+    from matplotlib import colormaps
+
+    return list(colormaps["turbo"](np.linspace(0.03, 0.97, number)))
+
+
+def _scale(axes: Axes, values: np.ndarray) -> None:
+    """Scales the vertical axis so that a few huge values do not hide the others."""
+    most = np.max(values, initial=0, where=np.isfinite(values))
+    if most > 30:
+        axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(0, MOST if most > MOST else None)
+
+
+def _figure(size: tuple[float, float]) -> Figure:
     # Imported here because only plots need matplotlib. pyplot would keep every figure in memory.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+    return Figure(figsize=size, layout="constrained", dpi=110)
+
+
+def _axes(figure: Figure, place: Any) -> Axes:
+    axes = figure.add_subplot(place)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
