@@ -37,4 +37,6 @@ def test_every_block_is_under_a_heading_of_its_own():
 )
 def test_the_code_of_the_page_runs(page, heading, code):
     assert "assert " in code  # each block checks its results
+    if "import SummaryWriter" in code:
+        pytest.importorskip("tensorboardX")
     exec(compile(code, f"docs/{page}: {heading}", "exec"), {})

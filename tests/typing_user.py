@@ -156,6 +156,9 @@ def conversion(variables: Mapping[str, Any]) -> None:
     assert_type(state_dict["layers.1.weight"], np.ndarray)
     back = interop.from_torch(state_dict, names={"layers.1": "bn"}, count=3)
     assert_type(jaxnorm.inspect.scalars(back["batch_stats"]), dict[str, jax.Array])
+    for row in jaxnorm.inspect.summary(back["batch_stats"], worst=3):
+        assert_type(row.path, str)
+        assert_type(row.dead, int)
 
 
 def main() -> None:
