@@ -72,17 +72,17 @@ def test_the_panels_keep_their_size_and_nothing_overlaps(norms):
             assert box.height * height > 1.3
 
 
-@pytest.mark.parametrize("deep", [1, 4])
-def test_the_names_in_the_legend_fit_the_figure(deep):
-    def below(tree):
-        for i in range(deep):
-            tree = {f"a_module_with_a_long_name_{i}": tree}
-        return tree
-
-    figure = inspect.plot_drift({step: below(tree) for step, tree in history(12).items()})
+@pytest.mark.parametrize("name", ["a_module_with_a_long_name", "name_of_70_characters_" * 4])
+def test_the_names_in_the_legend_fit_the_figure(name):
+    long = {
+        step: {f"block_{i}_{name}": tree["backbone"][f"block_{i}"] for i in range(12)}
+        for step, tree in history(12).items()
+    }
+    figure = inspect.plot_drift(long)
     assert not overlaps(figure)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert all(len(text) <= 42 for text in texts)
+    assert len(texts) == 9
 
 
 def test_drift_names_the_worst_norms_and_draws_the_others_gray():
@@ -109,6 +109,8 @@ def test_no_two_named_norms_have_one_color(worst):
     named = [color for color in colors if color != GRAY]
     assert len(named) == len(set(named)) == (40 if worst is None else worst)
     assert not overlaps(found)
+    heights = [axes.get_position().height * found.get_size_inches()[1] for axes in found.axes]
+    assert min(heights) > 2.4  # inches, whatever the number of rows in the legend
 
 
 def test_a_norm_that_is_not_finite_is_the_worst_and_the_legend_says_so():
@@ -122,6 +124,18 @@ def test_a_norm_that_is_not_finite_is_the_worst_and_the_legend_says_so():
     assert figure.axes[0].get_ylim() == (0, 1e4)
     assert figure.axes[0].get_yscale() == "symlog"
     assert inspect.plot_drift(history(2)).axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(5, "linear"), (500, "symlog"), (np.nan, "linear")])
+def test_the_scale_of_the_overview_shows_large_and_small_drifts(mean, scale):
+    batch = model(12, 1)
+    batch["backbone"]["block_5"]["bn"]["mean"][0] = mean
+    *_, overview = inspect.plot_layers(model(12), batch, worst=2).axes
+    assert overview.get_yscale() == scale
+    tops = [line[1, 1] for line in overview.collections[0].get_segments()]
+    assert np.all(np.isfinite(tops))
+    if mean != 5:
+        assert np.argmax(tops) == 5
 
 
 def test_layers_draws_the_worst_norms_and_an_overview_of_all():
