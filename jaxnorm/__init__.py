@@ -1,5 +1,8 @@
 """Normalization layers for JAX: pure functions over params and batch_stats."""
 
+import typing as _typing
+from importlib import import_module as _import_module
+
 from jaxnorm._core.moments import Moments as Moments
 from jaxnorm._core.moments import merge_moments as merge_moments
 from jaxnorm._core.moments import moments as moments
@@ -23,3 +26,24 @@ from jaxnorm.functional import group_norm as group_norm
 from jaxnorm.functional import instance_norm as instance_norm
 from jaxnorm.functional import layer_norm as layer_norm
 from jaxnorm.functional import rms_norm as rms_norm
+
+# These are imported when they are first used: the functions need neither Flax nor what the others
+# need.
+_MODULES = ("inspect", "interop", "linen", "nnx", "onnx")
+
+if _typing.TYPE_CHECKING:
+    from jaxnorm import inspect as inspect
+    from jaxnorm import interop as interop
+    from jaxnorm import linen as linen
+    from jaxnorm import nnx as nnx
+    from jaxnorm import onnx as onnx
+else:  # type checkers would take any attribute to exist
+
+    def __getattr__(name):
+        if name in _MODULES:
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        # Tools such as inspect.getmembers get every attribute, and onnx needs an extra.
+        return sorted({*globals(), *_MODULES} - {"onnx"})

@@ -46,6 +46,32 @@ def test_the_functions_import_jax_alone():
     assert python(code).stdout == "[]\n"
 
 
+def test_the_modules_are_imported_when_they_are_first_used():
+    code = """
+import inspect, sys
+import jaxnorm
+others = {"inspect", "interop", "linen", "nnx"}
+assert others <= set(dir(jaxnorm))
+imported = {name for name in (*others, "onnx") if f"jaxnorm.{name}" in sys.modules}
+assert not imported, imported
+jaxnorm.linen.BatchNorm, jaxnorm.nnx.BatchNorm, jaxnorm.interop.to_torch, jaxnorm.inspect.flat
+assert "matplotlib" not in sys.modules
+assert jaxnorm.linen is sys.modules["jaxnorm.linen"]
+inspect.getmembers(jaxnorm)
+try:
+    jaxnorm.onxx
+except AttributeError as error:
+    print(error)
+sys.modules["jax2onnx"] = None  # as if it were not installed
+try:
+    jaxnorm.onnx
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    run = python(code)
+    assert run.stdout == "module 'jaxnorm' has no attribute 'onxx'\njax2onnx\n", run.stderr
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_every_function_documents_its_arguments_its_result_an_example_and_its_source(function):
     doc = inspect.getdoc(function)

@@ -7,12 +7,12 @@ import jax
 from flax import nnx
 
 import jaxnorm
-import jaxnorm.linen
-import jaxnorm.nnx
 from jaxnorm import Affine, BatchStats, interop
 
 
 def functions(x: jax.Array, params: Affine, state: BatchStats, either: BatchStats | None) -> None:
+    # A misspelled name.
+    jaxnorm.linnen.BatchNorm()  # rejected: attr-defined
     # A misspelled argument.
     jaxnorm.batch_norm(x, params, state, momentun=0.1)  # rejected: call-arg
     jaxnorm.batch_renorm(x, params, state, rmax=2.0)  # rejected: call-overload

@@ -10,9 +10,6 @@ import numpy as np
 from flax import nnx
 
 import jaxnorm
-import jaxnorm.inspect
-import jaxnorm.linen
-import jaxnorm.nnx
 from jaxnorm import Affine, BatchStats, interop
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, 2)), jnp.float32)
