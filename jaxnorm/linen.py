@@ -10,6 +10,8 @@ from flax.typing import Dtype, Initializer
 import jaxnorm
 from jaxnorm._core.collectives import AxisName
 from jaxnorm._layers import attributes, calls, linen_base
+from jaxnorm._layers.linen_frozen import frozen as frozen
+from jaxnorm._layers.linen_frozen import trainable_mask as trainable_mask
 from jaxnorm.functional import Limit
 
 

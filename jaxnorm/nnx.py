@@ -13,6 +13,9 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.collectives import AxisName
 from jaxnorm._layers import attributes, calls, nnx_base
+from jaxnorm._layers.nnx_frozen import FrozenParam as FrozenParam
+from jaxnorm._layers.nnx_frozen import freeze as freeze
+from jaxnorm._layers.nnx_frozen import unfreeze as unfreeze
 from jaxnorm._layers.nnx_models import begin_accumulation as begin_accumulation
 from jaxnorm._layers.nnx_models import end_accumulation as end_accumulation
 from jaxnorm._layers.nnx_models import recalibrate as recalibrate

@@ -91,6 +91,7 @@ CLASSES = [
     for c in [*(c for _, c in inspect.getmembers(jaxnorm, inspect.isclass)), *LAYERS, *NNX_LAYERS]
     if c not in OF_ONE_RANK
 ]
+CLASSES += [jaxnorm.nnx.FrozenParam]
 OF_FLAX = [
     f
     for frontend in (jaxnorm.linen, jaxnorm.nnx)

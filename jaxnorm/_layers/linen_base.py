@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxnorm._core import checks
 from jaxnorm._core.variables import Affine, BatchStats, init_batch_stats
 from jaxnorm._layers import attributes, calls
+from jaxnorm._layers.linen_frozen import FROZEN
 
 
 class Norm(nn.Module):
@@ -51,16 +52,19 @@ class Tracked(Norm):
         Returns:
           y, with the shape of x.
         """
-        batch_stats = None
+        params, batch_stats = _params(self, x), None
         if self.track_running_stats:
             use_running_average = nn.merge_param(
                 "use_running_average", self.use_running_average, use_running_average
             )
             batch_stats = _batch_stats(self, x)
+            if FROZEN.value:
+                use_running_average, update_stats = True, False
+                params = jax.lax.stop_gradient(params)
         return calls.normalize_and_update(
             self,
             x,
-            _params(self, x),
+            params,
             batch_stats,
             _write_back,
             use_running_average=use_running_average,

@@ -36,7 +36,7 @@ def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
     References:
       As `jaxnorm.begin_accumulation`.
     """
-    layers = dict(_tracking(model))
+    layers = dict(tracking(model))
     states = {name: read_batch_stats(layer) for name, layer in layers.items()}
     for name, state in jaxnorm.begin_accumulation(states, when).items():
         layers[name].accumulation = nnx.BatchStat(state["accumulation"])
@@ -60,7 +60,7 @@ def end_accumulation(model: nnx.Module) -> None:
     References:
       As `jaxnorm.end_accumulation`.
     """
-    for _, layer in _tracking(model):
+    for _, layer in tracking(model):
         layer.accumulation = nnx.data(None)
 
 
@@ -103,7 +103,7 @@ def recalibrate(
 
     def step(batch_stats: dict[str, Any], batch: Any, variables: Any) -> dict[str, BatchStats]:
         copy = nnx.merge(graph, variables, copy=True)
-        layers = dict(_tracking(copy))
+        layers = dict(tracking(copy))
         for name, layer in layers.items():
             layer.use_running_average, layer.update_stats = False, None
             layer.accumulation = nnx.BatchStat(batch_stats[name]["accumulation"])
@@ -111,7 +111,7 @@ def recalibrate(
         copy(batch, **call)
         return {name: read_batch_stats(layer) for name, layer in layers.items()}
 
-    layers = dict(_tracking(model))
+    layers = dict(tracking(model))
     states = {name: read_batch_stats(layer) for name, layer in layers.items()}
     new = jaxnorm.recalibrate(step, states, batches, variables, progress=progress)
     end_accumulation(model)
@@ -119,7 +119,7 @@ def recalibrate(
         write_back(layer, new[name])
 
 
-def _tracking(model: nnx.Module) -> list[tuple[str, Tracked]]:
+def tracking(model: nnx.Module) -> list[tuple[str, Tracked]]:
     """The layers that have running statistics, by their paths in the model."""
     return [
         (".".join(map(str, path)), module)

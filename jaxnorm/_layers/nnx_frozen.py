@@ -1,0 +1,105 @@
+"""Frozen norms in models of flax.nnx: the type of their parameters, and the change of a model."""
+
+from typing import Any
+
+from flax import nnx
+
+from jaxnorm._layers.nnx_base import Tracked
+from jaxnorm._layers.nnx_models import tracking
+
+
+class FrozenParam(nnx.BatchStat[Any]):
+    """The scale or the bias of a frozen norm: a constant, which is no nnx.Param.
+
+    It is an nnx.BatchStat, so that it goes where the running statistics go in the filters of
+    nnx.split, nnx.state and the transformations of NNX. See `freeze`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jaxnorm.nnx.freeze(layer)
+      >>> isinstance(layer.scale, jaxnorm.nnx.FrozenParam), isinstance(layer.scale, nnx.Param)
+      (True, False)
+
+    References:
+      torchvision.ops.FrozenBatchNorm2d, torchvision 0.28, whose weight and bias are buffers.
+    """
+
+
+def freeze(model: nnx.Module) -> None:
+    """Freezes the norms of a model that have running statistics.
+
+    These layers then normalize by the running statistics and do not update them, also after
+    `model.train()` and whatever the call says. Their scale and bias become `FrozenParam`, which
+    nnx.grad and nnx.Optimizer with wrt=nnx.Param leave out: they have no gradients and no weight
+    decay. The paths in nnx.state(model) stay the same, and so does a checkpoint of all of it.
+
+    Create the optimizer after the call, because its state has the structure of the parameters. The
+    layers without running statistics, such as `LayerNorm`, are not changed. `recalibrate` needs
+    `unfreeze` first.
+
+    Args:
+      model: a model, or the part of it to freeze, which is changed in place.
+
+    Raises:
+      ValueError: if no layer of the model has running statistics.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jaxnorm.nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+      >>> jaxnorm.nnx.freeze(model)
+      >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
+      >>> model.train()
+      >>> y = model(jnp.ones((8, 3)))
+      >>> print(model.layers[1].count[...], list(nnx.state(model, nnx.Param)["layers"]))
+      0 [0]
+
+    References:
+      torchvision.ops.FrozenBatchNorm2d, torchvision 0.28.
+    """
+    layers = [layer for _, layer in tracking(model)]
+    if not layers:
+        raise ValueError(
+            "freeze: model should hold layers with running statistics, such as "
+            "jaxnorm.nnx.BatchNorm, because these are frozen, but holds none"
+        )
+    _set_frozen(layers, True)
+
+
+def unfreeze(model: nnx.Module) -> None:
+    """Makes the frozen norms of a model trainable again: the opposite of `freeze`.
+
+    Scale and bias become nnx.Param again. Create a new optimizer after the call.
+
+    Args:
+      model: a model, or the part of it to unfreeze, which is changed in place.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jaxnorm.nnx
+      >>> layer = jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jaxnorm.nnx.freeze(layer)
+      >>> jaxnorm.nnx.unfreeze(layer)
+      >>> list(nnx.state(layer, nnx.Param))
+      ['bias', 'scale']
+
+    References:
+      As `freeze`.
+    """
+    _set_frozen([layer for _, layer in tracking(model) if layer.frozen], False)
+
+
+def _set_frozen(layers: list[Tracked], frozen: bool) -> None:
+    """Sets the mode and the type of scale and bias; layers that share a variable still do."""
+    kind: type[nnx.Variable[Any]] = FrozenParam if frozen else nnx.Param
+    held = [(layer, name, getattr(layer, name)) for layer in layers for name in ("scale", "bias")]
+    held = [(layer, name, old) for layer, name, old in held if old is not None]
+    new = {id(old): kind.from_metadata(old.get_raw_value(), old.get_metadata()) for *_, old in held}
+    for layer, name, old in held:
+        setattr(layer, name, new[id(old)])
+    for layer in layers:
+        layer.frozen = frozen
