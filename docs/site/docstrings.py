@@ -1,7 +1,11 @@
-"""Prepares docstrings for the site: formulas as MathML, tables as Markdown, Linen fields."""
+"""Prepares the reference: formulas as MathML, tables as Markdown, Linen fields, default values."""
 
+import ast
+import dataclasses
+import importlib
 import inspect
 import re
+from collections.abc import Mapping
 
 import griffe
 from latex2mathml.converter import convert
@@ -30,9 +34,53 @@ class Docstrings(griffe.Extension):
             dataclass = griffe.ExprName("dataclass", parent=DATACLASSES)
             cls.decorators.append(griffe.Decorator(dataclass, lineno=None, endlineno=None))
 
+    def on_package(self, *, pkg, loader, **kwargs):
+        """Shows the values of defaults, where the code has the names of constants."""
+        for obj in _members(pkg):
+            if obj.is_function:
+                for parameter in obj.parameters:
+                    parameter.default = _value(parameter.default, obj.module)
+            elif obj.is_attribute and obj.annotation is not None and obj.parent.is_class:
+                obj.value = _value(obj.value, obj.module)  # a field of a dataclass
+
 
 DATACLASSES = griffe.Module("dataclasses")
 DATACLASSES.set_member("dataclass", griffe.Class("dataclass"))
+
+
+def _members(obj):
+    for member in obj.members.values():
+        if not member.is_alias:
+            yield member
+            yield from _members(member)
+
+
+def _value(default, module):
+    """The text of a default: its value if that is plain, or else the code that makes it."""
+    if not isinstance(default, griffe.Expr):  # a literal, or none
+        return default
+    text = str(default)
+    python = importlib.import_module(module.path)
+    value = eval(text, vars(python))
+    if isinstance(value, dataclasses.Field):
+        return default
+    if isinstance(value, Mapping):
+        return repr(dict(value))
+    if value is None or isinstance(value, bool | int | float | str | tuple):
+        return repr(value)
+    return _constants(python).get(text, text)
+
+
+def _constants(python):
+    """The code after each NAME = of a module, and of A, B = a, b."""
+    constants = {}
+    for node in ast.parse(inspect.getsource(python)).body:
+        if isinstance(node, ast.Assign):
+            pairs = [(node.targets[0], node.value)]
+            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = zip(node.targets[0].elts, node.value.elts, strict=True)
+            constants.update({ast.unparse(a): ast.unparse(b) for a, b in pairs})
+    return constants
 
 
 def _formula(tex):
