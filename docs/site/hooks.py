@@ -11,19 +11,25 @@ from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
+# The weights of pages in the search: names of norms lead to the reference, and other words to a
+# guide rather than to the pages that mention everything. tests_site has the queries.
+BOOSTS = {
+    "api/functions": 50,
+    "api/linen": 40,
+    "api/nnx": 40,
+    "api/interop": 0.5,
+    "migration.md": 2,
+    "faq.md": 0.5,
+    "notebooks/": 0.2,
+    "benchmarks": 0.2,
+    "interop_zoo": 0.2,
+    "changelog": 0.1,
+}
 
 
 def on_config(config):
-    """Omits notebooks that do not exist, and their section if there are none."""
+    """Makes `mkdocs serve` rebuild the site when a notebook changes."""
     config.watch.append(str(NOTEBOOKS))
-    nav = []
-    for section in config.nav:
-        ((title, pages),) = section.items()
-        if title == "Notebooks":
-            pages = [page for page in pages if (ROOT / page).exists()]
-        if pages:
-            nav.append({title: pages})
-    config.nav = nav
     return config
 
 
@@ -38,6 +44,9 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Turns relative links to files outside docs/ into links to notebooks and the repository."""
+    for start, boost in BOOSTS.items():
+        if page.file.src_uri.startswith(start):
+            page.meta.setdefault("search", {"boost": boost})
     if page.file.src_uri == "changelog.md":
         return markdown
     folder = pathlib.PurePosixPath("docs", page.file.src_uri).parent
@@ -56,6 +65,9 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_content(html, page, config, files):
     """Turns links of notebooks into docs/ into links to pages, and formulas into MathML."""
+    if page.file.src_uri.startswith("api/"):
+        # The search splits GroupNorm and group_norm into words; this makes it find groupnorm, too.
+        return re.sub(r'<h2 id="[\w.]*?(\w+)".*?</h2>', _findable, html, flags=re.S)
     if not page.file.src_uri.startswith("notebooks/"):
         return html
 
@@ -74,6 +86,11 @@ def on_page_content(html, page, config, files):
     code = r"(<(pre|code|script|style)\b.*?</\2>|<div [^>]*clipboard-copy-txt.*?</div>)"
     text = code + r"|\$\$(?P<block>[^$]+)\$\$|\$(?P<inline>[^$\n]+)\$"
     return re.sub(text, _formula, html, flags=re.S)
+
+
+def _findable(found):
+    """Adds the name of a function or class in one word, for the search only."""
+    return f"{found[0]}<p hidden>{found[1].replace('_', '').lower()}</p>"
 
 
 def _formula(found):
