@@ -24,7 +24,7 @@ FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py func
 # Whether `make docs` runs the notebooks.
 EXECUTE ?= true
 
-.PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
+.PHONY: help demo test test-slow test-onnx lint notebooks docs test-site package bench bench-full \
   test-accelerators bench-accelerators test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
@@ -39,6 +39,7 @@ help:
 	@echo "make notebooks   write notebooks/*.ipynb from notebooks/*.py"
 	@echo "make package   build the sdist and the wheel, check their metadata, and try both in an empty environment"
 	@echo "make docs   build the documentation in build/site; EXECUTE=false does not run the notebooks"
+	@echo "make test-site   build the documentation, and test its links, signatures, search and width"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
 	@echo "make bench-accelerators   estimates of the compilers for TPU and GPU for norms and training steps"
@@ -113,12 +114,17 @@ package: $(VENV)/with-dev
 
 # To run them all, the notebooks need an environment of their own: one of them writes ONNX.
 ifeq ($(EXECUTE), true)
+DOCS_BIN = $(VENV_DOCS)/bin
 docs: $(VENV_DOCS)/with-notebooks $(VENV_DOCS)/with-docs
-	EXECUTE=true NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
 else
+DOCS_BIN = $(BIN)
 docs: $(VENV)/with-docs
-	EXECUTE=false NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 endif
+	EXECUTE=$(EXECUTE) NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict
+
+# CHROMIUM is the browser; without one the search and the widths are not tested.
+test-site: docs
+	$(DOCS_BIN)/pytest tests_site
 
 bench: $(VENV)/with-bench
 	$(BIN)/python benchmarks/norms.py $(ARGS)
