@@ -18,16 +18,18 @@ class MappedAxes:
     Attributes:
       axis_name: the axes of shard_map, pmap or vmap; None means this device only.
       groups: the groups of indices along these axes; None means one group with all of them.
+      function: the name of the public function, which errors begin with.
     """
 
     axis_name: AxisName | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
+    function: str = dataclasses.field(default="", compare=False)
 
     def size(self) -> int:
         """The number of devices that share the sample of this device."""
         if self.axis_name is None:
             return 1
-        return len(self.groups[0]) if self.groups else lax.axis_size(self.axis_name)
+        return len(self.groups[0]) if self.groups else self._number_of_devices()
 
     def sum(self, *xs: jax.Array) -> Sequence[jax.Array]:
         """The sums over the devices of arrays of one shape, in one collective."""
@@ -40,7 +42,11 @@ class MappedAxes:
 
         The numbers are equal within a group, so without groups no collective is needed.
         """
-        return numbers if self.groups is None else lax.pmax(numbers, self.axis_name)
+        if self.groups is None:
+            return numbers
+        self._number_of_devices()
+        largest: jax.Array = lax.pmax(numbers, self.axis_name)
+        return largest
 
     def _psum(self, x: jax.Array) -> jax.Array:
         """The sum over the devices of this group.
@@ -49,15 +55,28 @@ class MappedAxes:
         table is summed, because psum does not support groups under shard_map and vmap.
         """
         total: jax.Array
+        size = self._number_of_devices()
         if self.groups is None:
             total = lax.psum(x, self.axis_name)
             return total
-        size, k = lax.axis_size(self.axis_name), lax.axis_index(self.axis_name)
+        k = lax.axis_index(self.axis_name)
         group_of = {i: g for g, group in enumerate(self.groups) for i in group}
         group = jnp.asarray([group_of[i] for i in range(size)])[k]
         table = jnp.zeros((len(self.groups), *x.shape), x.dtype).at[group].set(x)
         total = lax.psum(table, self.axis_name)[group]
         return total
+
+    def _number_of_devices(self) -> int:
+        """The size of the mapped axes; raises an error if one of them is not bound."""
+        try:
+            return lax.axis_size(self.axis_name)
+        except NameError as error:
+            raise NameError(
+                f"{self.function}: axis_name should be an axis of a shard_map, pmap or vmap around "
+                f"the call, because statistics are summed over it, but is {self.axis_name!r} "
+                f"({error}); under jit alone, write axis_name=None: the statistics are those of "
+                f"the whole batch [axis-name-unbound]"
+            ) from error
 
 
 LOCAL = MappedAxes()
@@ -68,24 +87,25 @@ def mapped_axes(
 ) -> MappedAxes:
     """Checks the public arguments and returns the mapped axes."""
     if axis_index_groups is None:
-        return MappedAxes(axis_name)
+        return MappedAxes(axis_name, function=function)
     groups = tuple(tuple(group) for group in axis_index_groups)
     if axis_name is None:
         raise ValueError(
             f"{function}: axis_index_groups should come with axis_name, because it groups the "
-            f"indices along that axis, but axis_name is None"
+            f"indices along that axis, but axis_name is None [axis-index-groups]"
         )
     try:
         size = lax.axis_size(axis_name)
     except NameError:  # not bound; allowed in evaluation, and a collective would raise an error
-        return MappedAxes(axis_name, groups)
+        return MappedAxes(axis_name, groups, function)
     members = sorted(i for group in groups for i in group)
     if members != list(range(size)) or len({len(group) for group in groups}) != 1:
         raise ValueError(
             f"{function}: axis_index_groups should hold each index of {axis_name!r}, 0 to "
-            f"{size - 1}, once, in groups of one size, but is {axis_index_groups}"
+            f"{size - 1}, once, in groups of one size, but is {axis_index_groups} "
+            f"[axis-index-groups]"
         )
-    return MappedAxes(axis_name, groups)
+    return MappedAxes(axis_name, groups, function)
 
 
 def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
