@@ -3,6 +3,8 @@
 A layer is a Linen or NNX module with the attributes of Flax's classes.
 """
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +19,61 @@ class Default(float):
 
 MOMENTUM = Default(0.1)
 
+# The names that other libraries give to arguments, and Flax's for the same.
+FLAX_NAMES = {
+    "eps": ("epsilon",),  # PyTorch, Haiku, Equinox
+    "affine": ("use_scale", "use_bias"),  # PyTorch
+    "elementwise_affine": ("use_scale", "use_bias"),  # PyTorch
+    "channelwise_affine": ("use_scale", "use_bias"),  # Equinox
+    "use_weight": ("use_scale",),  # Equinox
+    "num_channels": ("num_features",),  # PyTorch
+    "normalized_shape": ("num_features",),  # PyTorch
+    "num_features": ("num_features",),
+    "features": ("num_features",),
+    "scale": ("use_scale",),  # Keras
+    "center": ("use_bias",),  # Keras
+    "gamma_initializer": ("scale_init",),  # Keras
+    "beta_initializer": ("bias_init",),  # Keras
+    "synchronized": ("axis_name",),  # Keras
+    "create_scale": ("use_scale",),  # Haiku
+    "create_offset": ("use_bias",),  # Haiku
+    "offset_init": ("bias_init",),  # Haiku
+    "decay_rate": ("decay",),  # Haiku
+    "cross_replica_axis": ("axis_name",),  # Haiku
+    "cross_replica_axis_index_groups": ("axis_index_groups",),  # Haiku
+    "groups": ("num_groups",),  # Haiku, Keras, Equinox
+    "axis": ("axis", "feature_axes"),  # Keras, Haiku
+    "data_format": ("axis", "feature_axes"),  # Haiku
+    "channel_axis": ("axis", "feature_axes"),  # the functions of this package
+    "param_axis": ("feature_axes",),  # Haiku
+}
+
+
+def check_names(layer: type[Any], kwargs: Mapping[str, Any]) -> None:
+    """Checks the names of a constructor's arguments, and names Flax's for one of another library.
+
+    Python's own error for any other name comes from the constructor.
+    """
+    known = FLAX_NAMES.keys() & kwargs.keys()
+    if not known:  # as in most calls; a signature takes time
+        return
+    name, accepted = layer.__name__, inspect.signature(layer.__init__).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):  # of a subclass
+        return
+    for other in sorted(known - accepted.keys()):
+        wanted = [ours for ours in FLAX_NAMES[other] if ours in accepted]
+        if wanted:
+            raise TypeError(
+                f"{name}: {other} should be {' and '.join(wanted)}, because arguments have Flax's "
+                f"names; write {', '.join(f'{ours}=...' for ours in wanted)} [argument-name]"
+            )
+        if FLAX_NAMES[other] == ("num_features",):
+            raise TypeError(
+                f"{name}: {other} should not be given, because the number of channels is not an "
+                f"argument; leave it out [number-of-channels]"
+            )
+
+
 # ---- Checks without an input ----
 
 
@@ -27,20 +84,27 @@ def check(layer: Any, *, infers_channels: bool) -> None:
     first would be used as another argument.
     """
     name, held = type(layer).__name__, vars(layer)
-    hint = ""
-    if infers_channels:
-        hint = f"; the number of channels is not an argument: write {name}()"
-    for switch, write in (("use_running_average", hint), ("update_stats", "")):
-        if held.get(switch) is not None and not isinstance(held[switch], bool | np.bool_):
+    for switch in ("use_running_average", "update_stats"):
+        value = held.get(switch)
+        if value is None or isinstance(value, bool | np.bool_):
+            continue
+        message = (
+            f"{name}: {switch} should be a bool or None, because it says which statistics "
+            f"normalize or move, but is {value!r}"
+        )
+        first = infers_channels and switch == "use_running_average"
+        if first and isinstance(value, int | np.integer):
             raise ValueError(
-                f"{name}: {switch} should be a bool or None, because it says which statistics "
-                f"normalize or move, but is {held[switch]!r}{write}"
+                f"{message}; the number of channels is not an argument: write {name}() "
+                f"[number-of-channels]"
             )
+        raise ValueError(f"{message} [not-a-python-bool]")
     number_of_channels = isinstance(layer.epsilon, int | float | np.number) and layer.epsilon >= 1
     if infers_channels and number_of_channels:
         raise ValueError(
             f"{name}: epsilon should be a small number, because it is added to the variance, but "
-            f"is {layer.epsilon!r}{hint}, and epsilon=1e-5 for PyTorch's epsilon"
+            f"is {layer.epsilon!r}; the number of channels is not an argument: write {name}(), and "
+            f"epsilon=1e-5 for PyTorch's epsilon [number-of-channels]"
         )
     arguments.number(name, "epsilon", layer.epsilon, least=0)
     for argument in ("dtype", "param_dtype"):
@@ -62,7 +126,7 @@ def _check_momentum(layer: Any) -> None:
     if decay is not None and not isinstance(momentum, Default):
         raise ValueError(
             f"{name}: momentum or decay should be given, not both, because decay = 1 - momentum, "
-            f"but has momentum={momentum} and decay={decay}"
+            f"but has momentum={momentum} and decay={decay} [momentum-and-decay]"
         )
     for argument, value in (("momentum", momentum), ("decay", decay)):
         if value is not None:
@@ -71,7 +135,7 @@ def _check_momentum(layer: Any) -> None:
         raise ValueError(
             f"{name}: momentum should not lie between 0.5 and 1.0, because it weighs the new value "
             f"as in PyTorch, but is {momentum}; if it is Flax's, which weighs the old value, write "
-            f"decay={momentum}"
+            f"decay={momentum} [momentum-of-flax]"
         )
 
 
@@ -91,7 +155,8 @@ def _check_groups(layer: Any) -> None:
         raise ValueError(
             f"{type(layer).__name__}: one of num_groups and group_size should be given, because "
             f"either gives the other, but has num_groups={layer.num_groups} and "
-            f"group_size={layer.group_size}; write num_groups=None beside a group_size"
+            f"group_size={layer.group_size}; write num_groups=None beside a group_size "
+            f"[num-groups-and-group-size]"
         )
 
 
@@ -105,7 +170,8 @@ def number_of_groups(layer: Any, channels: int) -> int:
     if channels % divisor:
         raise ValueError(
             f"{type(layer).__name__}: {said} should divide the channels of x, because all groups "
-            f"are of one size, but is {divisor} for {channels} channels"
+            f"are of one size, but is {divisor} for {channels} channels "
+            f"[groups-divide-channels]"
         )
     return divisor if said == "num_groups" else channels // divisor
 
@@ -156,4 +222,6 @@ def _check_rank(layer: Any, ndim: int) -> None:
     """Checks the rank of the input of a layer for 1, 2 or 3 space axes."""
     if layer.ranks is not None and ndim not in layer.ranks:
         ranks = " or ".join(str(rank) for rank in layer.ranks)
-        raise ValueError(f"{type(layer).__name__}: x should have {ranks} axes, but has {ndim}")
+        raise ValueError(
+            f"{type(layer).__name__}: x should have {ranks} axes, but has {ndim} [x-rank]"
+        )

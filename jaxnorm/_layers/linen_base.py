@@ -1,7 +1,7 @@
 """The base classes of the layers of flax.linen: their variables and the call."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,12 @@ class Norm(nn.Module):
 
     # The axes of x that the parameters have, from the layer and the rank of x.
     _param_axes: ClassVar[Callable[..., tuple[int, ...]]]
+
+    if not TYPE_CHECKING:  # type checkers read the arguments of __init__
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            attributes.check_names(cls, kwargs)
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         attributes.check(self, infers_channels=True)
@@ -54,9 +60,7 @@ class Tracked(Norm):
         """
         params, batch_stats = _params(self, x), None
         if self.track_running_stats:
-            use_running_average = nn.merge_param(
-                "use_running_average", self.use_running_average, use_running_average
-            )
+            use_running_average = _one_of(self, self.use_running_average, use_running_average)
             batch_stats = _batch_stats(self, x)
             if FROZEN.value:
                 use_running_average, update_stats = True, False
@@ -94,6 +98,30 @@ class Untracked(Norm):
         return self._norm(self, x, _params(self, x), mask=mask, initializing=initializing)
 
 
+def _one_of(module: Norm, held: bool | None, given: bool | None) -> bool:
+    """use_running_average, from the attribute or the call, of which one is not None."""
+    if held is None and given is None:
+        raise ValueError(
+            f"{_where(module)}: use_running_average should be given, as an attribute or to the "
+            f"call, because it says which statistics normalize, but is None; write "
+            f"use_running_average=not train, and pass train to the model "
+            f"[use-running-average-missing]"
+        )
+    if held is not None and given is not None:
+        raise ValueError(
+            f"{_where(module)}: use_running_average should be given once, because neither of two "
+            f"overrides the other, but is {held} as an attribute and {given} in the call; leave it "
+            f"out of one of them [use-running-average-twice]"
+        )
+    return cast(bool, given if held is None else held)
+
+
+def _where(module: Norm) -> str:
+    """The name of the class, and the path of the layer in a model."""
+    path = "/".join(module.path)
+    return type(module).__name__ + (f" ({path})" if path else "")
+
+
 def _shape(module: Norm, x: ArrayLike) -> tuple[int, ...]:
     return tuple(jnp.shape(x)[a] for a in module._param_axes(module, jnp.ndim(x)))
 
@@ -111,7 +139,8 @@ def _params(module: Norm, x: ArrayLike) -> Affine:
         made: Any = module.get_variable("params", names[0])
         raise ValueError(
             f"{type(module).__name__}: the parameters should have the channels' shape {shape}, but "
-            f"were made for {made.shape}{checks.other_axis('', made.shape, jnp.shape(x))}; {error}"
+            f"were made for {made.shape}{checks.other_axis('', made.shape, jnp.shape(x))}; {error} "
+            f"[params-shape]"
         ) from error
     return cast(Affine, params)
 
@@ -126,10 +155,11 @@ def _batch_stats(module: Norm, x: ArrayLike) -> BatchStats:
     found: dict[str, Any] = {key: module.get_variable("batch_stats", key) for key in keys}
     if all(value is None for value in found.values()):
         raise ValueError(
-            f"{type(module).__name__}: the variables should hold this layer's batch_stats, because "
+            f"{_where(module)}: the variables should hold this layer's batch_stats, because "
             f"it tracks running statistics, but do not; write model.apply({{'params': params, "
             f"'batch_stats': batch_stats}}, ...) with the batch_stats that init made and training "
-            f"moved, or track_running_stats=False for a layer without them"
+            f"moved, or track_running_stats=False for a layer without them "
+            f"[batch-stats-missing]"
         )
     return cast(BatchStats, found)
 
@@ -138,10 +168,11 @@ def _write_back(module: Norm, batch_stats: BatchStats) -> None:
     """Stores the updated statistics in the collection, which has to be mutable."""
     if not module.is_mutable_collection("batch_stats"):
         raise ValueError(
-            f"{type(module).__name__}: batch_stats should be mutable, because the running "
+            f"{_where(module)}: batch_stats should be mutable, because the running "
             f"statistics move in training, but it is not; write y, updates = model.apply("
             f"variables, x, ..., mutable=['batch_stats']) and go on with updates['batch_stats'], "
-            f"or use_running_average=True to evaluate, or update_stats=False to leave them"
+            f"or use_running_average=True to evaluate, or update_stats=False to leave them "
+            f"[batch-stats-not-mutable]"
         )
     for key, value in batch_stats.items():
         module.put_variable("batch_stats", key, value)

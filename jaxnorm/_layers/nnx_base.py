@@ -1,7 +1,7 @@
 """The base classes of the layers of flax.nnx: their variables and the call."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 from flax import nnx
@@ -28,6 +28,12 @@ class Norm(nnx.Module):
     promote_dtype: Callable[..., Any]
     scale: nnx.Param[jax.Array] | None
     bias: nnx.Param[jax.Array] | None
+
+    if not TYPE_CHECKING:  # type checkers read the arguments of __init__
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            attributes.check_names(cls, kwargs)
+            return super().__new__(cls)
 
 
 class Tracked(Norm):
@@ -88,7 +94,8 @@ class Tracked(Norm):
                 raise ValueError(
                     f"{type(self).__name__}: use_running_average should be given, to the "
                     f"constructor or to the call, because it says which statistics normalize, but "
-                    f"is None; model.train() and model.eval() give it to all layers"
+                    f"is None; model.train() and model.eval() give it to all layers "
+                    f"[use-running-average-missing]"
                 )
         return calls.normalize_and_update(
             self,
