@@ -105,7 +105,8 @@ class Tracking:
             name = "use_running_average" if by_state else "update_stats"
             raise ValueError(
                 f"{function}: {name}=True should come with batch_stats, but batch_stats is None; "
-                f"pass the trained state, or init_batch_stats(num_features) to begin with"
+                f"pass the trained state, or init_batch_stats(num_features) to begin with "
+                f"[no-batch-stats]"
             )
         return dataclasses.replace(self, use_running_average=by_state, update_stats=moves)
 

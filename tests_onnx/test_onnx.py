@@ -620,7 +620,7 @@ def test_training_is_refused():
         r"keeps no state, but they are updated with use_running_average=False and "
         r"update_stats=None; to evaluate, write use_running_average=True, in NNX model.eval\(\); "
         r"to normalize by the batch, or by each sample, write update_stats=False, or "
-        r"to_onnx\(\.\.\., update_stats=False\) for all"
+        r"to_onnx\(\.\.\., update_stats=False\) for all norms \[export-in-training\]"
     )
     with pytest.raises(ValueError, match=message):
         export(lambda x: jaxnorm.batch_norm(x, PARAMS, STATE)[0], X)

@@ -20,6 +20,7 @@ BOOSTS = {
     "api/interop": 0.5,
     "migration.md": 2,
     "faq.md": 0.5,
+    "errors.md": 0.5,
     "notebooks/": 0.2,
     "benchmarks": 0.2,
     "interop_zoo": 0.2,

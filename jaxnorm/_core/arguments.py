@@ -58,7 +58,7 @@ def boolean(function: str, name: str, value: Any) -> bool:
         return bool(value)
     raise ValueError(
         f"{function}: {name} should be a Python bool, because it chooses which program is "
-        f"compiled, but is {_described(value)}; under jit, mark it static"
+        f"compiled, but is {_described(value)}; under jit, mark it static [not-a-python-bool]"
     )
 
 

@@ -27,7 +27,8 @@ def float_array(function: str, x: ArrayLike) -> jax.Array:
     else:
         return x
     raise ValueError(
-        f"{function}: x should have a float dtype, because y has x's, but has {x.dtype}; {hint}"
+        f"{function}: x should have a float dtype, because y has x's, but has {x.dtype}; {hint} "
+        f"[x-not-float]"
     )
 
 
@@ -42,7 +43,7 @@ def layout(
     if ndim < least:
         example = "(N, C)" if batch_axis is None else "(N, *space, C)"
         raise ValueError(
-            f"{function}: x should have at least 2 axes, such as {example}, but has {ndim}"
+            f"{function}: x should have at least 2 axes, such as {example}, but has {ndim} [x-rank]"
         )
     channels = arguments.axes(function, "channel_axis", channel_axis, ndim)
     if batch_axis is None:
@@ -86,7 +87,7 @@ def group_layout(
     if isinstance(channels, int) and channels % num_groups:
         raise ValueError(
             f"group_norm: num_groups should divide the channels of x, because all groups are of "
-            f"one size, but is {num_groups} for {channels} channels"
+            f"one size, but is {num_groups} for {channels} channels [groups-divide-channels]"
         )
     return found, batch, num_groups
 
@@ -99,19 +100,20 @@ def mask(function: str, mask: ArrayLike | None, shape: Shape) -> jax.Array | Non
     if mask.dtype != jnp.bool_:
         raise ValueError(
             f"{function}: mask should be bool, True where an entry counts, but is {mask.dtype}; "
-            f"write mask.astype(bool)"
+            f"write mask.astype(bool) [mask-not-bool]"
         )
     if mask.ndim != len(shape):
         missing = len(shape) - mask.ndim
         hint = f"; write mask[..., {', '.join(['None'] * missing)}]" if missing > 0 else ""
         raise ValueError(
             f"{function}: mask should have x's rank, because an (N,) mask on (N, C) with N = C "
-            f"would silently mask channels, but has shape {mask.shape} for x of shape {shape}{hint}"
+            f"would silently mask channels, but has shape {mask.shape} for x of shape "
+            f"{shape}{hint} [mask-rank]"
         )
     if not _broadcasts(mask.shape, shape):
         raise ValueError(
             f"{function}: mask should broadcast against x of shape {shape}, but has shape "
-            f"{mask.shape}"
+            f"{mask.shape} [mask-shape]"
         )
     return mask
 
@@ -142,7 +144,7 @@ def params(
             raise ValueError(
                 f"{function}: params[{name!r}] should have the channels' shape {channels}, or x's "
                 f"rank and broadcast against x of shape {shape}, but has shape {a.shape}"
-                f"{other_axis(function, a.shape, shape)}"
+                f"{other_axis(function, a.shape, shape)} [params-shape]"
             )
     return scale, bias
 
@@ -167,7 +169,7 @@ def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: in
         raise ValueError(
             f"{function}: Expected more than 1 {kind} when training, got input size {shape}; the "
             f"variance of one value is 0, and y would be the bias whatever x is; write "
-            f"use_running_average=True to evaluate, or train on more"
+            f"use_running_average=True to evaluate, or train on more [one-value-per-channel]"
         )
 
 
@@ -185,7 +187,7 @@ def virtual_batches(function: str, size: int, shape: Shape, layout: Layout, devi
     if layout.batch is None and 0 in layout.channels:
         raise ValueError(
             f"{function}: virtual_batch_size should come with samples on axis 0, but channel_axis "
-            f"is {layout.channels}"
+            f"is {layout.channels} [virtual-batch-size]"
         )
     size = arguments.whole(function, "virtual_batch_size", size, "it is a number of samples")
     samples = shape[0]
@@ -194,7 +196,7 @@ def virtual_batches(function: str, size: int, shape: Shape, layout: Layout, devi
         raise ValueError(
             f"{function}: virtual_batch_size should divide the samples of each device, because all "
             f"virtual batches are of one size and each lies on one device, but is {size} for "
-            f"{samples} samples{where}"
+            f"{samples} samples{where} [virtual-batch-size]"
         )
     return size
 

@@ -91,6 +91,6 @@ def trainable_mask(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) ->
             f"trainable_mask: batch_stats should hold the running statistics of norms whose scale "
             f"or bias is in params, because these are not trained, but holds "
             f"{sorted('/'.join(norm) for norm in norms) or 'none'}; write trainable_mask("
-            f"variables['params'], variables['batch_stats'])"
+            f"variables['params'], variables['batch_stats']) [no-states]"
         )
     return mask

@@ -65,7 +65,8 @@ def freeze(model: nnx.Module) -> None:
     if not layers:
         raise ValueError(
             "freeze: model should hold layers with running statistics, such as "
-            "jaxnorm.nnx.BatchNorm, because these are frozen, but holds none"
+            "jaxnorm.nnx.BatchNorm, because these are frozen, but holds none "
+            "[no-states]"
         )
     _set_frozen(layers, True)
 

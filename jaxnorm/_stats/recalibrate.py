@@ -69,7 +69,7 @@ def recalibrate(
         if jax.tree.structure(new) != given:
             raise ValueError(
                 f"recalibrate: step should return the new batch_stats, of the structure of the "
-                f"given, but returned {jax.tree.structure(new)} for {given}"
+                f"given, but returned {jax.tree.structure(new)} for {given} [recalibrate-structure]"
             )
         return new, {path: _finite(s["accumulation"]["moments"]) for path, s in states(new)}
 
@@ -80,17 +80,21 @@ def recalibrate(
         if bad:
             raise ValueError(
                 f"recalibrate: batches should be finite, because a statistic of NaN or Inf is of "
-                f"no use, but batch {number} (counted from 1) makes {', '.join(bad)} not finite"
+                f"no use, but batch {number} (counted from 1) makes {', '.join(bad)} not finite "
+                f"[recalibrate-not-finite]"
             )
         if progress is not None:
             progress(number)
     if not number:
-        raise ValueError("recalibrate: batches should hold at least one batch, but are empty")
+        raise ValueError(
+            "recalibrate: batches should hold at least one batch, but are empty [recalibrate-empty]"
+        )
     unmoved = [path or "it" for path, s in states(state) if not _moved_everywhere(s)]
     if unmoved:
         raise ValueError(
             f"recalibrate: step should move every state, but left {', '.join(unmoved)}, or a "
-            f"channel of it, as it was; run the model in training mode, on two values or more"
+            f"channel of it, as it was; run the model in training mode, on two values or more "
+            f"[recalibrate-unmoved]"
         )
     return map_states("recalibrate", lambda _, s: _counted(s, number), end_accumulation(state))
 

@@ -56,7 +56,7 @@ def batch_stats(
         raise ValueError(
             f"{function}: batch_stats['accumulation'] should hold 'start' and 'moments', as "
             f"begin_accumulation makes them, but is {found!r}; write begin_accumulation(state) to "
-            f"begin anew, or end_accumulation(state)"
+            f"begin anew, or end_accumulation(state) [accumulation-malformed]"
         )
     start = _leaves(function, start, state["mean"].shape, counts, x_shape)
     return cast(BatchStats, {**state, "accumulation": {**accumulation, "start": start}})
@@ -84,15 +84,18 @@ def _leaves(
     keys = ("mean", "var", "count")
     missing = [k for k in keys if not isinstance(stats, Mapping) or stats.get(k) is None]
     if missing:
-        write = "init_batch_stats(num_features) makes a first state"
-        if missing == ["count"]:
-            write = "write {**batch_stats, 'count': jnp.int32(0)} for statistics without one"
         found: Any = type(stats).__name__
         if isinstance(stats, Mapping):
             found = sorted(key for key in stats if stats[key] is not None)
+        wanted = f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is"
+        if missing == ["count"]:
+            raise ValueError(
+                f"{wanted} {found}; write {{**batch_stats, 'count': jnp.int32(0)}} for statistics "
+                f"without one [count-missing]"
+            )
         raise ValueError(
-            f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is "
-            f"{found}; {write}"
+            f"{wanted} {found}; init_batch_stats(num_features) makes a first state "
+            f"[batch-stats-keys]"
         )
     state = {key: jnp.asarray(stats[key]) for key in keys}
     channels = state["mean"].shape if channels is None else channels
@@ -103,13 +106,15 @@ def _leaves(
             raise ValueError(
                 f"{function}: batch_stats[{key!r}] should have shape {shape}, because {why}, but "
                 f"has shape {state[key].shape}"
-                f"{other_axis(function, state[key].shape, x_shape) if key != 'count' else ''}"
+                f"{other_axis(function, state[key].shape, x_shape) if key != 'count' else ''} "
+                f"[batch-stats-shape]"
             )
     for key in ("mean", "var"):
         if not jnp.issubdtype(state[key].dtype, jnp.floating):
             raise ValueError(
                 f"{function}: batch_stats[{key!r}] should have a float dtype, because averages are "
-                f"not whole numbers, but has {state[key].dtype}; was it cast when it was restored?"
+                f"not whole numbers, but has {state[key].dtype}; was it cast when it was restored? "
+                f"[batch-stats-dtype]"
             )
     if not jnp.issubdtype(state["count"].dtype, jnp.integer):
         state["count"] = _whole_count(function, state["count"])
@@ -125,14 +130,14 @@ def _whole_count(function: str, count: jax.Array) -> jax.Array:
     if not jnp.issubdtype(count.dtype, jnp.floating):
         raise ValueError(
             f"{function}: batch_stats['count'] should be an integer, because it counts updates, "
-            f"but is {count.dtype}"
+            f"but is {count.dtype} [batch-stats-dtype]"
         )
     if not isinstance(count, jax.core.Tracer) and np.any(np.asarray(count, np.float64) % 1):
         raise ValueError(
             f"{function}: batch_stats['count'] should be a whole number, because it counts "
             f"updates, but is {count}; were states averaged that have seen different numbers of "
             f"batches? merge_batch_stats merges those; otherwise write {{**batch_stats, 'count': "
-            f"jnp.int32(n)}}"
+            f"jnp.int32(n)}} [count-not-whole]"
         )
     return jnp.round(count).astype(jnp.int32)
 

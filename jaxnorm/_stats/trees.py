@@ -66,7 +66,8 @@ def map_states(function: str, change: Callable[[str, Any], Any], tree: Tree) -> 
     if next(find(tree), None) is None:
         raise ValueError(
             f"{function}: batch_stats should be a state with the keys 'mean', 'var' and 'count', "
-            f"or a tree that holds some, such as a dict or a list of them, but holds none"
+            f"or a tree that holds some, such as a dict or a list of them, but holds none "
+            f"[no-states]"
         )
 
     def walk(path: Path, tree: Any) -> Any:

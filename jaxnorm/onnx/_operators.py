@@ -148,7 +148,8 @@ def _uses_running_stats(function: str, batch_stats: Any, tracking: Tracking) -> 
             f"use_running_average={tracking.use_running_average} and "
             f"update_stats={tracking.update_stats}; to evaluate, write use_running_average=True, "
             f"in NNX model.eval(); to normalize by the batch, or by each sample, write "
-            f"update_stats=False, or to_onnx(..., update_stats=False) for all norms"
+            f"update_stats=False, or to_onnx(..., update_stats=False) for all norms "
+            f"[export-in-training]"
         )
     return bool(checked.use_running_average)
 
