@@ -58,13 +58,14 @@ class Tracked(Norm):
         Returns:
           y, with the shape of x.
         """
-        params, batch_stats = _params(self, x), None
+        batch_stats = None
         if self.track_running_stats:
             use_running_average = _one_of(self, self.use_running_average, use_running_average)
             batch_stats = _batch_stats(self, x)
-            if FROZEN.value:
-                use_running_average, update_stats = True, False
-                params = jax.lax.stop_gradient(params)
+        params = _params(self, x)
+        if batch_stats is not None and FROZEN.value:
+            use_running_average, update_stats = True, False
+            params = jax.lax.stop_gradient(params)
         return calls.normalize_and_update(
             self,
             x,
