@@ -12,10 +12,10 @@ import pytest
 
 from jaxnorm._core import platforms
 
-# With these flags compiling takes less than half of the time, which is most of the time of the
-# tests. They change how LLVM's code is made of a program; the passes that simplify and fuse the
-# program stay, so that the tests that read compiled programs see what users get. A jaxlib that lacks
-# one of them stops with "Unknown flags in XLA_FLAGS"; `pytest --optimized` does without.
+# Compiling takes most of the time of the tests, and less than half as long with these flags. They
+# change how machine code is made of a program. The passes that simplify and fuse it stay, so that
+# tests that read compiled programs see what users get. A jaxlib that lacks one of the flags stops
+# with "Unknown flags in XLA_FLAGS"; `pytest --optimized` does without them.
 FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
