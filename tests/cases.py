@@ -86,20 +86,20 @@ def reference_update(batch_stats, mean, var, *, momentum=0.1):
 
 
 def channels_first(x):
-    """A tensor of x, whose channels are last, in PyTorch's order."""
+    """Returns a tensor of x, which has its channels last, in PyTorch's order."""
     import torch
 
     return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
 
 
 def images(*shape):
-    """A float32 input with channels last, and the same for PyTorch."""
+    """Returns an input with channels last, and the same input for PyTorch."""
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     return x, channels_first(x)
 
 
 def assert_same_bits(found, expected):
-    """The same names, dtypes, shapes and bits."""
+    """Checks that names, dtypes, shapes and bits are equal."""
     assert found.keys() == expected.keys()
     for key, a in expected.items():
         a, b = np.asarray(a), found[key]

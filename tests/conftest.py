@@ -1,4 +1,4 @@
-"""What every test runs under: four devices, fast compilation, and fixtures for number formats."""
+"""Sets up four devices, fast compilation, a cache for it, and fixtures for number formats."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ FAST_COMPILATION = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emi
 
 
 def pytest_addoption(parser):
-    """Options for the platform whose formulations are used, and for the compiler."""
+    """Adds options for the platform whose formulations are used, and for the compiler."""
     parser.addoption(
         "--formulation",
         choices=["cpu", "tpu", "cuda"],
@@ -35,9 +35,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Set the flags of the compiler, and keep compiled programs.
+    """Sets the flags of the compiler, and caches compiled programs.
 
-    They serve the other workers and the next run. `pytest --cache-clear` removes what is kept, and
+    The other workers and the next run use the cache. `pytest --cache-clear` removes it, and
     JAX_COMPILATION_CACHE_DIR names another folder for it.
     """
     if not config.getoption("--optimized"):
@@ -71,7 +71,7 @@ def strict():
 
 @pytest.fixture
 def torch_seed():
-    """PyTorch draws the same weights in each test."""
+    """Seeds PyTorch, so that each test draws the same weights."""
     pytest.importorskip("torch").manual_seed(0)
 
 

@@ -101,7 +101,7 @@ def test_sums_over_channels_that_come_first_are_matrix_products_too(norm, explic
     with jax.set_mesh(mesh):
         program = jax.jit(step).lower(x, params).compile()
         found = program(x, params)
-    # One for each sum of the backward pass: a compiler may join two, and may not add any.
+    # There is one for each sum of the backward pass. A compiler may join two of them.
     products = len(re.findall(r" dot\(", program.as_text()))
     assert 1 <= products <= (2 if norm is jaxnorm.layer_norm else 1)
     swapped = jax.grad(lambda x, p: jnp.sum(jnp.sin(norm(x, p))), argnums=(0, 1))

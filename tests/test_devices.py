@@ -597,7 +597,7 @@ def training_step(forward, layers=1):
     ],
 )
 def test_one_collective_forward_and_none_where_none_is_needed(kind, options, most):
-    """Upper bounds, here and below: a compiler that joins more collectives does no harm."""
+    """Checks upper bounds, here and below, because fewer collectives do no harm."""
     forward = functools.partial(NORM[kind], axis_name="d", **options)
     assert all_reduces(forward, (P("d"), P(), P()), (P("d"), P()), WIDE, *FIRST) <= most
 

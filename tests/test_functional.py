@@ -309,7 +309,7 @@ def test_derivatives_of_every_order_and_mode(x64, norm, case, order):
     def f(x, scale, bias, epsilon):
         return norm(x, {"scale": scale, "bias": bias}, STATE, epsilon=epsilon, **options)[0]
 
-    # Samples of two to four entries have large third derivatives, and these are finite differences.
+    # These are finite differences, and samples of two to four entries have large third derivatives.
     check_grads(f, (x, scale, bias, jnp.asarray(0.3)), order=order, rtol=1e-4, atol=1e-4)
     check_grads(jax.jit(f), (x, scale, bias, jnp.asarray(0.3)), order=1)
 

@@ -317,7 +317,7 @@ def test_group_norm_reduces_per_channel_and_small_arrays_per_group(affine):
     with platforms.formulated_for("cuda"):  # this formulation has no loop
         found = list(reductions(jax.make_jaxpr(step)(x, params, x).jaxpr))
     assert len(found) <= 2 + 2  # forward and backward
-    assert all(set(axes) <= {1, 2} for axes in found)  # over space: no short sum over a group
+    assert all(set(axes) <= {1, 2} for axes in found)  # over space, not over a group
 
 
 # ---- Errors ----

@@ -206,7 +206,7 @@ def check(case):
     x = jnp.asarray(case.x)
 
     def compiled(x, params, state):
-        """One program for all of the ways, because compiling takes most of the time."""
+        """Calls the norm in every way in one program, because compiling takes most of the time."""
         y, vjp, new = jax.vjp(lambda x: case.call(x, params, state), x, has_aux=True)
         return y, new, vjp(jnp.asarray(g))[0], several_ways(case, x, params, state, new)
 
@@ -248,7 +248,7 @@ def check(case):
 
 
 def several_ways(case, x, params, state, new):
-    """vmap over two states, a second call after the first, and scan over the two."""
+    """Applies vmap over two states, a second call after the first, and scan over two steps."""
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), (x, state))
     mapped = jax.vmap(lambda x, state: case.call(x, params, state))(*stacked)
     if state is None:
@@ -259,7 +259,7 @@ def several_ways(case, x, params, state, new):
 
 
 def check_ways(ways, y, new, atol):
-    """What vmap and scan give is what the calls one after the other give."""
+    """Checks that vmap over two states and scan over two steps agree with separate calls."""
     (ys, news), after, carried = ways
     y = np.asarray(y, np.float32)
     for i in range(2):

@@ -253,7 +253,7 @@ def test_names_that_are_no_text_are_refused():
 def test_a_prefix_is_taken_off_every_name(prefix):
     given = {prefix + name: a for name, a in bn().items()}
     assert_same_bits(interop.to_torch(interop.from_torch(given, prefix=prefix)), bn())
-    assert prefix.split(".")[0] in interop.from_torch(given)["params"]  # unless it is written
+    assert prefix.split(".")[0] in interop.from_torch(given)["params"]  # unless `prefix` is given
     with pytest.raises(ValueError, match=r"the prefix .* but step do not; write leave_out=\['step"):
         interop.from_torch(given | {"step": np.ones(2)}, prefix=prefix)
 

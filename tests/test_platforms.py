@@ -30,8 +30,8 @@ CENTERED = [kind for kind in NORMS if kind != "rms"]
 LARGEST = float(np.finfo(np.float32).max)
 
 
-# A change of the formulation clears JAX's caches. With the scope of a module, the tests are ordered
-# so that it happens twice, and not before each test.
+# A change of the formulation clears JAX's caches. With the scope of a module, pytest orders the
+# tests so that the formulation changes twice, and not before each test.
 @pytest.fixture(scope="module", params=["cpu", "tpu", "cuda"], autouse=True)
 def formulation(request):
     with platforms.formulated_for(request.param):
@@ -261,7 +261,7 @@ def test_a_running_mean_that_is_far_off_does_no_harm(guess):
 
 @pytest.mark.parametrize("formulation", ["cpu"], indirect=True)
 def test_programs_for_all_platforms_are_exported_together():
-    """Here the choice is made when the program is loaded."""
+    """Checks an export, in which the platform is chosen when the program is loaded."""
     x = jnp.asarray(RNG.standard_normal((4, 6, 6, 8)), jnp.float32)
     with platforms.formulated_for(None):
         for norm in NORMS.values():

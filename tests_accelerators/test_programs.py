@@ -57,7 +57,7 @@ def program(target, library, norm, shape, dtype, mode):
 @pytest.mark.parametrize(
     ("dtype", "mode"),
     [
-        # In "both", the forward pass in float32 is the same but for norms over rows on a GPU, which
+        # "both" has the same forward pass in float32, except for norms over rows on a GPU, which
         # have a test of their own.
         pytest.param("float32", "forward", marks=pytest.mark.exhaustive),
         ("bfloat16", "forward"),
@@ -118,7 +118,7 @@ def three_layers(net, images, target, depth):
     [
         ("batch", 64, 1.01, 1.04, 0),
         ("instance", 64, 1.01, 1.02, 0),
-        # Its sums are those of instance norm, and then small arrays.
+        # Group norm sums as instance norm does, and then over small arrays.
         pytest.param("group32", 64, 1.01, 1.02, 0, marks=pytest.mark.exhaustive),
         ("layer", 64, 1.05, 1.02, 3),
         ("batch", 128, 1.01, 1.02, 0),

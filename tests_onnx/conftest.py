@@ -1,4 +1,4 @@
-"""Fast compilation of what JAX computes beside the graphs; `tests/conftest.py` has the reasons."""
+"""Sets up fast compilation and a cache for it, for the reasons given in `tests/conftest.py`."""
 
 import os
 
@@ -11,7 +11,7 @@ import jax
 
 
 def pytest_configure(config):
-    """Keep compiled programs for the other workers and the next run."""
+    """Caches compiled programs for the other workers and the next run."""
     if jax.config.jax_compilation_cache_dir is None and hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -47,7 +47,7 @@ def count(model, operator):
 
 
 def xfail_for(error, message):
-    """Reports a limitation that another library still has; one that is gone fails no test."""
+    """Reports a known limitation of another library, and raises any other error."""
     if not re.search(message, str(error)):
         raise error
     pytest.xfail(f"a limitation of another library: {message}")
@@ -59,7 +59,7 @@ def copied(model):
 
 
 def error_of(y, expected):
-    """The largest error, as a part of the largest value."""
+    """Returns the largest error relative to the largest value."""
     largest = np.abs(expected).max()
     return np.abs(np.float32(y) - expected).max() / largest
 
@@ -171,7 +171,7 @@ TOOLS = [by_onnxsim, by_onnxslim, by_preprocessing]
 def test_a_norm_by_running_statistics_is_folded_and_any_other_kept(tool, norm, files):
     model, x, expected = network(norm)
     made = tool(model, files)
-    # onnxruntime, which the pre-processing runs, has no kernel for group norm and may write it out.
+    # The pre-processing runs onnxruntime, which may expand group norm, for which it has no kernel.
     kept = norm != "group" or tool is not by_preprocessing
     if NORMS[norm] == BATCH:
         assert count(made, BATCH) == 0
@@ -245,7 +245,7 @@ def test_a_batch_norm_between_casts_or_before_a_convolution_agrees(network, tool
     model, expected = exported(network(), ("B", *IMAGES), x)
     made = tool(model, files)
     assert count(made, BATCH) <= 1
-    # In float16 the convolution is rounded by 2^-11 of its result, after sums in another order.
+    # In float16, the convolution is rounded by a relative 2^-11, after sums in another order.
     assert error_of(run(made, x), expected) < 2.0**-10
 
 
@@ -306,7 +306,7 @@ def test_static_quantization_alone_takes_a_group_norm(files):
 
 
 def test_the_operators_format_keeps_a_relu_behind_a_transpose(files):
-    # With no norm at all: jax2onnx moves the last Transpose in front of the last Relu.
+    # This also happens without norms: jax2onnx moves the last Transpose before the last Relu.
     x = normal((4, *IMAGES))
     kernel = np.random.default_rng(1).normal(0, 0.2, (3, 3, 3, 8)).astype(np.float32)
 
@@ -329,7 +329,7 @@ def test_the_operators_format_keeps_a_relu_behind_a_transpose(files):
         for how in (QuantFormat.QDQ, QuantFormat.QOperator)
     }
     assert 0 < by_format[QuantFormat.QDQ] < EIGHT_BITS
-    if by_format[QuantFormat.QOperator] > 0.1:  # seen: 0.3
+    if by_format[QuantFormat.QOperator] > 0.1:  # the measured error is 0.3
         pytest.xfail("the operators' format drops a Relu behind a Transpose")
     assert 0 < by_format[QuantFormat.QOperator] < EIGHT_BITS
 
@@ -410,7 +410,7 @@ def test_a_float16_transformer_errs_no_more_than_in_jax(norm):
 
 @pytest.mark.parametrize("norm", FEATURES)
 def test_a_bfloat16_transformer_errs_no_more_than_in_jax(norm):
-    # Neither onnx's Einsum nor onnxruntime's Gemm on a CPU takes bfloat16.
+    # On a CPU, neither onnx's Einsum nor onnxruntime's Gemm supports bfloat16.
     model = half(norm, jnp.bfloat16, jnp.float32)
     try:
         y = run(model, TOKENS)
@@ -456,7 +456,7 @@ def test_the_converter_alone_takes_a_cast_of_jax2onnx():
 def test_a_network_that_is_converted_to_float16(norm, convert):
     model, x, expected = network(norm)
     made = convert(model)
-    # Each of a dozen steps rounds by 2^-11 of its result at most. Seen: up to 8e-4.
+    # Each of a dozen steps rounds by a relative 2^-11 at most. The largest measured error is 8e-4.
     assert 0 < error_of(run(made, x), expected) < 12 * 2.0**-11
 
 
