@@ -19,17 +19,25 @@ NEWEST_PYTHON ?= python3.13
 VERSIONED ?= tests jaxnorm
 # The examples of these files need PyTorch, which is not installed there either.
 VERSIONED += $(addprefix --ignore=jaxnorm/interop/, _describe.py _kernels_of.py _match.py _to_torch.py)
-# The tests that run for the formulations of every platform; a GPU's has one collective more.
-FORMULATED = $(addprefix tests/test_, moments.py normalize.py functional.py functional_stateless.py devices.py extremes.py)
+# The tests that run for the formulations of TPU and GPU, whose moments differ: those of accuracy, and
+# of devices that pool their moments. `tests/test_platforms.py` has their derivatives and masks.
+FORMULATED = $(addprefix tests/test_, moments.py functional.py functional_stateless.py extremes.py) \
+  tests/test_devices.py::test_any_split_over_devices_is_the_whole_batch
+FORMULATION = -m "not slow" -k "not bad_input and not pytorch and not export and not symbolic" --formulation
+# A GPU's formulation has one collective more; the other tests of collectives allow for it.
+COLLECTIVES = $(addprefix tests/test_devices.py::test_one_collective_, forward_and_none_where_none_is_needed \
+  each_way_in_training each_way_for_a_norm_whose_sample_is_spread)
+# The tests that also run as XLA compiles by default, for the bits that users get.
+OPTIMIZED = $(addprefix tests/test_, moments.py extremes.py compiled.py)
 # Whether `make docs` runs the notebooks.
 EXECUTE ?= true
 
-.PHONY: help demo test test-slow test-onnx lint notebooks docs test-site package bench bench-full \
-  test-accelerators bench-accelerators test-versions test-zoo coverage mutants
+.PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
+  test-accelerators test-exhaustive bench-accelerators test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
-	@echo "make test   run the tests except the slow ones, and the notebooks"
-	@echo "make test-slow   run the slow tests, and some others with the formulations for TPU and GPU"
+	@echo "make test   run the tests, but for the slow ones, and the notebooks"
+	@echo "make test-slow   run the slow tests, and some of the others as TPU and GPU formulate the norms, and optimized"
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make test-zoo   convert the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
@@ -42,8 +50,9 @@ help:
 	@echo "make test-site   build the documentation, and test its links, signatures, search and width"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
-	@echo "make bench-accelerators   estimates of the compilers for TPU and GPU for norms and training steps"
-	@echo "make bench-full   every size, dtype and layout; continues where it was stopped"
+	@echo "make test-exhaustive   compile those of them that repeat what others check"
+	@echo "make bench-accelerators   what the compilers for TPU and GPU make of norms and training steps"
+	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
 
 demo: $(VENV)/with-examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -54,17 +63,19 @@ test: $(VENV)/with-test
 
 test-slow: $(VENV)/with-test
 	$(BIN)/pytest -m slow --numprocesses auto
-	$(BIN)/pytest -m "not slow" --formulation tpu --numprocesses auto $(FORMULATED)
-	$(BIN)/pytest -m "not slow" --formulation cuda -k "not one_collective" --numprocesses auto $(FORMULATED)
+	$(BIN)/pytest $(FORMULATION) tpu --numprocesses auto $(FORMULATED) $(COLLECTIVES)
+	$(BIN)/pytest $(FORMULATION) cuda --numprocesses auto $(FORMULATED)
+	$(BIN)/pytest -m "not slow" --optimized --numprocesses auto $(OPTIMIZED)
 
-# Tests that need a missing library are skipped, and counted at the end.
+# Tests that need a library that is not there are skipped, and counted at the end. The newest jaxlib
+# may lack the flags for fast compilation, and would refuse to start with them.
 test-versions: $(VENV_LOWEST)/with-test-versions
 	$(VENV_LOWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
 	$(VENV_LOWEST)/bin/pytest -m "not slow" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
 ifneq ($(shell $(NEWEST_PYTHON) --version 2>/dev/null),)
 	$(MAKE) $(VENV_NEWEST)/with-test-versions
 	$(VENV_NEWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
-	$(VENV_NEWEST)/bin/pytest -m "not slow" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
+	$(VENV_NEWEST)/bin/pytest -m "not slow" --optimized -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
 else
 	@echo "There is no $(NEWEST_PYTHON) here: the versions for it were not tested."
 endif
@@ -133,8 +144,12 @@ bench-full: $(VENV)/with-bench
 	$(BIN)/python benchmarks/norms.py --full $(ARGS)
 
 test-accelerators: $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
-	$(VENV_TPU)/bin/pytest tests_accelerators
-	$(VENV_GPU)/bin/pytest tests_accelerators
+	$(VENV_TPU)/bin/pytest tests_accelerators -m "not exhaustive"
+	$(VENV_GPU)/bin/pytest tests_accelerators -m "not exhaustive"
+
+test-exhaustive: $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
+	$(VENV_TPU)/bin/pytest tests_accelerators -m exhaustive
+	$(VENV_GPU)/bin/pytest tests_accelerators -m exhaustive
 
 bench-accelerators: $(VENV)/with-bench $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
 	TPU_PYTHON=$(VENV_TPU)/bin/python GPU_PYTHON=$(VENV_GPU)/bin/python \

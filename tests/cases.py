@@ -80,3 +80,28 @@ def reference_update(batch_stats, mean, var, *, momentum=0.1):
     new = {"mean": np.where(moves, mean, 0.0), "var": np.where(moves, var, 0.0)}
     state = {key: (1 - m) * batch_stats[key] + m * new[key] for key in new}
     return {**state, "count": count + int(moves.any())}
+
+
+# ---- With PyTorch ----
+
+
+def channels_first(x):
+    """Returns a tensor of x, which has its channels last, in PyTorch's order."""
+    import torch
+
+    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+
+
+def images(*shape):
+    """Returns an input with channels last, and the same input for PyTorch."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return x, channels_first(x)
+
+
+def assert_same_bits(found, expected):
+    """Checks that names, dtypes, shapes and bits are equal."""
+    assert found.keys() == expected.keys()
+    for key, a in expected.items():
+        a, b = np.asarray(a), found[key]
+        assert (b.dtype, b.shape) == (a.dtype, a.shape), key
+        assert b.tobytes() == a.tobytes(), key

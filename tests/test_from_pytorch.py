@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import channels_first
 
 from jaxnorm import interop
 
@@ -26,10 +27,6 @@ def examples():
         yield {"stargan": stargan, "resnet": resnet}
     finally:
         sys.path.remove(str(EXAMPLES))
-
-
-def channels_first(x):
-    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
 
 
 def channels_last(x):

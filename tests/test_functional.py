@@ -287,16 +287,16 @@ def test_a_poisoned_channel_has_nan_in_y_and_its_state_alone_is_kept(norm):
 
 @both
 @pytest.mark.parametrize(
-    "case",
+    ("case", "order"),
     [
-        pytest.param("batch", marks=pytest.mark.slow),
-        pytest.param("masked", marks=pytest.mark.slow),
-        "running",
-        pytest.param("frozen", marks=pytest.mark.slow),
+        ("running", 2),
+        *(
+            pytest.param(case, 3, marks=pytest.mark.slow)
+            for case in ("batch", "masked", "running", "frozen")
+        ),
     ],
-    ids=lambda case: f"{case} statistics",
 )
-def test_derivatives_of_every_order_and_mode(x64, norm, case):
+def test_derivatives_of_every_order_and_mode(x64, norm, case, order):
     mask = jnp.asarray(RNG.random((3, 4, 2)) < 0.7).at[:, :2].set(True)
     options = {
         "batch": {},
@@ -310,7 +310,7 @@ def test_derivatives_of_every_order_and_mode(x64, norm, case):
         return norm(x, {"scale": scale, "bias": bias}, STATE, epsilon=epsilon, **options)[0]
 
     # These are finite differences, and samples of two to four entries have large third derivatives.
-    check_grads(f, (x, scale, bias, jnp.asarray(0.3)), order=3, rtol=1e-4, atol=1e-4)
+    check_grads(f, (x, scale, bias, jnp.asarray(0.3)), order=order, rtol=1e-4, atol=1e-4)
     check_grads(jax.jit(f), (x, scale, bias, jnp.asarray(0.3)), order=1)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import assert_same_bits
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,15 +39,6 @@ def bn(channels=3, dtype=np.float32, count=7):
 
 def under(module, arrays):
     return {f"{module}.{leaf}" if module else leaf: a for leaf, a in arrays.items()}
-
-
-def assert_same(found, expected):
-    """Checks that names and bits are equal."""
-    assert found.keys() == expected.keys()
-    for key, a in expected.items():
-        b = found[key]
-        assert (b.dtype, b.shape) == (a.dtype, np.shape(a)), key
-        assert b.tobytes() == np.asarray(a).tobytes(), key
 
 
 # ---- Names ----
@@ -95,7 +87,7 @@ def test_the_longest_front_that_the_map_knows_is_replaced_either_way():
     assert sorted(variables["params"]["Block_0"]) == ["Norm_0", "bn2"]
     assert list(variables["params"]["layer1"]) == ["1"]
     assert list(variables["params"]["Net"]) == ["Stem"]
-    assert_same(interop.to_torch(variables, names=NAMES), arrays)
+    assert_same_bits(interop.to_torch(variables, names=NAMES), arrays)
 
 
 def test_a_map_that_calls_two_modules_the_same_is_an_error():
@@ -166,7 +158,7 @@ def test_convert_serves_what_is_no_norm_s():
     variables = interop.from_torch(arrays, convert=convert)
     assert variables["params"].keys() == {"bn", "conv"}
     del arrays["step"]
-    assert_same(interop.to_torch(variables, convert=back), arrays)
+    assert_same_bits(interop.to_torch(variables, convert=back), arrays)
     assert interop.to_torch(variables, convert=back)["conv.weight"].flags["C_CONTIGUOUS"]
 
 
@@ -226,7 +218,7 @@ def test_half_precision_statistics_widen_and_go_back_bit_for_bit(dtype):
     assert variables["batch_stats"]["n"]["mean"].dtype == np.float32
     assert variables["params"]["n"]["scale"].dtype == dtype
     assert interop.to_torch(variables)["n.running_var"].dtype == np.float32
-    assert_same(interop.to_torch(variables, like=arrays), arrays)
+    assert_same_bits(interop.to_torch(variables, like=arrays), arrays)
 
 
 def test_running_statistics_are_left_out_or_begun():
@@ -240,7 +232,9 @@ def test_running_statistics_are_left_out_or_begun():
     assert interop.to_torch(variables, track_running_stats=True).keys() == tracked.keys()
     whole = interop.from_torch(tracked)
     assert interop.to_torch(whole, track_running_stats=False).keys() == untracked.keys()
-    assert_same(interop.to_torch(interop.from_torch(tracked, track_running_stats=True)), tracked)
+    assert_same_bits(
+        interop.to_torch(interop.from_torch(tracked, track_running_stats=True)), tracked
+    )
 
 
 def test_a_state_that_lacks_a_part_does_not_go_out():
@@ -252,7 +246,7 @@ def test_what_accumulates_stays_behind():
     arrays = under("n", bn())
     variables = interop.from_torch(arrays)
     variables["batch_stats"] = jaxnorm.begin_accumulation(variables["batch_stats"])
-    assert_same(interop.to_torch(variables), arrays)
+    assert_same_bits(interop.to_torch(variables), arrays)
 
 
 def test_a_statistic_that_pytorch_does_not_have_is_an_error_that_names_it():
@@ -358,10 +352,10 @@ def state_dicts(draw):
 def test_a_round_trip_is_bit_for_bit(arrays):
     variables = interop.from_torch(arrays)
     back = interop.to_torch(variables)
-    assert_same({k: back[k] for k in arrays}, arrays)
+    assert_same_bits({k: back[k] for k in arrays}, arrays)
     assert back.keys() == arrays.keys()
     again = interop.to_torch(interop.from_nnx(interop.to_nnx(variables)))
-    assert_same({k: again[k] for k in arrays}, arrays)
+    assert_same_bits({k: again[k] for k in arrays}, arrays)
 
 
 @given(state_dicts())
@@ -369,7 +363,7 @@ def test_a_round_trip_is_bit_for_bit(arrays):
 def test_a_round_trip_through_a_file_is_bit_for_bit(tmp_path_factory, arrays):
     path = tmp_path_factory.mktemp("files") / "model.safetensors"
     interop.to_torch(interop.from_torch(arrays), file=path)
-    assert_same(interop.to_torch(interop.from_torch(path), like=arrays), arrays)
+    assert_same_bits(interop.to_torch(interop.from_torch(path), like=arrays), arrays)
 
 
 # ---- PyTorch loads the result, and continues equally ----
@@ -467,7 +461,7 @@ def test_an_nnx_model_accepts_the_converted_tree():
     np.testing.assert_array_equal(model.norms[1].var[...], arrays["norms.1.running_var"])
     jaxnorm.nnx.begin_accumulation(model)
     tree = nnx.to_pure_dict(nnx.state(model))
-    assert_same(interop.to_torch(interop.from_nnx(tree)), arrays)
+    assert_same_bits(interop.to_torch(interop.from_nnx(tree)), arrays)
     with pytest.raises(ValueError, match=r"\['n\.mean'\] should be in one collection"):
         interop.to_nnx({"params": {"n": {"mean": 1}}, "batch_stats": {"n": {"mean": 1}}})
 
@@ -572,7 +566,7 @@ def test_a_file_is_converted_listed_and_converted_back(tmp_path):
     assert shown.stdout.splitlines()[-2] == "6 arrays, among them those of 1 norm(s)"
     assert "batch_stats/Block_0/bn1/count" in safetensors.numpy.load_file(target)
     assert convert(target, back, "--names", names).returncode == 0
-    assert_same(safetensors.numpy.load_file(back), arrays)
+    assert_same_bits(safetensors.numpy.load_file(back), arrays)
 
 
 def test_what_cannot_be_converted_is_said_in_a_line(tmp_path):

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from cases import assert_same_bits
 
 import jaxnorm.linen
 from jaxnorm import interop
@@ -34,14 +35,6 @@ def bn(module="bn", channels=3, count=7):
 
 def tensors(arrays):
     return {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
-
-
-def assert_same(found, expected):
-    """Checks that names and bits are equal."""
-    assert found.keys() == expected.keys()
-    for key, a in expected.items():
-        assert (found[key].dtype, found[key].shape) == (a.dtype, a.shape), key
-        assert found[key].tobytes() == a.tobytes(), key
 
 
 def load(path):
@@ -93,7 +86,7 @@ def test_every_dtype_is_written_and_read_bit_for_bit(tmp_path):
     path, arrays = tmp_path / "a.safetensors", of_every_dtype()
     _files.write("test", path, _files.Contents(arrays, {"format": "pt"}))
     contents = _files.read("test", path)
-    assert_same(contents.arrays, arrays)
+    assert_same_bits(contents.arrays, arrays)
     assert contents.metadata == {"format": "pt"}
 
 
@@ -138,7 +131,7 @@ def test_files_of_torch_save_are_read(tmp_path, monkeypatch, suffix, zipped):
     monkeypatch.setattr(
         torch, "load", lambda *a, **options: asked.append(options) or load(*a, **options)
     )
-    assert_same(interop.to_torch(interop.from_torch(path)), bn())
+    assert_same_bits(interop.to_torch(interop.from_torch(path)), bn())
     assert asked == [{"map_location": "cpu", "weights_only": True, "mmap": zipped}]
 
 
@@ -213,7 +206,7 @@ def test_a_checkpoint_with_several_entries_is_an_error_that_names_the_key(tmp_pa
         with pytest.raises(ValueError, match=r"but state_dict, ema\.model are mappings") as error:
             interop.from_torch(given)
         assert "write key='state_dict', or --key state_dict" in str(error.value)
-        assert_same(interop.to_torch(interop.from_torch(given, key="state_dict")), bn())
+        assert_same_bits(interop.to_torch(interop.from_torch(given, key="state_dict")), bn())
         found = interop.from_torch(given, key="ema.model")
         assert found["params"]["bn"]["scale"].shape == (4,)
         with pytest.raises(ValueError, match=r"'x' is not there; there is state_dict, ema\.model"):
@@ -231,7 +224,7 @@ def test_extra_state_is_refused_by_name_unless_it_is_an_array():
     with pytest.raises(ValueError, match=r"but bn\._extra_state are .*get_extra_state") as error:
         interop.from_torch(given)
     assert "leave_out=['*_extra_state']" in str(error.value)
-    assert_same(interop.to_torch(interop.from_torch(given, leave_out=["*_extra_state"])), bn())
+    assert_same_bits(interop.to_torch(interop.from_torch(given, leave_out=["*_extra_state"])), bn())
     given["bn._extra_state"] = np.ones(2)
     assert "_extra_state" in interop.from_torch(given)["params"]["bn"]
 
@@ -259,7 +252,7 @@ def test_names_that_are_no_text_are_refused():
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "ema_model."])
 def test_a_prefix_is_taken_off_every_name(prefix):
     given = {prefix + name: a for name, a in bn().items()}
-    assert_same(interop.to_torch(interop.from_torch(given, prefix=prefix)), bn())
+    assert_same_bits(interop.to_torch(interop.from_torch(given, prefix=prefix)), bn())
     assert prefix.split(".")[0] in interop.from_torch(given)["params"]  # unless `prefix` is given
     with pytest.raises(ValueError, match=r"the prefix .* but step do not; write leave_out=\['step"):
         interop.from_torch(given | {"step": np.ones(2)}, prefix=prefix)
@@ -313,13 +306,13 @@ def whole():
 
 def test_shards_are_read_and_written_as_shards(tmp_path):
     index = write_shards(tmp_path, groups(), metadata={"format": "pt"}, about={"origin": "test"})
-    assert_same(interop.to_torch(interop.from_torch(index)), whole())
+    assert_same_bits(interop.to_torch(interop.from_torch(index)), whole())
     convert(index, tmp_path / "v.safetensors")
     convert(tmp_path / "v.safetensors.index.json", tmp_path / "back.safetensors.index.json")
-    assert_same(load(tmp_path / "back.safetensors.index.json"), whole())
+    assert_same_bits(load(tmp_path / "back.safetensors.index.json"), whole())
     for i, arrays in enumerate(groups(), 1):
         file = tmp_path / f"back-{i:05d}-of-00003.safetensors"
-        assert_same(safetensors.numpy.load_file(file), arrays)
+        assert_same_bits(safetensors.numpy.load_file(file), arrays)
         with safetensors.safe_open(file, "np") as opened:
             assert opened.metadata() == {"format": "pt"}
     about = json.loads((tmp_path / "back.safetensors.index.json").read_text())["metadata"]
@@ -335,7 +328,7 @@ def test_shards_of_torch_save_are_read(tmp_path):
     index.write_text(json.dumps({"weight_map": files}))
     convert(index, tmp_path / "v.safetensors")
     convert(tmp_path / "v.safetensors.index.json", tmp_path / "back.safetensors")
-    assert_same(load(tmp_path / "back.safetensors.index.json"), whole())
+    assert_same_bits(load(tmp_path / "back.safetensors.index.json"), whole())
 
 
 def test_a_shard_size_bounds_the_shards(tmp_path, source):
@@ -349,9 +342,9 @@ def test_a_shard_size_bounds_the_shards(tmp_path, source):
         sizes[file] += load(tmp_path / file)[name].nbytes
     assert sorted(sizes.values()) == [400, 800, 800, 4000]
     convert(tmp_path / "v.safetensors.index.json", tmp_path / "b.safetensors")
-    assert_same(load(tmp_path / "b.safetensors.index.json"), arrays)
+    assert_same_bits(load(tmp_path / "b.safetensors.index.json"), arrays)
     interop.to_torch(interop.from_torch(source), file=tmp_path / "t.safetensors.index.json")
-    assert_same(load(tmp_path / "t.safetensors.index.json"), arrays)
+    assert_same_bits(load(tmp_path / "t.safetensors.index.json"), arrays)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +405,7 @@ print(max(peaks) - start)
         command = [sys.executable, "-c", code, *names]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         assert int(result.stdout.splitlines()[-1]) < 1.2 * size
-    assert_same(load(names[1]), load(index))
+    assert_same_bits(load(names[1]), load(index))
 
 
 # ---- Files are replaced atomically ----
@@ -499,12 +492,12 @@ def test_a_link_stays_a_link(tmp_path, source):
     link.symlink_to(place)
     interop.to_torch(interop.from_torch(source), file=link)
     assert link.is_symlink()
-    assert_same(load(place), bn())
+    assert_same_bits(load(place), bn())
 
 
 def test_to_torch_replaces_and_writes_safetensors_alone(tmp_path, source):
     interop.to_torch(interop.from_torch(source), file=source)
-    assert_same(load(source), bn())
+    assert_same_bits(load(source), bn())
     for name, message in (
         ("a.pt", r"model\.load_state_dict\(safetensors\.torch\.load_file\('a\.safetensors'\)\)"),
         ("a.txt", r"should end in \.safetensors"),
@@ -590,7 +583,7 @@ def test_a_file_may_replace_itself_by_force(capsys, source):
     convert(source, source, "--force")
     assert "params/bn/scale" in load(source)
     convert(source, source, "--force")
-    assert_same(load(source), bn())
+    assert_same_bits(load(source), bn())
 
 
 def test_shards_may_replace_themselves_by_force(capsys, tmp_path):
@@ -598,7 +591,7 @@ def test_shards_may_replace_themselves_by_force(capsys, tmp_path):
     assert "exists; write another name, or --force" in refused(capsys, index, index)
     for _ in range(2):
         convert(index, index, "--force")
-    assert_same(load(index), whole())
+    assert_same_bits(load(index), whole())
 
 
 def test_a_shard_that_exists_is_not_replaced(capsys, tmp_path):
@@ -685,7 +678,7 @@ def test_a_checkpoint_is_converted_by_its_key_prefix_and_what_is_left_out(tmp_pa
     convert(tmp_path / "a.ckpt", target, *options, "--leave-out", "*_extra_state")
     assert "\nleft out: n_averaged, *_extra_state\n" in capsys.readouterr().out
     convert(target, tmp_path / "back.safetensors")
-    assert_same(load(tmp_path / "back.safetensors"), bn())
+    assert_same_bits(load(tmp_path / "back.safetensors"), bn())
 
 
 def test_shards_behind_a_prefix_stay_as_they_are(tmp_path):
@@ -694,7 +687,7 @@ def test_shards_behind_a_prefix_stay_as_they_are(tmp_path):
     convert(index, tmp_path / "v.safetensors", "--prefix", "module.")
     convert(tmp_path / "v.safetensors.index.json", tmp_path / "b.safetensors")
     for i, arrays in enumerate(groups(), 1):
-        assert_same(load(tmp_path / f"b-{i:05d}-of-00003.safetensors"), arrays)
+        assert_same_bits(load(tmp_path / f"b-{i:05d}-of-00003.safetensors"), arrays)
 
 
 def test_metadata_stays_with_the_arrays(tmp_path, source, target):
@@ -721,7 +714,7 @@ def test_names_are_restored(tmp_path, source, target, modules):
     convert(source, target)
     assert len(load(target)) == len(arrays)
     convert(target, tmp_path / "back.safetensors")
-    assert_same(load(tmp_path / "back.safetensors"), arrays)
+    assert_same_bits(load(tmp_path / "back.safetensors"), arrays)
 
 
 def test_a_part_of_a_name_keeps_its_slash(source, target):
@@ -767,7 +760,7 @@ def test_a_scale_outside_norms_is_restored_if_the_norms_are_listed(tmp_path, sou
         interop.from_torch(source)
     convert(source, target)
     convert(target, tmp_path / "back.safetensors", "--norm", "bn")
-    assert_same(load(tmp_path / "back.safetensors"), arrays)
+    assert_same_bits(load(tmp_path / "back.safetensors"), arrays)
 
 
 def test_names_that_collide_on_the_way_in_are_refused(capsys, tmp_path, source, target):
@@ -800,5 +793,5 @@ def test_every_array_is_the_source_s_bit_for_bit(tmp_path, source, target):
     convert(target, tmp_path / "back.safetensors")
     for name in ("half.running_mean", "half.running_var"):
         arrays[name] = arrays[name].astype(np.float32)
-    assert_same(load(tmp_path / "back.safetensors"), arrays)
+    assert_same_bits(load(tmp_path / "back.safetensors"), arrays)
     assert load(target)["batch_stats/bn/count"].dtype == np.int32

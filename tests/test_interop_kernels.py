@@ -4,22 +4,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import images
 from flax import nnx
 
 from jaxnorm import interop
 
 torch = pytest.importorskip("torch")
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def images(*shape):
-    """Returns an input with channels last, and the same input for PyTorch."""
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    return x, torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+pytestmark = pytest.mark.usefixtures("torch_seed")
 
 
 def assert_round_trip(module, convert, variables, **options):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import images
 from flax import nnx
 
 import jaxnorm.linen
@@ -12,17 +13,7 @@ import jaxnorm.nnx
 from jaxnorm import interop
 
 torch = pytest.importorskip("torch")
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def images(*shape):
-    """Returns an input with channels last, and the same input for PyTorch."""
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    return x, torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+pytestmark = pytest.mark.usefixtures("torch_seed")
 
 
 def rows(*shape):

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import channels_first
 from flax import nnx
 
 from jaxnorm import interop
 
 torch = pytest.importorskip("torch")
 torch_models = pytest.importorskip("torch_models")
+pytestmark = pytest.mark.usefixtures("torch_seed")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST = 1e-5  # relative to the largest output
@@ -26,15 +28,6 @@ def _examples():
     sys.path.insert(0, str(EXAMPLES))
     yield
     sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def channels_first(x):
-    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
 
 
 def photographs(number, size):

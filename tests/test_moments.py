@@ -102,8 +102,11 @@ def test_moments_of_float64_stay_float64(x64):
         assert leaf.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_moments_have_every_derivative(x64, masked):
+@pytest.mark.parametrize(
+    ("masked", "order"),
+    [(True, 2), *(pytest.param(masked, 3, marks=pytest.mark.slow) for masked in (False, True))],
+)
+def test_moments_have_every_derivative(x64, masked, order):
     x = jnp.asarray(RNG.standard_normal((5, 3)))
     mask = jnp.asarray(RNG.random((5, 3)) < 0.6) if masked else None
 
@@ -111,8 +114,8 @@ def test_moments_have_every_derivative(x64, masked):
         m = jaxnorm.moments(x, 0, mask=mask)
         return m.mean, m.var
 
-    check_grads(mean_and_var, (x,), order=3)
-    check_grads(jax.jit(mean_and_var), (x,), order=2)
+    check_grads(mean_and_var, (x,), order=order)
+    check_grads(jax.jit(mean_and_var), (x,), order=order - 1)
 
 
 def test_what_is_masked_out_has_gradient_zero_be_it_nan():

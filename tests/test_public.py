@@ -137,6 +137,11 @@ def test_a_layer_of_one_rank_has_the_arguments_of_the_class_that_it_names(layer)
 )
 def test_every_layer_of_nnx_documents_its_arguments(layer):
     doc = inspect.getdoc(layer)
+    if "__init__" not in vars(layer):
+        (base,) = layer.__bases__
+        assert base.__name__ in doc
+        assert inspect.signature(layer) == inspect.signature(base)
+        return
     documented = re.findall(r"^  (\w+): ", doc[doc.index("Args:") : doc.index("Raises:")], re.M)
     assert documented == constructor(layer)
 
@@ -206,11 +211,6 @@ def test_both_faces_have_the_same_layers_with_the_same_call():
         # As in Flax, only nnx.RMSNorm accepts its mask by position.
         if not issubclass(layer, jaxnorm.nnx.RMSNorm):
             assert inspect.signature(layer.__call__) == inspect.signature(linen.__call__)
-
-
-def test_every_file_begins_with_a_sentence():
-    for path in (ROOT / "jaxnorm").rglob("*.py"):
-        assert re.match(r'"""[A-Z][^\n?]*[.]', path.read_text()), path.name
 
 
 def test_the_readme_s_code_runs():

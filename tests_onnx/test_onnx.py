@@ -226,7 +226,8 @@ def test_each_norm_is_one_operator_that_computes_what_jax_computes(name):
     fn, shape, computing, moves = CASES[name]
     model = export(fn, shape)
     assert operators(model) == computing
-    assert [node.op_type for node in model.graph.node].count("Transpose") == moves
+    # A later jax2onnx may need fewer of them.
+    assert [node.op_type for node in model.graph.node].count("Transpose") <= moves
     assert sum(node.op_type in NATIVE for node in model.graph.node) == 1
     for batch in (2, 5):
         x = normal([SIZES.get(n, batch) if isinstance(n, str) else n for n in shape], seed=batch)

