@@ -32,12 +32,12 @@ OPTIMIZED = $(addprefix tests/test_, moments.py extremes.py compiled.py)
 # Whether `make docs` runs the notebooks.
 EXECUTE ?= true
 
-.PHONY: help demo test test-slow test-onnx lint notebooks docs package bench bench-full \
+.PHONY: help demo test test-slow test-onnx lint notebooks docs test-site package bench bench-full \
   test-accelerators test-exhaustive bench-accelerators test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
-	@echo "make test   run the tests, but for the slow ones, and the notebooks"
-	@echo "make test-slow   run the slow tests, and some of the others as TPU and GPU formulate the norms, and optimized"
+	@echo "make test   run the tests except the slow ones, and the notebooks"
+	@echo "make test-slow   run the slow tests, and some others with the formulations for TPU and GPU and with optimized programs"
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make test-zoo   convert the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
@@ -50,9 +50,9 @@ help:
 	@echo "make test-site   build the documentation, and test its links, signatures, search and width"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
-	@echo "make test-exhaustive   compile those of them that repeat what others check"
-	@echo "make bench-accelerators   what the compilers for TPU and GPU make of norms and training steps"
-	@echo "make bench-full   every size, dtype and layout; goes on where it was stopped"
+	@echo "make test-exhaustive   run the tests of these programs that repeat what other tests check"
+	@echo "make bench-accelerators   estimates of the compilers for TPU and GPU for norms and training steps"
+	@echo "make bench-full   every size, dtype and layout; continues where it was stopped"
 
 demo: $(VENV)/with-examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -67,7 +67,7 @@ test-slow: $(VENV)/with-test
 	$(BIN)/pytest $(FORMULATION) cuda --numprocesses auto $(FORMULATED)
 	$(BIN)/pytest -m "not slow" --optimized --numprocesses auto $(OPTIMIZED)
 
-# Tests that need a library that is not there are skipped, and counted at the end. The newest jaxlib
+# Tests that need a missing library are skipped, and counted at the end. The newest jaxlib
 # may lack the flags for fast compilation, and would refuse to start with them.
 test-versions: $(VENV_LOWEST)/with-test-versions
 	$(VENV_LOWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
