@@ -1,5 +1,7 @@
 """Tests the moments of x and their merging against float64 NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,22 @@ def test_an_empty_sample_has_count_mean_and_var_zero():
         jax.tree.map(np.testing.assert_array_equal, m, nothing)
 
 
+def test_x_and_the_mask_are_checked():
+    x = jnp.ones((4, 3))
+    with pytest.raises(ValueError, match="moments: x should have a float dtype"):
+        jaxnorm.moments(jnp.ones((4, 3), jnp.int32), 0)
+    with pytest.raises(ValueError, match="moments: mask should be bool"):
+        jaxnorm.moments(x, 0, mask=jnp.ones((4, 1)))
+    with pytest.raises(ValueError, match="moments: mask should "):
+        jaxnorm.moments(x, 0, mask=jnp.ones(3, bool))
+
+
+def test_moments_are_not_modified_in_place():
+    m = jaxnorm.moments(jnp.ones((4, 3)), 0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        m.count = jnp.zeros(3)
+
+
 @pytest.mark.parametrize(
     ("dtype", "statistics"),
     [(jnp.float16, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32)],
@@ -118,6 +136,12 @@ def test_moments_have_every_derivative(x64, masked, order):
     check_grads(jax.jit(mean_and_var), (x,), order=order - 1)
 
 
+def test_the_count_has_the_tangent_zero():
+    x = jnp.ones((4, 3))
+    _, tangent = jax.jvp(lambda x: jaxnorm.moments(x, 0), (x,), (x,))
+    np.testing.assert_array_equal(tangent.count, 0)
+
+
 def test_what_is_masked_out_has_gradient_zero_be_it_nan():
     x = jnp.array([[1.0], [jnp.nan], [4.0], [jnp.inf]])
     mask = jnp.array([[True], [False], [True], [False]])
@@ -139,9 +163,16 @@ def test_pooling_is_exact_for_any_split(offset):
     rows = [shifted_moments(Sample((0,)), jnp.asarray(part)) for part in parts]
     shifts, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
     shift, pooled = pool(shifts, moments)
+    assert [a.shape for a in jax.tree.leaves((shift, pooled))] == [(1, 3)] * 4
     assert_moments(
         Moments(pooled.count[0], (shift + pooled.mean)[0], pooled.var[0]), x, 0, rtol=5e-7
     )
+
+
+def test_pooling_no_entries_gives_count_mean_and_var_zero():
+    zero = jnp.zeros((5, 3))
+    for found in jax.tree.leaves(pool(zero, Moments(zero, zero, zero))):
+        np.testing.assert_array_equal(found, np.zeros(3))
 
 
 @pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]], [[0, 3], [1, 2]]])
@@ -201,6 +232,20 @@ def test_merging_is_of_one_shape():
     a, b = (jaxnorm.moments(jnp.ones((4, n)), 0) for n in (2, 3))
     with pytest.raises(ValueError, match=r"a and b should be of one shape, .* \(2,\) and \(3,\)"):
         jaxnorm.merge_moments(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_merging_widens_to_the_wider_dtype(x64, dtype):
+    a, b = (
+        Moments(*(jnp.asarray(number, dtype) for number in numbers))
+        for numbers, dtype in (((2, 1, 1), "float32"), ((2, 3, 1), dtype))
+    )
+    for merged in (jaxnorm.merge_moments(a, b), jaxnorm.merge_moments(b, a)):
+        found = jax.tree.leaves(merged)
+        assert [leaf.dtype for leaf in found] == [
+            "float64" if dtype == "float64" else "float32"
+        ] * 3
+        np.testing.assert_array_equal(found, [4, 2, 2])
 
 
 def test_the_moments_of_micro_batches_move_the_state_as_one_large_batch():

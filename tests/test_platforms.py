@@ -238,6 +238,28 @@ def test_a_gpu_has_no_loop_and_no_conditional(formulation):
         assert bool(loops) == (formulation != "cuda" and norm is not NORMS["rms"])
 
 
+@pytest.mark.parametrize("name", ["moments", "batch_norm"])
+def test_a_tpu_has_no_barrier_and_a_cpu_has_one(name, formulation):
+    """On a TPU it would hide from the compiler that both passes read one x."""
+    x = jax.ShapeDtypeStruct((64, 8), jnp.float32)
+    f = {
+        "moments": lambda x: jaxnorm.moments(x, 0).var,
+        "batch_norm": NORMS["batch"],
+    }[name]
+    text = jax.jit(jax.grad(lambda x: jnp.sum(f(x)))).lower(x).as_text()
+    barriers = text.count("optimization_barrier")
+    assert {"cpu": barriers > 0, "tpu": barriers == 0, "cuda": True}[formulation]
+
+
+def test_a_gpu_measures_a_part_of_a_row_only_with_a_backward_pass(formulation):
+    x = jax.ShapeDtypeStruct((4, 64), jnp.float32)
+    var = lambda x: jaxnorm.moments(x, 1).var  # noqa: E731
+    forward, backward = (
+        " slice[" in str(jax.make_jaxpr(f)(x)) for f in (var, jax.grad(lambda x: jnp.sum(var(x))))
+    )
+    assert (forward, backward) == (False, formulation == "cuda")
+
+
 def test_the_running_mean_is_where_a_tpu_begins(formulation):
     """Checks that a good shift is not replaced: the bits are those of sums about the shift."""
     x = (RNG.standard_normal((64, 8)) + 50).astype(np.float32)

@@ -198,6 +198,13 @@ def test_states_that_all_weigh_nothing_weigh_the_same():
     assert_state(merged, [0.0], [1.0], 0)
 
 
+def test_equal_states_merge_to_the_same_mean_and_variance():
+    # Far from 0, a mean that was summed would be rounded, and its error squared would add to var.
+    merged = jaxnorm.merge_batch_stats(stack(*[(1234567.0, 0.25, 1)] * 7))
+    assert merged["mean"] == 1234567
+    assert_state(merged, [1234567], [0.25], 7)
+
+
 def test_a_merged_count_stays_at_the_largest_int32():
     merged = jaxnorm.merge_batch_stats(stack(*[(1.0, 2.0, 2**30)] * 3))
     assert_state(merged, [1.0], [2.0], 2**31 - 1)

@@ -71,6 +71,12 @@ def test_channels_may_be_second():
     chex.assert_trees_all_close(new, state, rtol=1e-6)
 
 
+def test_one_channel_is_enough():
+    _, new = jaxnorm.batch_norm(X[..., :1], None, jaxnorm.init_batch_stats(1), virtual_batch_size=2)
+    _, expected = jaxnorm.batch_norm(X[..., :1], None, jaxnorm.init_batch_stats(1))
+    chex.assert_trees_all_close(new, expected, rtol=1e-6)  # sums in another order
+
+
 @pytest.mark.parametrize("update_stats", [False, True])
 def test_evaluation_ignores_it(update_stats):
     options = {"use_running_average": True, "update_stats": update_stats}
@@ -157,6 +163,22 @@ def test_axis_name_spreads_the_update_alone_in_two_small_collectives():
             in_specs=P("d"),
             out_specs=(P("d"), None),
         )(X)
+
+
+def test_the_variance_of_virtual_batches_on_devices_keeps_its_digits():
+    """Means of whole numbers and entries at a distance of 1: float32 has them exactly."""
+    means = 2**20 + np.array([[0, 1], [3, 4], [9, 2]])
+    x = means[..., None, None] + np.array([-1.0, 1, 1, -1])[:, None]
+
+    def step(x):
+        state = jaxnorm.init_batch_stats(1)
+        options = {"axis_name": "d", "virtual_batch_size": 1, "momentum": 1.0}
+        return jaxnorm.batch_norm(x, None, state, **options)[1]
+
+    found = jax.jit(jax.vmap(step, axis_name="d", out_axes=None))(x.astype(np.float32))
+    # The mean of all, 19/6 above 2^20, is rounded, and its error has no part in the variance.
+    np.testing.assert_allclose(found["mean"], x.mean(), rtol=2.0**-23)
+    np.testing.assert_allclose(found["var"], x.var(ddof=1), rtol=1e-6)
 
 
 # ---- Layers ----

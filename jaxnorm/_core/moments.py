@@ -271,7 +271,7 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
     mean = jnp.sum(weights * means, axis=0, keepdims=True)
     spread = rows.var + (means - mean) ** 2 if between else rows.var
     var = jnp.sum(weights * spread, axis=0, keepdims=True)
-    shift, count, mean, var = (a[0] for a in (shift, count, mean, var))
+    shift, count, mean, var = (jnp.squeeze(a, 0) for a in (shift, count, mean, var))
     return shift, Moments(count, mean, var)
 
 

@@ -236,7 +236,8 @@ def _moved(stats: BatchStats, batch: Moments, update: Update, between: bool) -> 
 def _pooled(rows: Moments, mapped_axes: MappedAxes) -> Moments:
     """The moments of the sample that the rows are parts of."""
     if rows.mean.shape[0] == 1 and mapped_axes.axis_name is None:
-        return Moments(rows.count[0], rows.mean[0], rows.var[0])
+        one: Moments = jax.tree.map(lambda a: jnp.squeeze(a, 0), rows)
+        return one
     return unshift(*pool_devices(mapped_axes, *pool(rows.mean, about_mean(rows))))
 
 
