@@ -12,7 +12,8 @@ from mkdocs.structure.files import File
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 # The weights of pages in the search: names of norms lead to the reference, and other words to a
-# guide rather than to the pages that mention everything. tests_site has the queries.
+# guide rather than to the pages that mention everything. tests_site has the queries. (The tags of a
+# page, in its first lines, outweigh all titles.)
 BOOSTS = {
     "api/functions": 50,
     "api/linen": 40,
