@@ -276,6 +276,7 @@ assert after["mean"] == before["mean"]
 #
 # - `instance_vs_batch.ipynb`: what batch norm and instance norm count, learn and track.
 # - `choosing_a_norm.ipynb`: a comparison of the norms for several batch sizes and learning rates.
+# - `migrating.ipynb`: a model in Flax and a model in PyTorch, moved to jaxnorm step by step.
 # - `from_pytorch.ipynb`: conversion from PyTorch, and export to ONNX.
 # - `numerics.ipynb`: the accuracy with large offsets, bfloat16 and padding.
 # - `many_devices.ipynb`: a batch that is distributed over devices.

@@ -35,11 +35,12 @@ def texts(output):
     return "\n".join(part for kind, part in parts.items() if kind.startswith("text/"))
 
 
-def test_there_are_six():
+def test_there_are_seven():
     assert {path.stem for path in SCRIPTS} == {
         "quickstart",
         "instance_vs_batch",
         "choosing_a_norm",
+        "migrating",
         "from_pytorch",
         "numerics",
         "many_devices",
