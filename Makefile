@@ -30,12 +30,13 @@ COLLECTIVES = $(addprefix tests/test_devices.py::test_one_collective_, forward_a
 OPTIMIZED = $(addprefix tests/test_, moments.py extremes.py compiled.py)
 
 .PHONY: help demo test test-slow test-onnx lint notebooks docs test-site package bench bench-full \
-  test-accelerators test-exhaustive bench-accelerators test-versions test-zoo coverage mutants
+  test-accelerators test-exhaustive bench-accelerators test-colab test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests except the slow ones, and the notebooks"
 	@echo "make test-slow   run the slow tests, and some others with the formulations for TPU and GPU and with optimized programs"
 	@echo "make test-onnx   run the tests of the export to ONNX"
+	@echo "make test-colab   install the package as the notebooks' first cells do, and test that nothing is replaced"
 	@echo "make test-zoo   convert the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
 	@echo "make coverage   measure which code of jaxnorm the fast tests run, without ONNX and with it"
@@ -76,6 +77,10 @@ ifneq ($(shell $(NEWEST_PYTHON) --version 2>/dev/null),)
 else
 	@echo "There is no $(NEWEST_PYTHON) here: the versions for it were not tested."
 endif
+
+# The environment of a notebook service is made anew each time.
+test-colab: $(VENV)/with-test
+	$(BIN)/pytest tests_colab
 
 test-zoo: $(VENV_ZOO)/with-zoo
 	$(VENV_ZOO)/bin/pytest tests_zoo -rsf $(ARGS)
