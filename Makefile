@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 # jax2onnx and the other tests need different versions of orbax.
 VENV_ONNX ?= .venv-onnx
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
-VENV_DOCS ?= .venv-docs
 # The compilers for TPU and GPU, one environment each: downloads of half a gigabyte each.
 VENV_TPU ?= .venv-tpu
 VENV_GPU ?= .venv-gpu
@@ -29,24 +28,23 @@ COLLECTIVES = $(addprefix tests/test_devices.py::test_one_collective_, forward_a
   each_way_in_training each_way_for_a_norm_whose_sample_is_spread)
 # The tests that also run as XLA compiles by default, for the bits that users get.
 OPTIMIZED = $(addprefix tests/test_, moments.py extremes.py compiled.py)
-# Whether `make docs` runs the notebooks.
-EXECUTE ?= true
 
 .PHONY: help demo test test-slow test-onnx lint notebooks docs test-site package bench bench-full \
-  test-accelerators test-exhaustive bench-accelerators test-versions test-zoo coverage mutants
+  test-accelerators test-exhaustive bench-accelerators test-colab test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
 	@echo "make test   run the tests except the slow ones, and the notebooks"
 	@echo "make test-slow   run the slow tests, and some others with the formulations for TPU and GPU and with optimized programs"
 	@echo "make test-onnx   run the tests of the export to ONNX"
+	@echo "make test-colab   install the package as the notebooks' first cells do, and test that nothing is replaced"
 	@echo "make test-zoo   convert the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
 	@echo "make test-versions   run the tests with the lowest and the newest versions, without other libraries"
 	@echo "make coverage   measure which code of jaxnorm the fast tests run, without ONNX and with it"
 	@echo "make mutants   change the moments, the normalization and the update in 200 ways, and list what the tests miss"
 	@echo "make lint   check format, style, spelling and types"
-	@echo "make notebooks   write notebooks/*.ipynb from notebooks/*.py"
+	@echo "make notebooks   write notebooks/*.ipynb from notebooks/*.py, and run those that have changed"
 	@echo "make package   build the sdist and the wheel, check their metadata, and try both in an empty environment"
-	@echo "make docs   build the documentation in build/site; EXECUTE=false does not run the notebooks"
+	@echo "make docs   build the documentation in build/site"
 	@echo "make test-site   build the documentation, and test its links, signatures, search and width"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
@@ -80,6 +78,10 @@ else
 	@echo "There is no $(NEWEST_PYTHON) here: the versions for it were not tested."
 endif
 
+# The environment of a notebook service is made anew each time.
+test-colab: $(VENV)/with-test
+	$(BIN)/pytest tests_colab
+
 test-zoo: $(VENV_ZOO)/with-zoo
 	$(VENV_ZOO)/bin/pytest tests_zoo -rsf $(ARGS)
 
@@ -98,8 +100,9 @@ coverage: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
 mutants: $(VENV)/with-test
 	$(BIN)/python tests/mutants.py $(ARGS)
 
-notebooks: $(VENV)/with-test
-	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+# Runs those whose code or version has changed; ARGS names others to run.
+notebooks: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
+	ONNX_PYTHON=$(abspath $(VENV_ONNX)/bin/python) $(BIN)/python docs/site/notebooks.py $(ARGS)
 
 test-onnx: $(VENV_ONNX)/with-test-onnx
 	$(VENV_ONNX)/bin/pytest tests_onnx --numprocesses auto
@@ -123,19 +126,12 @@ package: $(VENV)/with-dev
 	build/package/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz
 	cd build/package && bin/python smoke.py ../../jaxnorm
 
-# To run them all, the notebooks need an environment of their own: one of them writes ONNX.
-ifeq ($(EXECUTE), true)
-DOCS_BIN = $(VENV_DOCS)/bin
-docs: $(VENV_DOCS)/with-notebooks $(VENV_DOCS)/with-docs
-else
-DOCS_BIN = $(BIN)
 docs: $(VENV)/with-docs
-endif
-	EXECUTE=$(EXECUTE) NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # CHROMIUM is the browser; without one the search and the widths are not tested.
 test-site: docs
-	$(DOCS_BIN)/pytest tests_site
+	$(BIN)/pytest tests_site
 
 bench: $(VENV)/with-bench
 	$(BIN)/python benchmarks/norms.py $(ARGS)
@@ -165,9 +161,6 @@ $(VENV)/with-%: pyproject.toml
 	$(environment)
 
 $(VENV_ONNX)/with-%: pyproject.toml
-	$(environment)
-
-$(VENV_DOCS)/with-%: pyproject.toml
 	$(environment)
 
 $(VENV_LOWEST)/with-%: pyproject.toml

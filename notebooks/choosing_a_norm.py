@@ -283,7 +283,7 @@ for name in NORMS:
 # bands range from the smallest to the largest value.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
 epochs = np.arange(1, EPOCHS + 1)
 for name, color in COLORS.items():
     loss, correct = (np.asarray(a)[chosen[name, 32]] for a in history[name, 32])
@@ -417,7 +417,7 @@ axes.set_yticks(range(len(shift)), shift)
 axes.set_ylim(len(shift) - 0.5, -0.5)
 axes.set_xlabel("test images correct (%), five seeds")
 axes.grid(axis="x", alpha=0.25)
-axes.legend(loc="lower left")
+axes.legend(loc="center left")
 plt.show()
 for title, (clean, changed) in shift.items():
     print(f"{title:33} {np.median(clean):5.1f} % -> {np.median(changed):5.1f} %")
@@ -512,7 +512,7 @@ def heights(name, size, rate):
     ]
 
 
-figure, axes = plt.subplots(figsize=(11, 5.4))
+figure, axes = plt.subplots(figsize=(10, 5))
 t = np.linspace(0, 1, 40)
 bend = 3 * t**2 - 2 * t**3
 for name, size, rate in settings:

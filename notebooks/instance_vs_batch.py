@@ -182,9 +182,8 @@ photos = np.stack(
 
 state = jaxnorm.init_batch_stats(3)
 without, _ = jaxnorm.instance_norm(photos)
-for _ in range(
-    60
-):  # after 60 updates, the initial value has a weight of 0.2 % in the running average
+# After 60 updates, the initial value has a weight of 0.2 % in the running average.
+for _ in range(60):
     with_state, state = jaxnorm.instance_norm(photos, None, state)
 assert (with_state == without).all()
 
@@ -211,7 +210,7 @@ columns = {
         changed, None, state, use_running_average=True
     )[0],
 }
-figure, grid = plt.subplots(3, 6, figsize=(10, 5.6), layout="constrained")
+figure, grid = plt.subplots(3, 6, figsize=(8.4, 4.8), layout="constrained")
 for column, (title, images) in enumerate(columns.items()):
     grid[0, column].set_title(title, size=9)
     for axes, image in zip(grid[:, column], images, strict=True):

@@ -59,6 +59,7 @@ for name in PEERS:
 # %%
 rng = np.random.default_rng(0)
 NOISE = rng.standard_normal((4096, 64))
+TWO_PASS = "flax, use_fast_variance=False"
 OFFSETS = np.concatenate([[0], 10.0 ** np.arange(0, 6.5, 0.5)])
 
 
@@ -76,14 +77,14 @@ def flax_norm(layer, **call):
 BATCH = {
     "jaxnorm": jax.jit(lambda x: jaxnorm.batch_norm(x, epsilon=EPSILON)[0]),
     "flax, default": flax_norm(nn.BatchNorm(epsilon=EPSILON), use_running_average=False),
-    "flax, two-pass": flax_norm(
+    TWO_PASS: flax_norm(
         nn.BatchNorm(epsilon=EPSILON, use_fast_variance=False), use_running_average=False
     ),
 }
 LAYER = {
     "jaxnorm": jax.jit(lambda x: jaxnorm.layer_norm(x, epsilon=EPSILON)),
     "flax, default": flax_norm(nn.LayerNorm(epsilon=EPSILON)),
-    "flax, two-pass": flax_norm(nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False)),
+    TWO_PASS: flax_norm(nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False)),
 }
 
 if "haiku" in INSTALLED:
@@ -130,7 +131,7 @@ if "torch" in INSTALLED:
 COLORS = {
     "jaxnorm": "#d62728",
     "flax, default": "#1f77b4",
-    "flax, two-pass": "#17becf",
+    TWO_PASS: "black",
     "haiku": "#9467bd",
     "equinox": "#2ca02c",
     "keras": "#ff7f0e",
@@ -151,11 +152,15 @@ def sweep(norms, axis):
 
 results = {"batch norm": sweep(BATCH, 0), "layer norm": sweep(LAYER, 1)}
 
-figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
 for axes, (title, errors) in zip(panels, results.items(), strict=True):
     for name, values in errors.items():
-        style = {"lw": 2.5, "zorder": 3} if name == "jaxnorm" else {"lw": 1.3, "alpha": 0.9}
-        axes.plot(OFFSETS, values, "o-", ms=3, color=COLORS[name], label=name, **style)
+        style = {"lw": 1.3, "marker": "o", "ms": 3}
+        if name == "jaxnorm":
+            style |= {"lw": 2.5, "zorder": 3}
+        if name == TWO_PASS:  # above the lines that coincide with it, which remain visible
+            style |= {"marker": "", "ls": (0, (2, 3)), "zorder": 4}
+        axes.plot(OFFSETS, values, color=COLORS[name], label=name, **style)
     axes.set(title=title, xlabel="mean of the data, in standard deviations", yscale="log")
     axes.axhline(1, color="black", lw=0.6, ls=":")
     axes.set_xscale("symlog", linthresh=1)
@@ -167,19 +172,20 @@ figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center"
 plt.show()
 
 # %%
-print(f"{'largest error of y':24}{'mean 0':>10}{'100':>10}{'1e4':>10}{'1e6':>10}")
+width = len("batch norm, " + TWO_PASS)
+print(f"{'largest error of y':{width}}{'mean 0':>10}{'100':>10}{'1e4':>10}{'1e6':>10}")
 for title, errors in results.items():
     for name, values in errors.items():
         at = [values[int(np.flatnonzero(o == OFFSETS)[0])] for o in (0, 1e2, 1e4, 1e6)]
-        print(f"{title + ', ' + name:24}".ljust(30) + "".join(f"{v:10.1e}" for v in at))
+        print(f"{title + ', ' + name:{width}}" + "".join(f"{v:10.1e}" for v in at))
     assert max(errors["jaxnorm"]) < 5e-6
 
 # %% [markdown]
-# Above the dotted line, the error is larger than y itself. Some lines coincide, so that one hides
-# the others: those of the two-pass formulas (Flax's, Equinox's, and Haiku's layer norm), and those
-# of Haiku's batch norm and Flax's default, until Haiku's variance is negative and its y is NaN.
-# Flax clips the variance to 0 there, so y is finite and wrong by more than a thousand, without a
-# warning.
+# Above the dotted line, the error is larger than y itself. Some lines coincide. Flax computes the
+# variance in two passes with `use_fast_variance=False`; this line is dashed and drawn above those
+# of Equinox and of Haiku's layer norm, which use the same formula. The line of Haiku's batch norm
+# hides that of Flax's default, until Haiku's variance is negative and its y is NaN. Flax clips the
+# variance to 0 there, so y is finite and wrong by more than a thousand, without a warning.
 #
 # Gradients are computed from the same moments, and are equally accurate:
 
@@ -195,10 +201,10 @@ def exact_gradient(x, w):
     return r * (w - w.mean(0) - y * (w * y).mean(0))
 
 
-for name in ("jaxnorm", "flax, default", "flax, two-pass"):
+for name in ("jaxnorm", "flax, default", TWO_PASS):
     found = jax.grad(lambda x, norm=BATCH[name]: jnp.sum(weights * norm(x)))(x)
     error = np.abs(found - exact_gradient(x, weights)).max()
-    print(f"{name:16} largest error of the gradient at a mean of 10,000: {error:.1e}")
+    print(f"{name:{len(TWO_PASS)}}  largest error of the gradient at a mean of 10,000: {error:.1e}")
     assert name != "jaxnorm" or error < 5e-6
 
 # %% [markdown]
@@ -234,7 +240,7 @@ for (name, values), color in zip(curves.items(), ("#d62728", "#7f7f7f"), strict=
     axes.plot(values, color=color, lw=2)
     end = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(name, (steps, values[-1]), color=color, **end)
-axes.axhline(target, color="black", lw=0.6, ls=":")
+axes.plot((0, steps), (target, target), color="black", lw=0.6, ls=":")
 axes.set(xlabel="step, momentum 0.01", ylabel="running mean", ylim=(0, 3.3))
 axes.text(0, target + 0.05, "mean of the data", size=8)
 axes.spines[["top", "right"]].set_visible(False)

@@ -188,6 +188,8 @@ for name, values in (("Linen", losses), ("NNX", nnx_losses)):
     smooth = np.convolve(values, np.ones(20) / 20, "valid")
     axes.plot(np.arange(len(smooth)) + 20, smooth, label=name)
 axes.set(xlabel="step", ylabel="cross-entropy, mean of 20 steps", yscale="log")
+axes.set_yticks((0.2, 0.5, 1, 2), ("0.2", "0.5", "1", "2"))
+axes.minorticks_off()
 axes.legend(frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
 plt.show()
@@ -274,6 +276,7 @@ assert after["mean"] == before["mean"]
 #
 # - `instance_vs_batch.ipynb`: what batch norm and instance norm count, learn and track.
 # - `choosing_a_norm.ipynb`: a comparison of the norms for several batch sizes and learning rates.
+# - `migrating.ipynb`: a model in Flax and a model in PyTorch, moved to jaxnorm step by step.
 # - `from_pytorch.ipynb`: conversion from PyTorch, and export to ONNX.
 # - `numerics.ipynb`: the accuracy with large offsets, bfloat16 and padding.
 # - `many_devices.ipynb`: a batch that is distributed over devices.
