@@ -33,8 +33,8 @@ OPTIMIZED = $(addprefix tests/test_, moments.py extremes.py compiled.py)
   test-accelerators test-exhaustive bench-accelerators test-colab test-versions test-zoo coverage mutants
 help:
 	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
-	@echo "make test   run the tests except the slow ones, and the notebooks"
-	@echo "make test-slow   run the slow tests, and some others with the formulations for TPU and GPU and with optimized programs"
+	@echo "make test   run the tests except the slow ones"
+	@echo "make test-slow   run the slow tests and the notebooks, and some others with the formulations for TPU and GPU and with optimized programs"
 	@echo "make test-onnx   run the tests of the export to ONNX"
 	@echo "make test-colab   install the package as the notebooks' first cells do, and test that nothing is replaced"
 	@echo "make test-zoo   convert the state dicts of other libraries' models, and compare the examples; writes docs/interop_zoo.md"
@@ -57,10 +57,10 @@ demo: $(VENV)/with-examples
 
 test: $(VENV)/with-test
 	$(BIN)/pytest -m "not slow" --numprocesses auto
-	$(BIN)/pytest --nbmake $(filter-out %/from_pytorch.ipynb, $(NOTEBOOKS)) --numprocesses auto
 
 test-slow: $(VENV)/with-test
 	$(BIN)/pytest -m slow --numprocesses auto
+	$(BIN)/pytest --nbmake $(filter-out %/from_pytorch.ipynb, $(NOTEBOOKS)) --numprocesses auto
 	$(BIN)/pytest $(FORMULATION) tpu --numprocesses auto $(FORMULATED) $(COLLECTIVES)
 	$(BIN)/pytest $(FORMULATION) cuda --numprocesses auto $(FORMULATED)
 	$(BIN)/pytest -m "not slow" --optimized --numprocesses auto $(OPTIMIZED)

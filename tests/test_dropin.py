@@ -36,8 +36,9 @@ NAMES = ["BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
 each_frontend = pytest.mark.parametrize("frontend", FRONTENDS)
 each_name = pytest.mark.parametrize("name", NAMES)
 # In float64, Flax's E[x^2] - E[x]^2 is also accurate. Of the 15 digits, 18 layers and 5 steps
-# lose a few.
-SAME = {"rtol": 1e-9, "atol": 1e-11}
+# lose a few. With the compiler's flags of the tests, the transformer's losses differ by 2e-9 and its
+# parameters by 1e-9; with the default flags, by less than a hundredth of that.
+SAME = {"rtol": 1e-8, "atol": 5e-9}
 
 
 # ---- Training a model ----
