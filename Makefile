@@ -114,13 +114,17 @@ lint: $(VENV)/with-test $(VENV)/with-dev
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-# The wheel brings what it needs into an empty environment; the sdist takes its place there.
+# The wheel is installed by name, from an index that has it alone, and brings what it needs into an
+# empty environment; the sdist takes its place there.
 package: $(VENV)/with-dev
-	rm -rf dist build/package
+	rm -rf dist build/package build/index
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/package
-	build/package/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	mkdir -p build/index/jaxnorm
+	cp dist/*.whl build/index/jaxnorm
+	cd build/index/jaxnorm && printf '<a href="%s"></a>\n' *.whl > index.html
+	build/package/bin/pip install --quiet --disable-pip-version-check --extra-index-url file://$(CURDIR)/build/index jaxnorm
 	cp tests/smoke.py build/package
 	cd build/package && bin/python smoke.py ../../jaxnorm
 	build/package/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz

@@ -179,6 +179,7 @@ class Nnx(nnx.Module):
         return self.dense(jnp.tanh(self.norm(self.bn(x))))
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
 def test_linen_layers_accumulate_under_multisteps_as_one_large_batch():
     k, model = 3, Linen()

@@ -69,6 +69,7 @@ def test_sliding_begins_with_the_one_and_ends_with_the_other(photographs):
     np.testing.assert_allclose(steps, step, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_main_prints_six_rows_and_writes_a_picture(tmp_path, capsys):
     adain.main(["--out", str(tmp_path / "new" / "folder")])
     lines = capsys.readouterr().out.splitlines()

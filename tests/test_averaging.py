@@ -34,6 +34,7 @@ def test_recalibration_leaves_averaged_weights_accurate(averaging, capsys):
     assert recalibrated > 97
 
 
+@pytest.mark.slow
 def test_the_statistics_become_those_of_the_averaged_weights(averaging):
     images, _ = averaging.load_sklearn()
     images = averaging.Images(images.images[:256], images.labels[:256])

@@ -31,13 +31,13 @@ NETWORKS = [  # both frontends where they differ, otherwise one of them
     ("linen", "Transformer", "RMSNorm"),
     ("nnx", "Transformer", "RMSNorm"),
 ]
-TRAINED_FAST = [("linen", "ResNet18", "BatchNorm"), ("nnx", "Transformer", "LayerNorm")]
+TRAINED_FAST = [("nnx", "Transformer", "LayerNorm")]
 NAMES = ["BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
 each_frontend = pytest.mark.parametrize("frontend", FRONTENDS)
 each_name = pytest.mark.parametrize("name", NAMES)
 # In float64, Flax's E[x^2] - E[x]^2 is also accurate. Of the 15 digits, 18 layers and 5 steps
-# lose a few. With the compiler's flags of the tests, the transformer's losses differ by 2e-9 and its
-# parameters by 1e-9; with the default flags, by less than a hundredth of that.
+# lose a few. With the flags of the tests, the losses of the transformer differ by 2e-9, and its
+# parameters by 1e-9; with the compiler's default flags, they agreed with rtol=1e-9 and atol=1e-11.
 SAME = {"rtol": 1e-8, "atol": 5e-9}
 
 

@@ -113,6 +113,7 @@ def test_the_generator_is_converted_back_bit_for_bit(examples, generator, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, stargan.from_pytorch(path), variables)
 
 
+@pytest.mark.slow
 def test_the_generator_s_picture_is_drawn(examples, tmp_path, capsys):
     path = tmp_path / "picture.png"
     examples["stargan"].main(["--features", "2", "--steps", "1", "--out", str(path)])
@@ -122,6 +123,7 @@ def test_the_generator_s_picture_is_drawn(examples, tmp_path, capsys):
         examples["stargan"].main([str(tmp_path / "none.safetensors")])
 
 
+@pytest.mark.slow
 def test_a_resnet_agrees_in_both_modes(examples, tmp_path, capsys):
     resnet = examples["resnet"]
     torch.manual_seed(0)

@@ -55,7 +55,7 @@ def overlaps(figure):
     return not (inside and apart)
 
 
-@pytest.mark.parametrize("norms", [1, 5, 53, 300])
+@pytest.mark.parametrize("norms", [1, 5, 53, pytest.param(300, marks=pytest.mark.slow)])
 def test_the_panels_keep_their_size_and_nothing_overlaps(norms):
     for figure in (
         inspect.plot_drift(history(norms)),

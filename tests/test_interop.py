@@ -405,6 +405,7 @@ def weights(name, a):
     return (name.replace("kernel", "weight"), a.T) if name.endswith("kernel") else (name, a)
 
 
+@pytest.mark.slow
 def test_pytorch_and_jaxnorm_go_on_alike_for_20_steps_and_back_again(x64):
     module, model = torch_model(), Model()
     xs = np.random.default_rng(1).normal(3, 2, (20, 8, 4))
@@ -569,6 +570,7 @@ def test_a_file_is_converted_listed_and_converted_back(tmp_path):
     assert_same_bits(safetensors.numpy.load_file(back), arrays)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_converted_is_said_in_a_line(tmp_path):
     import safetensors.numpy
 

@@ -189,6 +189,7 @@ print(json.dumps(np.asarray(layer(x, training=True)).tolist()))
 """
 
 
+@pytest.mark.slow
 def test_y_is_keras():
     """Passes the running sigma, which Keras averages, and which is sqrt(var) in jaxnorm."""
     if importlib.util.find_spec("keras") is None:
