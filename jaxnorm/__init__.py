@@ -46,4 +46,4 @@ else:  # type checkers would take any attribute to exist
 
     def __dir__():
         # Tools such as inspect.getmembers get every attribute, and onnx needs an extra.
-        return sorted({*globals(), *_MODULES} - {"onnx"})
+        return sorted({*globals(), *_MODULES} - ({"onnx"} - globals().keys()))

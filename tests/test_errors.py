@@ -119,7 +119,7 @@ TRIGGERS = [
         lambda: norm(batch_stats={**STATE, "accumulation": {"start": STATE}}),
     ),
     ("no-states", lambda: jaxnorm.begin_accumulation({})),
-    ("no-states", lambda: jaxnorm.linen.trainable_mask({"scale": X}, {})),
+    ("nothing-to-freeze", lambda: jaxnorm.linen.trainable_mask({"scale": X}, {})),
     ("no-states", lambda: jaxnorm.nnx.freeze(made("LayerNorm"))),
     ("recalibrate-structure", lambda: recalibrated(lambda state, x: {}, [X])),
     ("recalibrate-not-finite", lambda: recalibrated(trained, [np.full((4, 1), np.inf)])),
@@ -232,3 +232,41 @@ def test_layers_are_copied_pickled_and_described_as_before():
         split_rngs={"params": True},
     )(use_running_average=False)
     assert many.init(jax.random.key(0), X)["params"]["scale"].shape == (4, 8)
+
+
+@pytest.mark.parametrize("make", [jaxnorm.linen.LayerNorm, lambda **a: made("RMSNorm", **a)])
+def test_an_axis_of_a_layer_norm_is_both_of_its_axes(make):
+    # feature_axes alone would still normalize over the last axis.
+    with pytest.raises(TypeError, match=r"write feature_axes=\.\.\., reduction_axes="):
+        make(axis=1)
+
+
+def test_an_axis_of_a_group_norm_has_no_other_name():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
+        jaxnorm.linen.GroupNorm(axis=1)
+
+
+@pytest.mark.parametrize(
+    "box", [lambda init: init, lambda init: nn.with_partitioning(init, (None,))]
+)
+def test_the_parameter_of_another_shape_is_the_one_that_is_named(box):
+    ones, zeros = (box(init) for init in (nn.initializers.ones, nn.initializers.zeros))
+    layer = jaxnorm.linen.LayerNorm(scale_init=ones, bias_init=zeros)
+    params = layer.init(jax.random.key(0), X)["params"]
+    with pytest.raises(ValueError, match=r"shape \(3,\), but were made for \(8,\)"):
+        layer.apply({"params": params}, X[..., :3])
+    other = layer.init(jax.random.key(0), X[..., :3])["params"]
+    mixed = {"scale": params["scale"], "bias": other["bias"]}
+    with pytest.raises(ValueError, match=r"shape \(8,\), but were made for \(3,\)"):
+        layer.apply({"params": mixed}, X)
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [("LayerNorm", "feature_axes=1 and reduction_axes=1"), ("BatchNorm", "in a layer axis=1")],
+)
+def test_the_hint_of_another_axis_has_the_arguments_of_the_layer(kind, write):
+    layer = getattr(jaxnorm.linen, kind)(**{"use_running_average": True} if "B" in kind else {})
+    variables = layer.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=f"axis 1 of x has that size: .* {write}"):
+        layer.apply(variables, X.transpose(0, 3, 1, 2))

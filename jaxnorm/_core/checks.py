@@ -42,9 +42,8 @@ def layout(
     """Checks that the channel axes and the batch axis exist and differ."""
     if ndim < least:
         example = "(N, C)" if batch_axis is None else "(N, *space, C)"
-        raise ValueError(
-            f"{function}: x should have at least 2 axes, such as {example}, but has {ndim} [x-rank]"
-        )
+        wanted = f"at least {least} axes, such as {example}" if least > 1 else "at least 1 axis"
+        raise ValueError(f"{function}: x should have {wanted}, but has {ndim} [x-rank]")
     channels = arguments.axes(function, "channel_axis", channel_axis, ndim)
     if batch_axis is None:
         return Layout(ndim, channels)
@@ -151,14 +150,17 @@ def params(
 
 def other_axis(function: str, channels: Shape, shape: Shape) -> str:
     """A hint which axis of x has the size of the channels, for example with NCHW inputs."""
-    fitting = [a for a, n in enumerate(shape) if isinstance(n, int) and (n,) == channels]
-    if not fitting:
+    sizes = enumerate(shape[1:], start=1)  # axis 0 is that of the samples
+    axis = next((a for a, n in sizes if isinstance(n, int) and (n,) == channels), None)
+    if axis is None:
         return ""
-    name = "axis" if function in ("layer_norm", "rms_norm") else "channel_axis"
-    return (
-        f"; axis {fitting[0]} of x has that size: if it is that of the channels, write "
-        f"{name}={fitting[0]}, or in a layer axis={fitting[0]} or feature_axes={fitting[0]}"
-    )
+    if function in ("layer_norm", "rms_norm"):
+        write = f"axis={axis}"
+    elif function in ("LayerNorm", "RMSNorm"):
+        write = f"feature_axes={axis} and reduction_axes={axis}"
+    else:
+        write = f"channel_axis={axis}, or in a layer axis={axis} or feature_axes={axis}"
+    return f"; axis {axis} of x has that size: if it is that of the channels, write {write}"
 
 
 def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: int) -> None:

@@ -6,6 +6,7 @@ same on every platform; each function describes the difference. Other platforms 
 """
 
 import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -20,22 +21,23 @@ from jaxnorm._core.sample import Sample, select, widen
 
 Measured = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
-_forced: str | None = None
+_FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 
 
 @contextlib.contextmanager
 def formulated_for(platform: str | None) -> Iterator[None]:
-    """Uses the formulations of a platform on any platform, so that a CPU can test each of them.
+    """Uses the formulations of a platform on any platform, in this thread.
 
-    With None, the platform that a program is compiled for decides.
+    A CPU can test each of them this way, and an exported graph has one. With None, the platform
+    that a program is compiled for decides.
     """
-    global _forced
-    before, _forced = _forced, platform
+    before = _FORCED.get()
+    _FORCED.set(platform)
     jax.clear_caches()
     try:
         yield
     finally:
-        _forced = before
+        _FORCED.set(before)
         jax.clear_caches()
 
 
@@ -45,8 +47,9 @@ def choose(*operands: Any, default: Callable[..., Any], **platforms: Callable[..
     Use it only inside a custom derivative rule, where JAX does not differentiate it. Otherwise JAX
     would keep the residuals of every branch.
     """
-    if _forced is not None:
-        return platforms.get(_forced, default)(*operands)
+    forced = _FORCED.get()
+    if forced is not None:
+        return platforms.get(forced, default)(*operands)
     return lax.platform_dependent(*operands, default=default, **platforms)
 
 

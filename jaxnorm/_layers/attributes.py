@@ -3,6 +3,7 @@
 A layer is a Linen or NNX module with the attributes of Flax's classes.
 """
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +20,8 @@ class Default(float):
 
 MOMENTUM = Default(0.1)
 
-# The names that other libraries give to arguments, and Flax's for the same.
-FLAX_NAMES = {
+# The names of arguments in other libraries, and in this one.
+OUR_NAMES = {
     "eps": ("epsilon",),  # PyTorch, Haiku, Equinox
     "affine": ("use_scale", "use_bias"),  # PyTorch
     "elementwise_affine": ("use_scale", "use_bias"),  # PyTorch
@@ -42,36 +43,44 @@ FLAX_NAMES = {
     "cross_replica_axis": ("axis_name",),  # Haiku
     "cross_replica_axis_index_groups": ("axis_index_groups",),  # Haiku
     "groups": ("num_groups",),  # Haiku, Keras, Equinox
-    "axis": ("axis", "feature_axes"),  # Keras, Haiku
-    "data_format": ("axis", "feature_axes"),  # Haiku
-    "channel_axis": ("axis", "feature_axes"),  # the functions of this package
+    "axis": ("axis", "feature_axes", "reduction_axes"),  # Keras, Haiku
+    "data_format": ("axis", "feature_axes", "reduction_axes"),  # Haiku
+    "channel_axis": ("axis", "feature_axes", "reduction_axes"),  # the functions of this package
     "param_axis": ("feature_axes",),  # Haiku
 }
 
 
 def check_names(layer: type[Any], kwargs: Mapping[str, Any]) -> None:
-    """Checks the names of a constructor's arguments, and names Flax's for one of another library.
+    """Checks the names of a constructor's arguments, and says the name here of another library's.
 
     Python's own error for any other name comes from the constructor.
     """
-    known = FLAX_NAMES.keys() & kwargs.keys()
-    if not known:  # as in most calls; a signature takes time
+    name, accepted = layer.__name__, _accepted(layer.__init__)
+    if accepted is None:
         return
-    name, accepted = layer.__name__, inspect.signature(layer.__init__).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):  # of a subclass
-        return
-    for other in sorted(known - accepted.keys()):
-        wanted = [ours for ours in FLAX_NAMES[other] if ours in accepted]
+    for other in sorted((OUR_NAMES.keys() & kwargs.keys()) - accepted):
+        wanted = [ours for ours in OUR_NAMES[other] if ours in accepted]
+        if wanted == ["reduction_axes"]:  # of a group norm, where it does not name the channels
+            continue
         if wanted:
             raise TypeError(
-                f"{name}: {other} should be {' and '.join(wanted)}, because arguments have Flax's "
-                f"names; write {', '.join(f'{ours}=...' for ours in wanted)} [argument-name]"
+                f"{name}: {other} should be {' and '.join(wanted)}, because that is the name here; "
+                f"write {', '.join(f'{ours}=...' for ours in wanted)} [argument-name]"
             )
-        if FLAX_NAMES[other] == ("num_features",):
+        if OUR_NAMES[other] == ("num_features",):
             raise TypeError(
                 f"{name}: {other} should not be given, because the number of channels is not an "
                 f"argument; leave it out [number-of-channels]"
             )
+
+
+@functools.cache
+def _accepted(constructor: Any) -> frozenset[str] | None:
+    """The names of a constructor's arguments; None if a subclass accepts any."""
+    parameters = inspect.signature(constructor).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 # ---- Checks without an input ----

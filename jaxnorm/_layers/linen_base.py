@@ -137,11 +137,12 @@ def _params(module: Norm, x: ArrayLike) -> Affine:
             for name in names
         }
     except errors.ScopeParamShapeError as error:
-        made: Any = module.get_variable("params", names[0])
+        held = (nn.unbox(module.get_variable("params", name)) for name in names)
+        made = next(jnp.shape(a) for a in held if a is not None and jnp.shape(a) != shape)
+        hint = checks.other_axis(type(module).__name__, made, jnp.shape(x))
         raise ValueError(
-            f"{type(module).__name__}: the parameters should have the channels' shape {shape}, but "
-            f"were made for {made.shape}{checks.other_axis('', made.shape, jnp.shape(x))}; {error} "
-            f"[params-shape]"
+            f"{_where(module)}: the parameters should have the channels' shape {shape}, but were "
+            f"made for {made}{hint}; {error} [params-shape]"
         ) from error
     return cast(Affine, params)
 

@@ -60,7 +60,8 @@ def trainable_mask(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) ->
       other parameters.
 
     Raises:
-      ValueError: if no norm in batch_stats has a scale or a bias in params.
+      ValueError: if no norm in batch_stats has a scale or a bias in params: no parameter is
+        frozen then, and no mask is needed.
 
     Example:
       >>> import jaxnorm.linen
@@ -88,9 +89,9 @@ def trainable_mask(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) ->
     mask = jax.tree_util.tree_map_with_path(trainable, params)
     if all(jax.tree.leaves(mask)):
         raise ValueError(
-            f"trainable_mask: batch_stats should hold the running statistics of norms whose scale "
-            f"or bias is in params, because these are not trained, but holds "
-            f"{sorted('/'.join(norm) for norm in norms) or 'none'}; write trainable_mask("
-            f"variables['params'], variables['batch_stats']) [no-states]"
+            f"trainable_mask: params should hold the scale or the bias of a norm in batch_stats, "
+            f"because these are not trained, but holds none for the norms "
+            f"{sorted('/'.join(norm) for norm in norms)}; write trainable_mask("
+            f"variables['params'], variables['batch_stats']) [nothing-to-freeze]"
         )
     return mask

@@ -52,7 +52,7 @@ class Tracked(Norm):
     accumulation: nnx.BatchStat[Any] | None
 
     _norm: ClassVar[calls.Norm]
-    frozen: bool = False  # freeze() and unfreeze() set it
+    _frozen: bool = False  # freeze() and unfreeze() set it
     ranks: ClassVar[tuple[int, ...] | None] = None
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -85,7 +85,7 @@ class Tracked(Norm):
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
-        if self.frozen:
+        if self._frozen:
             use_running_average, update_stats = True, False
         batch_stats = None
         if self.track_running_stats:

@@ -43,7 +43,8 @@ def freeze(model: nnx.Module) -> None:
       model: a model, or the part of it to freeze, which is changed in place.
 
     Raises:
-      ValueError: if no layer of the model has running statistics.
+      ValueError: if no layer of the model has running statistics; if another module of the model
+        shares the scale or the bias of a layer. Modules outside of it are not seen.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,7 +69,7 @@ def freeze(model: nnx.Module) -> None:
             "jaxnorm.nnx.BatchNorm, because these are frozen, but holds none "
             "[no-states]"
         )
-    _set_frozen(layers, True)
+    _set_frozen(model, layers, True)
 
 
 def unfreeze(model: nnx.Module) -> None:
@@ -91,16 +92,28 @@ def unfreeze(model: nnx.Module) -> None:
     References:
       As `freeze`.
     """
-    _set_frozen([layer for _, layer in tracking(model) if layer.frozen], False)
+    _set_frozen(model, [layer for _, layer in tracking(model) if layer._frozen], False)
 
 
-def _set_frozen(layers: list[Tracked], frozen: bool) -> None:
-    """Sets the mode and the type of scale and bias; layers that share a variable still do."""
+def _set_frozen(model: nnx.Module, layers: list[Tracked], frozen: bool) -> None:
+    """Sets the mode and the type of scale and bias; these layers still share what they shared."""
     kind: type[nnx.Variable[Any]] = FrozenParam if frozen else nnx.Param
     held = [(layer, name, getattr(layer, name)) for layer in layers for name in ("scale", "bias")]
     held = [(layer, name, old) for layer, name, old in held if old is not None]
+    variables, owners = {id(old) for *_, old in held}, {id(layer) for layer in layers}
+    for path, node in nnx.iter_graph(model):
+        held_by_node = map(id, getattr(node, "__dict__", {}).values())
+        if id(node) not in owners and variables & set(held_by_node):
+            raise ValueError(
+                f"{'freeze' if frozen else 'unfreeze'}: scale and bias of a frozen norm should be "
+                f"its own, because their type changes, but the {type(node).__name__} at "
+                f"{'.'.join(map(str, path)) or 'the root'} shares one; give each its own"
+            )
     new = {id(old): kind.from_metadata(old.get_raw_value(), old.get_metadata()) for *_, old in held}
     for layer, name, old in held:
         setattr(layer, name, new[id(old)])
     for layer in layers:
-        layer.frozen = frozen
+        if frozen:
+            layer._frozen = True
+        else:
+            del layer._frozen  # a model that was never frozen has none

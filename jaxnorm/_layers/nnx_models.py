@@ -84,7 +84,7 @@ def recalibrate(
       **call: the other arguments of the model.
 
     Raises:
-      ValueError: as `jaxnorm.recalibrate`; the model is then as it was.
+      ValueError: as `jaxnorm.recalibrate`, and if a layer is frozen; the model is then as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,6 +99,12 @@ def recalibrate(
     References:
       As `jaxnorm.recalibrate`.
     """
+    for name, layer in tracking(model):
+        if layer._frozen:
+            raise ValueError(
+                f"recalibrate: the norms should not be frozen, because frozen statistics do not "
+                f"move, but {name} is; write unfreeze(model) first [recalibrate-unmoved]"
+            )
     graph, variables = nnx.split(model)
 
     def step(batch_stats: dict[str, Any], batch: Any, variables: Any) -> dict[str, BatchStats]:
@@ -122,7 +128,7 @@ def recalibrate(
 def tracking(model: nnx.Module) -> list[tuple[str, Tracked]]:
     """The layers that have running statistics, by their paths in the model."""
     return [
-        (".".join(map(str, path)), module)
+        (".".join(map(str, path)) or type(module).__name__, module)
         for path, module in nnx.iter_modules(model)
         if isinstance(module, Tracked) and hasattr(module, "mean")
     ]
