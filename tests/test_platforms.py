@@ -28,6 +28,7 @@ NORMS = {
 AXES = {"batch": (0, 1, 2), "instance": (1, 2), "group": (1, 2, 4), "layer": (3,), "rms": (3,)}
 CENTERED = [kind for kind in NORMS if kind != "rms"]
 LARGEST = float(np.finfo(np.float32).max)
+SLOW = pytest.mark.slow
 
 
 # A change of the formulation clears JAX's caches. With the scope of a module, pytest orders the
@@ -73,7 +74,7 @@ ORDERS = [
 
 
 @pytest.mark.parametrize(("name", "shape", "options", "axes"), ORDERS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=SLOW)])
 def test_axes_in_any_order(name, shape, options, axes, masked):
     """Uses data far from 0, so that a loop computes the moments again."""
     x = (RNG.standard_normal(shape) + 1e3).astype(np.float32)
@@ -103,7 +104,10 @@ def test_a_first_row_unlike_the_rest_costs_nothing_that_y_shows(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", CENTERED)
-@pytest.mark.parametrize("constant", [0.1, 1e-30, 3.3333e9, 1e30, LARGEST, -LARGEST])
+@pytest.mark.parametrize(
+    "constant",
+    [0.1, LARGEST, *(pytest.param(c, marks=SLOW) for c in (1e-30, 3.3333e9, 1e30, -LARGEST))],
+)
 def test_constants_up_to_the_largest_give_0_exactly(kind, constant, formulation):
     if formulation == "cuda":
         constant = np.clip(constant, -1e38, 1e38)  # the mean of the part must not round up to Inf
@@ -174,7 +178,7 @@ def test_derivatives_in_both_modes_to_order_two(kind, x64):
 
 
 @pytest.mark.parametrize("kind", NORMS)
-@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("offset", [pytest.param(0.0, marks=SLOW), 30.0])
 def test_models_under_vmap_are_each_their_own(kind, offset):
     """Checks two models; only the moments of the second are computed again."""
     x = RNG.standard_normal((2, 4, 5, 5, 8)).astype(np.float32)
@@ -186,7 +190,7 @@ def test_models_under_vmap_are_each_their_own(kind, offset):
 
 @pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]], [[0, 3], [1, 2]]])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=SLOW), True])
 def test_a_batch_on_several_devices_is_one_batch(groups, offset, masked):
     """Uses unequal counts, one device without entries, and one group that is far from 0."""
     x = RNG.standard_normal((4, 6, 5, 8)).astype(np.float32)
