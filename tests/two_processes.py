@@ -10,8 +10,9 @@ import pathlib
 import sys
 import traceback
 
-if __name__ == "__main__":  # set before jax is imported: two devices per process
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+if __name__ == "__main__":  # set before jax is imported: two devices per process; the last counts
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
 
 import flax.linen as nn
 import jax
