@@ -94,7 +94,7 @@ def module_names(layers: int = 12) -> dict[str, str]:
     """Returns a map from the names in this file to Hugging Face's names in a GPT2Model."""
     names = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "norm"}
     for k in range(layers):
-        names |= {f"h.{k}.{theirs}": f"block_{k}.{ours}" for theirs, ours in INSIDE.items()}
+        names |= {f"h.{k}.{torch_name}": f"block_{k}.{name}" for torch_name, name in INSIDE.items()}
     return names
 
 

@@ -103,9 +103,9 @@ def module_names() -> dict[str, str]:
 # A state dict does not say that two of the convolutions are transposed.
 kernels = interop.kernels(
     {
-        theirs: "conv_transpose"
-        for theirs, ours in module_names().items()
-        if ours in ("up_0", "up_1")
+        torch_name: "conv_transpose"
+        for torch_name, name in module_names().items()
+        if name in ("up_0", "up_1")
     },
     names=module_names(),
 )

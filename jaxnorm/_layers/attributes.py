@@ -21,7 +21,7 @@ class Default(float):
 MOMENTUM = Default(0.1)
 
 # The names of arguments in other libraries, and in this one.
-OUR_NAMES = {
+JAXNORM_NAMES = {
     "eps": ("epsilon",),  # PyTorch, Haiku, Equinox
     "affine": ("use_scale", "use_bias"),  # PyTorch
     "elementwise_affine": ("use_scale", "use_bias"),  # PyTorch
@@ -58,16 +58,16 @@ def check_names(layer: type[Any], kwargs: Mapping[str, Any]) -> None:
     name, accepted = layer.__name__, _accepted(layer.__init__)
     if accepted is None:
         return
-    for other in sorted((OUR_NAMES.keys() & kwargs.keys()) - accepted):
-        wanted = [ours for ours in OUR_NAMES[other] if ours in accepted]
+    for other in sorted((JAXNORM_NAMES.keys() & kwargs.keys()) - accepted):
+        wanted = [here for here in JAXNORM_NAMES[other] if here in accepted]
         if wanted == ["reduction_axes"]:  # of a group norm, where it does not name the channels
             continue
         if wanted:
             raise TypeError(
                 f"{name}: {other} should be {' and '.join(wanted)}, because that is the name here; "
-                f"write {', '.join(f'{ours}=...' for ours in wanted)} [argument-name]"
+                f"write {', '.join(f'{here}=...' for here in wanted)} [argument-name]"
             )
-        if OUR_NAMES[other] == ("num_features",):
+        if JAXNORM_NAMES[other] == ("num_features",):
             raise TypeError(
                 f"{name}: {other} should not be given, because the number of channels is not an "
                 f"argument; leave it out [number-of-channels]"
