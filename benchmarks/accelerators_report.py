@@ -304,7 +304,7 @@ def plot_ratios(steps: list[Row], targets: list[str], path: Path) -> None:
                 value = of(row, target)
                 if value is None:
                     reason = missing(row["targets"].get(target, {}).get(twin(row["job"]), {}))
-                    axes.text(1.005, y, f"Flax: {reason}", size=7, va="center")
+                    axes.text(1.005, y, f"Flax: {reason or 'no number'}", size=7, va="center")
                     continue
                 axes.plot([1, value], [y, y], color=f"C{k}", linewidth=3, solid_capstyle="butt")
                 axes.plot(value, y, "osD^"[k], color=f"C{k}", label="" if i else target)

@@ -1,6 +1,7 @@
 """Checks arguments that are not arrays: numbers, bools, dtypes and axes.
 
-All checks run at trace time.
+All checks run at trace time. In each, `function` is the name of the public function, with which
+errors begin, and `name` is that of the argument that is checked; all raise a ValueError.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Checks x and the arrays that are given with it: dtypes, ranks and shapes.
 
-All checks run at trace time. A symbolic size (of jax.export) passes every check that cannot be
-decided.
+All checks run at trace time and raise a ValueError. In each, `function` is the name of the public
+function, with which errors begin, and `shape` and `ndim` are those of x. A symbolic size (of
+jax.export) passes every check that cannot be decided.
 """
 
 import math

@@ -89,14 +89,19 @@ def recalibrate(
         raise ValueError(
             "recalibrate: batches should hold at least one batch, but are empty [recalibrate-empty]"
         )
-    unmoved = [path or "it" for path, s in states(state) if not _moved_everywhere(s)]
+    _check_moved(state)
+    return map_states("recalibrate", lambda _, s: _counted(s, number), end_accumulation(state))
+
+
+def _check_moved(tree: Any) -> None:
+    """Checks that the batches have updated each channel of each state."""
+    unmoved = [path or "it" for path, s in states(tree) if not _moved_everywhere(s)]
     if unmoved:
         raise ValueError(
             f"recalibrate: step should move every state, but left {', '.join(unmoved)}, or a "
             f"channel of it, as it was; run the model in training mode, on two values or more "
             f"[recalibrate-unmoved]"
         )
-    return map_states("recalibrate", lambda _, s: _counted(s, number), end_accumulation(state))
 
 
 def _finite(moments: Mapping[str, jax.Array]) -> jax.Array:

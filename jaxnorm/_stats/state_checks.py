@@ -15,6 +15,8 @@ from jaxnorm._core.arguments import Shape
 from jaxnorm._core.checks import agrees, other_axis
 from jaxnorm._core.variables import BatchStats
 
+KEYS = ("mean", "var", "count")
+
 
 def batch_stats(
     function: str,
@@ -81,23 +83,8 @@ def _leaves(
     x_shape: Shape = (),
 ) -> BatchStats:
     """Checks mean, var and count."""
-    keys = ("mean", "var", "count")
-    missing = [k for k in keys if not isinstance(stats, Mapping) or stats.get(k) is None]
-    if missing:
-        found: Any = type(stats).__name__
-        if isinstance(stats, Mapping):
-            found = sorted(key for key in stats if stats[key] is not None)
-        wanted = f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is"
-        if missing == ["count"]:
-            raise ValueError(
-                f"{wanted} {found}; write {{**batch_stats, 'count': jnp.int32(0)}} for statistics "
-                f"without one [count-missing]"
-            )
-        raise ValueError(
-            f"{wanted} {found}; init_batch_stats(num_features) makes a first state "
-            f"[batch-stats-keys]"
-        )
-    state = {key: jnp.asarray(stats[key]) for key in keys}
+    _check_keys(function, stats)
+    state = {key: jnp.asarray(stats[key]) for key in KEYS}
     channels = state["mean"].shape if channels is None else channels
     counts = state["count"].shape if counts is None else counts
     for key, shape in (("mean", channels), ("var", channels), ("count", counts)):
@@ -119,6 +106,25 @@ def _leaves(
     if not jnp.issubdtype(state["count"].dtype, jnp.integer):
         state["count"] = _whole_count(function, state["count"])
     return cast(BatchStats, state)
+
+
+def _check_keys(function: str, stats: Any) -> None:
+    """Checks that the state is a mapping with a mean, a var and a count."""
+    missing = [k for k in KEYS if not isinstance(stats, Mapping) or stats.get(k) is None]
+    if missing:
+        found: Any = type(stats).__name__
+        if isinstance(stats, Mapping):
+            found = sorted(key for key in stats if stats[key] is not None)
+        wanted = f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is"
+        if missing == ["count"]:
+            raise ValueError(
+                f"{wanted} {found}; write {{**batch_stats, 'count': jnp.int32(0)}} for statistics "
+                f"without one [count-missing]"
+            )
+        raise ValueError(
+            f"{wanted} {found}; init_batch_stats(num_features) makes a first state "
+            f"[batch-stats-keys]"
+        )
 
 
 def _whole_count(function: str, count: jax.Array) -> jax.Array:

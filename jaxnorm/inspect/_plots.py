@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS_IN_A_ROW = 4
+DRIFT_TITLES = (
+    "mean: distance in standard deviations",
+    "standard deviation: distance as a ratio - 1",
+)
 MOST_BARS = 64  # the bars of more channels would merge
 FIRST, SECOND, OTHERS, NUMBERED = "#1f77b4", "#e6842a", "#b5b5b5", "#333333"
 MOST = 1e4  # the upper end of the axes for drift
@@ -86,12 +90,42 @@ def plot_layers(
     columns = math.ceil(len(chosen) / lines)
     figure = _figure((1 + 2.8 * columns, 0.5 + 2.2 * lines + 2.6 * above))
     grid = figure.add_gridspec(lines + above, columns, height_ratios=[1.2] * above + [1] * lines)
-    titles = _abbreviated(chosen, order, 34)
-    for i, name in enumerate(chosen):
-        axes = _axes(figure, grid[above + i // columns, i % columns])
-        _draw_layer(axes, states[name], others and others[name], names, rows[name])
-        axes.set_title(f"{i + 1}. {titles[name]}" if above else titles[name], size=8)
-        if i + columns >= len(chosen):
+    titles = list(_abbreviated(chosen, order, 34).values())
+    if above:
+        titles = [f"{number}. {title}" for number, title in enumerate(titles, 1)]
+
+    def draw(axes: Any, i: int) -> None:
+        state, other = states[chosen[i]], others and others[chosen[i]]
+        _draw_layer(axes, state, other, names, rows[chosen[i]])
+
+    places = [grid[above + i // columns, i % columns] for i in range(len(chosen))]
+    _draw_panels(figure, places, titles, draw)
+    if above:
+        axes = _axes(figure, grid[0, :])
+        title = "std of the channels, from the smallest to the largest"
+        low, high = [rows[name].std_min for name in order], [rows[name].std_max for name in order]
+        if others is not None:
+            title = f"drift of {names[0]} from {names[1]}, mean and std added"
+            low, high = [0.0] * len(order), [drifts[name] for name in order]
+        axes.set_title(f"{title}; numbered: the worst {len(chosen)} of {len(order)} norms", size=9)
+        numbered = [order.index(name) for name in chosen]
+        _draw_overview(axes, np.array(low), np.array(high), numbered)
+    return figure
+
+
+def _draw_panels(
+    figure: Figure,
+    places: Sequence[Any],
+    titles: Sequence[str],
+    draw: Callable[[Any, int], None],
+) -> None:
+    """Draws the layers into their places of a grid, with the legend of all below."""
+    columns = places[0].get_gridspec().ncols
+    for i, (place, title) in enumerate(zip(places, titles, strict=True)):
+        axes = _axes(figure, place)
+        draw(axes, i)
+        axes.set_title(title, size=8)
+        if i + columns >= len(places):
             axes.set_xlabel("channel, by running mean")
         if i % columns == 0:
             axes.set_ylabel("mean ± std")
@@ -99,20 +133,6 @@ def plot_layers(
     figure.legend(
         handles, labels, loc="outside lower center", ncols=2, frameon=False, markerscale=2
     )
-    if above:
-        axes = _axes(figure, grid[0, :])
-        if others is None:
-            low, high = (
-                np.array([getattr(rows[name], field) for name in order])
-                for field in ("std_min", "std_max")
-            )
-            title = "std of the channels, from the smallest to the largest"
-        else:
-            low, high = np.zeros(len(order)), np.array([drifts[name] for name in order])
-            title = f"drift of {names[0]} from {names[1]}, mean and std added"
-        axes.set_title(f"{title}; numbered: the worst {len(chosen)} of {len(order)} norms", size=9)
-        _draw_overview(axes, low, high, [order.index(name) for name in chosen])
-    return figure
 
 
 def plot_drift(
@@ -172,18 +192,16 @@ def plot_drift(
     columns = max(1, min(4, 150 // (9 + max(map(len, texts)))))  # what fits below the panels
     figure = _figure((10, 3.5 + 0.2 * math.ceil(len(texts) / columns)))
     grid = figure.add_gridspec(1, 2)
-    titles = (
-        "mean: distance in standard deviations",
-        "standard deviation: distance as a ratio - 1",
-    )
-    for i, title in enumerate(titles):
+    styles: dict[str, Any] = {
+        name: {"color": OTHERS, "lw": 0.5, "zorder": 1, "label": "_"} for name in order
+    }
+    for k, name in enumerate(named):  # the worst one is on top
+        above = 3 - k / len(named)
+        styles[name] = {"color": colors[name], "lw": 1.4, "zorder": above, "label": labels[name]}
+    for i, title in enumerate(DRIFT_TITLES):
         axes = _axes(figure, grid[0, i])
         for name in order:
-            style: dict[str, Any] = {"color": OTHERS, "lw": 0.5, "zorder": 1}
-            if name in colors:  # the worst one is on top
-                above = 3 - named.index(name) / len(named)
-                style = {"color": colors[name], "lw": 1.4, "zorder": above}
-            axes.plot(steps, apart[name][i], label=labels.get(name, "_"), **style)
+            axes.plot(steps, apart[name][i], **styles[name])
         axes.set(title=title, xlabel="step")
         _scale(axes, np.concatenate([apart[name][i] for name in order]))
     lines = dict(zip(order, figure.axes[0].lines, strict=True))
