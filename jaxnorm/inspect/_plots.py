@@ -72,27 +72,25 @@ def plot_layers(
     """
     states = norms("plot_layers", running)
     others = None if batch is None else norms("plot_layers", batch)
-    for given in (states, others or {}):
-        concrete("plot_layers", given)
+    concrete("plot_layers", states)
+    concrete("plot_layers", others or {})
     order = in_order(states)
     rows = {name: norm_summary(name, states[name]) for name in order}
-    ranked = [row.path for row in worst_first(tuple(rows.values()))]
-    drifts: dict[str, float] = {}
+    ranked, drifts = [row.path for row in worst_first(tuple(rows.values()))], {}
     if others is not None:
         for name, state, other in matched("plot_layers", states, others):
             drifts[name] = float(sum(distances(state, other).values()))
         ranked = _largest_first(order, drifts)
-    limit = (
-        len(order) if worst is None else whole("plot_layers", "worst", worst, "it counts panels")
-    )
+    limit = _limit("plot_layers", worst, len(order), "it counts panels")
     chosen = ranked[:limit] if limit < len(order) else order
     lines, above = math.ceil(len(chosen) / PANELS_IN_A_ROW), int(len(chosen) < len(order))
     columns = math.ceil(len(chosen) / lines)
     figure = _figure((1 + 2.8 * columns, 0.5 + 2.2 * lines + 2.6 * above))
     grid = figure.add_gridspec(lines + above, columns, height_ratios=[1.2] * above + [1] * lines)
-    titles = list(_abbreviated(chosen, order, 34).values())
-    if above:
-        titles = [f"{number}. {title}" for number, title in enumerate(titles, 1)]
+    titles = [
+        f"{number}. {title}" if above else title
+        for number, title in enumerate(_abbreviated(chosen, order, 34).values(), 1)
+    ]
 
     def draw(axes: Any, i: int) -> None:
         state, other = states[chosen[i]], others and others[chosen[i]]
@@ -101,16 +99,25 @@ def plot_layers(
     places = [grid[above + i // columns, i % columns] for i in range(len(chosen))]
     _draw_panels(figure, places, titles, draw)
     if above:
-        axes = _axes(figure, grid[0, :])
-        title = "std of the channels, from the smallest to the largest"
-        low, high = [rows[name].std_min for name in order], [rows[name].std_max for name in order]
-        if others is not None:
-            title = f"drift of {names[0]} from {names[1]}, mean and std added"
-            low, high = [0.0] * len(order), [drifts[name] for name in order]
-        axes.set_title(f"{title}; numbered: the worst {len(chosen)} of {len(order)} norms", size=9)
-        numbered = [order.index(name) for name in chosen]
-        _draw_overview(axes, np.array(low), np.array(high), numbered)
+        chart, title = _axes(figure, grid[0, :]), _overview_title(names, alone=others is None)
+        title += f"; numbered: the worst {len(chosen)} of {len(order)} norms"
+        chart.set_title(title, size=9)
+        low = np.array([rows[name].std_min if others is None else 0.0 for name in order])
+        high = np.array([drifts.get(name, rows[name].std_max) for name in order])
+        _draw_overview(chart, low, high, [order.index(name) for name in chosen])
     return figure
+
+
+def _limit(function: str, worst: int | None, number: int, why: str) -> int:
+    """How many of a number of norms are drawn or named."""
+    return number if worst is None else whole(function, "worst", worst, why)
+
+
+def _overview_title(names: tuple[str, str], *, alone: bool) -> str:
+    """What the overview shows of each norm."""
+    if alone:
+        return "std of the channels, from the smallest to the largest"
+    return f"drift of {names[0]} from {names[1]}, mean and std added"
 
 
 def _draw_panels(
@@ -180,7 +187,7 @@ def plot_drift(
     steps = sorted(history)
     apart = _drift_over_steps([history[step] for step in steps], reference)
     order = in_order(apart)
-    limit = len(order) if worst is None else whole("plot_drift", "worst", worst, "it counts norms")
+    limit = _limit("plot_drift", worst, len(order), "it counts norms")
     named = order
     if limit < len(order):
         named = _largest_first(order, {k: sum(v.mean(1)) for k, v in apart.items()})[:limit]
@@ -191,19 +198,13 @@ def plot_drift(
         texts.append(f"{len(order) - len(named)} other norms")
     columns = max(1, min(4, 150 // (9 + max(map(len, texts)))))  # what fits below the panels
     figure = _figure((10, 3.5 + 0.2 * math.ceil(len(texts) / columns)))
-    grid = figure.add_gridspec(1, 2)
     styles: dict[str, Any] = {
         name: {"color": OTHERS, "lw": 0.5, "zorder": 1, "label": "_"} for name in order
     }
     for k, name in enumerate(named):  # the worst one is on top
         above = 3 - k / len(named)
         styles[name] = {"color": colors[name], "lw": 1.4, "zorder": above, "label": labels[name]}
-    for i, title in enumerate(DRIFT_TITLES):
-        axes = _axes(figure, grid[0, i])
-        for name in order:
-            axes.plot(steps, apart[name][i], **styles[name])
-        axes.set(title=title, xlabel="step")
-        _scale(axes, np.concatenate([apart[name][i] for name in order]))
+    _draw_drift(figure, steps, apart, styles)
     lines = dict(zip(order, figure.axes[0].lines, strict=True))
     gray = [name for name in order if name not in colors]
     figure.legend(
@@ -215,6 +216,22 @@ def plot_drift(
         fontsize=8,
     )
     return figure
+
+
+def _draw_drift(
+    figure: Figure,
+    steps: Sequence[int],
+    apart: Mapping[str, np.ndarray],
+    styles: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Draws the two numbers of `drift` over the steps, with a line for each style."""
+    grid = figure.add_gridspec(1, 2)
+    for i, title in enumerate(DRIFT_TITLES):
+        axes = _axes(figure, grid[0, i])
+        for name, style in styles.items():
+            axes.plot(steps, apart[name][i], **style)
+        axes.set(title=title, xlabel="step")
+        _scale(axes, np.concatenate([apart[name][i] for name in styles]))
 
 
 def _note(numbers: np.ndarray) -> str:
