@@ -78,7 +78,7 @@ else
 	@echo "There is no $(NEWEST_PYTHON) here: the versions for it were not tested."
 endif
 
-# The environment of a notebook service is made anew each time.
+# This creates a new environment like that of a notebook service each time.
 test-colab: $(VENV)/with-test
 	$(BIN)/pytest tests_colab
 

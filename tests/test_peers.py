@@ -41,7 +41,7 @@ def agree(peer, said, found):
     For another library, which may change, a difference is reported and is no error.
     """
     if said != found and peer != "jaxnorm":
-        pytest.xfail(f"the README's table is out of date: {peer} has {found}, not {said}")
+        pytest.xfail(f"docs/comparison.md is out of date: {peer} has {found}, not {said}")
     assert said == found
 
 

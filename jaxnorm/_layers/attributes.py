@@ -164,7 +164,7 @@ def _check_groups(layer: Any) -> None:
         raise ValueError(
             f"{type(layer).__name__}: one of num_groups and group_size should be given, because "
             f"either gives the other, but has num_groups={layer.num_groups} and "
-            f"group_size={layer.group_size}; write num_groups=None beside a group_size "
+            f"group_size={layer.group_size}; write num_groups=None with a group_size "
             f"[num-groups-and-group-size]"
         )
 

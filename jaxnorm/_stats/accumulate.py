@@ -51,7 +51,7 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
     kind = getattr(when, "dtype", np.dtype(type(when)))
     if kind != np.dtype(bool) or jnp.ndim(when):
         raise ValueError(
-            f"begin_accumulation: when should be a bool, because it says whether to begin anew, "
+            f"begin_accumulation: when should be a bool, because it says whether to start again, "
             f"but is {when!r}; write when=complete == 0, for instance"
         )
 

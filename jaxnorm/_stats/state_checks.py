@@ -58,7 +58,7 @@ def batch_stats(
         raise ValueError(
             f"{function}: batch_stats['accumulation'] should hold 'start' and 'moments', as "
             f"begin_accumulation makes them, but is {found!r}; write begin_accumulation(state) to "
-            f"begin anew, or end_accumulation(state) [accumulation-malformed]"
+            f"start again, or end_accumulation(state) [accumulation-malformed]"
         )
     start = _leaves(function, start, state["mean"].shape, counts, x_shape)
     return cast(BatchStats, {**state, "accumulation": {**accumulation, "start": start}})

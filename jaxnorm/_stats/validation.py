@@ -141,7 +141,7 @@ def _accumulation(accumulation: Any, find: Find) -> None:
         held = accumulation.get(part) if isinstance(accumulation, Mapping) else None
         found = arrays(held, keys)
         if found.keys() != set(keys):
-            find("accumulation", f"should have {part!r} with {', '.join(keys)}; begin anew")
+            find("accumulation", f"should have {part!r} with {', '.join(keys)}; start again")
             continue
         for key, a in found.items():
             if not np.all(np.isfinite(np.asarray(a, np.float64))):
