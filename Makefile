@@ -16,13 +16,15 @@ VENV_LOWEST ?= .venv-lowest
 VENV_NEWEST ?= .venv-newest
 NEWEST_PYTHON ?= python3.13
 VERSIONED ?= tests jaxnorm
+# The tests that are neither slow nor exhaustive; pyproject.toml says what these are.
+FAST = not slow and not exhaustive
 # The examples of these files need PyTorch, which is not installed there either.
 VERSIONED += $(addprefix --ignore=jaxnorm/interop/, _describe.py _kernels_of.py _match.py _to_torch.py)
 # The tests that run for the formulations of TPU and GPU, whose moments differ: those of accuracy, and
 # of devices that pool their moments. `tests/test_platforms.py` has their derivatives and masks.
 FORMULATED = $(addprefix tests/test_, moments.py functional.py functional_stateless.py extremes.py) \
   tests/test_devices.py::test_any_split_over_devices_is_the_whole_batch
-FORMULATION = -m "not slow" -k "not bad_input and not pytorch and not export and not symbolic" --formulation
+FORMULATION = -m "$(FAST)" -k "not bad_input and not pytorch and not export and not symbolic" --formulation
 # A GPU's formulation has one collective more; the other tests of collectives allow for it.
 COLLECTIVES = $(addprefix tests/test_devices.py::test_one_collective_, forward_and_none_where_none_is_needed \
   each_way_in_training each_way_for_a_norm_whose_sample_is_spread)
@@ -48,7 +50,7 @@ help:
 	@echo "make test-site   build the documentation, and test its links, signatures, search and width"
 	@echo "make bench  measure the norms of every library in one run; writes docs/benchmarks"
 	@echo "make test-accelerators   compile norms for TPU and GPU, with no device, and compare with Flax"
-	@echo "make test-exhaustive   run the tests of these programs that repeat what other tests check"
+	@echo "make test-exhaustive   run the tests that no other target runs, because they take long and repeat what others check"
 	@echo "make bench-accelerators   estimates of the compilers for TPU and GPU for norms and training steps"
 	@echo "make bench-full   every size, dtype and layout; continues where it was stopped"
 
@@ -56,24 +58,24 @@ demo: $(VENV)/with-examples
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: $(VENV)/with-test
-	$(BIN)/pytest -m "not slow" --numprocesses auto
+	$(BIN)/pytest -m "$(FAST)" --numprocesses auto
 
 test-slow: $(VENV)/with-test
 	$(BIN)/pytest -m slow --numprocesses auto
 	$(BIN)/pytest --nbmake $(filter-out %/from_pytorch.ipynb, $(NOTEBOOKS)) --numprocesses auto
 	$(BIN)/pytest $(FORMULATION) tpu --numprocesses auto $(FORMULATED) $(COLLECTIVES)
 	$(BIN)/pytest $(FORMULATION) cuda --numprocesses auto $(FORMULATED)
-	$(BIN)/pytest -m "not slow" --optimized --numprocesses auto $(OPTIMIZED)
+	$(BIN)/pytest -m "$(FAST)" --optimized --numprocesses auto $(OPTIMIZED)
 
 # Tests that need a missing library are skipped, and counted at the end. The newest jaxlib
 # may lack the flags for fast compilation, and would refuse to start with them.
 test-versions: $(VENV_LOWEST)/with-test-versions
 	$(VENV_LOWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
-	$(VENV_LOWEST)/bin/pytest -m "not slow" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
+	$(VENV_LOWEST)/bin/pytest -m "$(FAST)" -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
 ifneq ($(shell $(NEWEST_PYTHON) --version 2>/dev/null),)
 	$(MAKE) $(VENV_NEWEST)/with-test-versions
 	$(VENV_NEWEST)/bin/pip list --format freeze | grep -E "^(jax|jaxlib|flax|numpy)="
-	$(VENV_NEWEST)/bin/pytest -m "not slow" --optimized -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
+	$(VENV_NEWEST)/bin/pytest -m "$(FAST)" --optimized -r fE --doctest-ignore-import-errors --numprocesses auto $(VERSIONED)
 else
 	@echo "There is no $(NEWEST_PYTHON) here: the versions for it were not tested."
 endif
@@ -89,7 +91,7 @@ test-zoo: $(VENV_ZOO)/with-zoo
 COVERED ?= 95
 coverage: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not slow" --numprocesses auto
+	$(BIN)/coverage run -m pytest -m "$(FAST)" --numprocesses auto
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --omit 'jaxnorm/onnx/*' --fail-under $(COVERED)
 	$(VENV_ONNX)/bin/coverage run -m pytest tests_onnx --numprocesses auto
@@ -147,7 +149,8 @@ test-accelerators: $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerato
 	$(VENV_TPU)/bin/pytest tests_accelerators -m "not exhaustive"
 	$(VENV_GPU)/bin/pytest tests_accelerators -m "not exhaustive"
 
-test-exhaustive: $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
+test-exhaustive: $(VENV)/with-test $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
+	$(BIN)/pytest tests -m exhaustive --numprocesses auto
 	$(VENV_TPU)/bin/pytest tests_accelerators -m exhaustive
 	$(VENV_GPU)/bin/pytest tests_accelerators -m exhaustive
 

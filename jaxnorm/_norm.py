@@ -62,7 +62,9 @@ class Options:
     def checked(self, x: jax.Array) -> "Options":
         """Returns the checked options, with the dtype of y."""
         epsilon = arguments.number(self.function, "epsilon", self.epsilon, least=0)
-        dtype = arguments.float_dtype(self.function, "dtype", self.dtype) or x.dtype
+        dtype = x.dtype
+        if self.dtype is not None:
+            dtype = arguments.float_dtype(self.function, "dtype", self.dtype)
         return dataclasses.replace(self, epsilon=epsilon, dtype=dtype)
 
 
@@ -99,7 +101,9 @@ class Tracking:
                 ("update_stats", self.update_stats),
             )
         )
-        by_state = bool(by_state)
+        momentum, by_state = self.momentum, bool(by_state)
+        if momentum is not None:
+            momentum = arguments.number(function, "momentum", momentum)
         moves = tracked and not by_state if moves is None else moves
         if not tracked and (by_state or moves):
             name = "use_running_average" if by_state else "update_stats"
@@ -108,7 +112,13 @@ class Tracking:
                 f"pass the trained state, or init_batch_stats(num_features) to begin with "
                 f"[no-batch-stats]"
             )
-        return dataclasses.replace(self, use_running_average=by_state, update_stats=moves)
+        return dataclasses.replace(
+            self,
+            use_running_average=by_state,
+            update_stats=moves,
+            momentum=momentum,
+            skip_nonfinite=arguments.boolean(function, "skip_nonfinite", self.skip_nonfinite),
+        )
 
 
 def untracked_norm(
@@ -135,7 +145,6 @@ def tracked_norm(
     update pools them.
     """
     function, options = options.function, options.checked(x)
-    update = Update.checked(function, tracking.momentum, tracking.skip_nonfinite)
     tracking = tracking.checked(function, batch_stats is not None)
     by_state, state = tracking.use_running_average, cast(Any, None)
     if batch_stats is not None:
@@ -162,6 +171,7 @@ def tracked_norm(
         y = _normalized(sample, operands, options, measured)
     if tracking.update_stats:
         rows = jax.tree.map(run.squeeze_to_channels, unshift(*measured))
+        update = Update(tracking.momentum, tracking.skip_nonfinite)
         batch_stats = update_running_stats(
             state, rows, update, between=layout.batch is None, mapped_axes=update_axes
         )
@@ -175,11 +185,14 @@ def _operands(
     x: jax.Array, params: Affine | None, layout: Layout, options: Options, state: Any = None
 ) -> _Operands:
     """Checks and expands the arrays. The state is a constant under differentiation."""
-    mask = checks.mask(options.function, options.mask, x.shape)
-    given = checks.params(options.function, params, x.shape, layout.shape(x))
+    mask = None if options.mask is None else checks.mask(options.function, options.mask, x.shape)
     scale, bias = (
-        None if a is None else _zero_where_masked(mask, layout.expand(a), a.ndim == x.ndim)
-        for a in given
+        None
+        if a is None
+        else _zero_where_masked(mask, layout.expand(a))
+        if mask is not None and a.ndim == x.ndim
+        else layout.expand(a)
+        for a in checks.params(options.function, params, x.shape, layout.shape(x))
     )
     if state is None:
         return _Operands(x, mask, scale, bias)
@@ -222,10 +235,8 @@ def _corrected(
     return operands._replace(scale=scale, bias=bias)
 
 
-def _zero_where_masked(mask: jax.Array | None, a: jax.Array, of_x_rank: bool) -> jax.Array:
+def _zero_where_masked(mask: jax.Array, a: jax.Array) -> jax.Array:
     """Sets parameters to 0, even if they are NaN, where they only apply to masked entries of x."""
-    if mask is None or not of_x_rank:
-        return a
     alone = tuple(i for i in range(a.ndim) if a.shape[i] == 1)
     return jnp.where(jnp.any(mask, alone, keepdims=True), a, jnp.zeros((), a.dtype))
 

@@ -144,7 +144,7 @@ def test_each_name_has_an_entry_and_a_trigger():
         found[1]
         for file in (ROOT / "jaxnorm").rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Raise)
+        if isinstance(node, ast.Raise | ast.Return)
         for part in ast.walk(node)
         if isinstance(part, ast.Constant) and isinstance(part.value, str)
         if (found := re.search(NAME, part.value))

@@ -290,9 +290,10 @@ def test_a_poisoned_channel_has_nan_in_y_and_its_state_alone_is_kept(norm):
     ("case", "order"),
     [
         ("running", 2),
+        pytest.param("masked", 3, marks=pytest.mark.slow),
         *(
-            pytest.param(case, 3, marks=pytest.mark.slow)
-            for case in ("batch", "masked", "running", "frozen")
+            pytest.param(case, 3, marks=pytest.mark.exhaustive)
+            for case in ("batch", "running", "frozen")
         ),
     ],
 )

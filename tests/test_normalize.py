@@ -102,9 +102,10 @@ def test_no_axis_is_taken_for_another_of_its_size(axes, shape):
     ("missing", "order"),
     [
         ((), 2),
+        pytest.param((), 3, marks=pytest.mark.slow),
         *(
-            pytest.param(m, 3, marks=pytest.mark.slow)
-            for m in ((), ("scale",), ("bias",), ("scale", "bias"))
+            pytest.param(m, 3, marks=pytest.mark.exhaustive)
+            for m in (("scale",), ("bias",), ("scale", "bias"))
         ),
     ],
 )

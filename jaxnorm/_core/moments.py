@@ -109,42 +109,37 @@ def unshift(shift: jax.Array, about_shift: Moments) -> Moments:
     return dataclasses.replace(about_shift, mean=shift + about_shift.mean)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
 def shifted_moments(
     sample: Sample,
     x: jax.Array,
     mask: jax.Array | None = None,
     guess: jax.Array | None = None,
+    differentiated: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Computes a shift near the mean of x, and the moments of x - shift.
 
     A guess of the mean, such as the running mean, can save a second pass; it affects the result
     only by rounding. The mean is shift + moments.mean, and the two are kept as a pair: rounded to
     one number, y would lose precision where the mean is large compared to the standard deviation.
+    The derivative rule passes `differentiated`, because on GPU another formulation is faster then.
     """
-    return _measure(sample, False, x, mask, guess)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _measure(
-    sample: Sample,
-    differentiated: bool,
-    x: jax.Array,
-    mask: jax.Array | None,
-    guess: jax.Array | None,
-) -> tuple[jax.Array, Moments]:
-    shift, *moments = platforms.shifted_moments(
-        sample, x, mask, guess, differentiated=differentiated
-    )
+    if not sample.centered:
+        wide = widen(x)
+        count, zero, var = sample.moments_about(None, wide, mask, sample.count(wide, mask))
+        return zero, Moments(count, zero, var)
+    measure = platforms.shifted_moments(sample, x, differentiated=differentiated)
+    shift, *moments = measure(x, mask, guess)
     return shift, Moments(*moments)
 
 
-@_measure.defjvp
-def _measure_jvp(
+@shifted_moments.defjvp
+def _shifted_moments_jvp(
     sample: Sample, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, Moments]]:
     x, mask, guess = primals
     x_dot = tangents[0]
-    shift, moments = _measure(sample, True, x, mask, guess)
+    shift, moments = shifted_moments(sample, x, mask, guess, True)
 
     # Checkpointed, so that the residual is x in its own dtype, not x - mean in float32.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -171,10 +166,10 @@ def moments_dot(
     """
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
-    total_dot = sample.sum(x_dot) if sample.centered else jnp.zeros_like(n)
-    mean_dot, half_var_dot = sample.mapped_axes.sum(
-        total_dot / n, sample.sum(center(x, mask, shift, moments) * x_dot) / n
-    )
+    products = center(x, mask, shift, moments) * x_dot
+    *totals, of_products = sample.sum(*((x_dot, products) if sample.centered else (products,)))
+    total = totals[0] if sample.centered else jnp.zeros_like(n)
+    mean_dot, half_var_dot = sample.mapped_axes.sum(total / n, of_products / n)
     return Moments(jnp.zeros_like(n), mean_dot, 2 * half_var_dot)
 
 

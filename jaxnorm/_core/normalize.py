@@ -63,7 +63,8 @@ def normalize(
     None if the moments are constants.
     """
     d, r = center(x, mask, shift, moments), rstd(moments.var, epsilon)
-    y = affine(scaled(d, r, None if scale is None else scale.astype(r.dtype)), None, bias)
+    y = scaled(d, r, None if scale is None else scale.astype(r.dtype))
+    y = y if bias is None else y + bias.astype(y.dtype)
     return select(mask, y).astype(dtype)
 
 

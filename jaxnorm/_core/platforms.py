@@ -41,16 +41,16 @@ def formulated_for(platform: str | None) -> Iterator[None]:
         jax.clear_caches()
 
 
-def choose(*operands: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:
-    """Applies the function of the platform that the program is compiled for.
+def choose(default: Callable[..., Any], **platforms: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that is that of the platform that the program is compiled for.
 
-    Use it only inside a custom derivative rule, where JAX does not differentiate it. Otherwise JAX
+    Call it only inside a custom derivative rule, where JAX does not differentiate it. Otherwise JAX
     would keep the residuals of every branch.
     """
     forced = _FORCED.get()
     if forced is not None:
-        return platforms.get(forced, default)(*operands)
-    return lax.platform_dependent(*operands, default=default, **platforms)
+        return platforms.get(forced, default)
+    return functools.partial(lax.platform_dependent, default=default, **platforms)
 
 
 # ---- The shift, and the moments of x - shift ----
@@ -59,14 +59,12 @@ ROUNDS = 2
 
 
 def shifted_moments(
-    sample: Sample,
-    x: jax.Array,
-    mask: jax.Array | None,
-    guess: jax.Array | None,
-    *,
-    differentiated: bool,
-) -> Measured:
-    """A shift near the mean of x, and the count, mean and variance of x - shift.
+    sample: Sample, x: jax.Array, *, differentiated: bool
+) -> Callable[[jax.Array, jax.Array | None, jax.Array | None], Measured]:
+    """Chooses how to measure x; returns a function of x, its mask and a guess of its mean.
+
+    That function computes a shift near the mean, and the count, mean and variance of x - shift. It
+    is returned, not called, so that `jaxnorm._core.moments.shifted_moments` calls it directly.
 
     On a GPU, the shift is computed from a part of x. On other platforms, the shift does not depend
     on x, and the moments are computed again if it was far from the mean, because computing a shift
@@ -78,9 +76,6 @@ def shifted_moments(
     The guess, such as the running mean, is the first shift on TPU only: on a CPU, sums about a
     number per channel other than 0 take twice the time.
     """
-    if not sample.centered:
-        count, zero, square = sample.moments_about(None, x, mask)
-        return zero, count, zero, square
     # Norms over the last axis in half precision use one number; see _with_one_number.
     rows, half = sample.axes == (sample.laid_out(x).ndim - 1,), x.dtype.itemsize < 4
     about_part = functools.partial(
@@ -89,21 +84,14 @@ def shifted_moments(
         whole_rows=rows and not differentiated,
         one_number=rows and half and differentiated,
     )
-    about_zero = functools.partial(_measure_until_good, sample, order=None)
     about_guess = functools.partial(
-        _measure_until_good,
+        _measure_about_guess,
         sample,
         order=_order_on_tpu(sample, x),
         one_number=rows and half,
     )
-    measured: Measured = choose(
-        *(x, mask, guess),
-        tpu=about_guess,
-        cuda=about_part,
-        rocm=about_part,
-        default=lambda x, mask, guess: about_zero(x, mask, None),
-    )
-    return measured
+    about_zero = functools.partial(_measure_about_guess, sample, use_guess=False)
+    return choose(about_zero, tpu=about_guess, cuda=about_part, rocm=about_part)
 
 
 def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
@@ -133,43 +121,41 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     if n < 8:
         return (0, *reversed(space), channels) if len(space) == 2 else None
     # The axis that needs less padding has the 128 lanes.
-    by_channels, by_samples = (_up(c, 128) * _up(n, 8), _up(n, 128) * _up(c, 8))
+    by_channels, by_samples = (-(-c // 128) * -(-n // 8), -(-n // 128) * -(-c // 8))
     return (*space, 0, channels) if by_channels <= by_samples else (*space, channels, 0)
 
 
-def _up(n: int, multiple: int) -> int:
-    """The smallest multiple that is at least n."""
-    return -(-n // multiple) * multiple
-
-
-def _measure_until_good(
+def _measure_about_guess(
     sample: Sample,
     x: jax.Array,
     mask: jax.Array | None,
     guess: jax.Array | None,
     *,
-    order: tuple[int, ...] | None,
+    use_guess: bool = True,
+    order: tuple[int, ...] | None = None,
     one_number: bool = False,
 ) -> Measured:
-    """Computes moments about the guess or 0, and again about the mean if that was far from it.
+    """Computes moments about the guess or 0, and again about the mean while that is far from it.
 
-    The second computation uses x with its axes in the given order.
+    The moments are computed again with the axes of x in the given order.
     """
-    if guess is not None:
-        guess = guess.astype(widen(x).dtype)
-        guess = jnp.where(jnp.isfinite(guess), guess, 0)
-    count, mean, var = sample.moments_about(guess, sample.laid_out(x), sample.laid_out(mask))
-    shift = jnp.zeros_like(mean) if guess is None else guess + jnp.zeros_like(mean)
-    if order is None:
-        found = _measure_again(sample, x, mask, shift, count, mean, var)
-    else:
-        mask = None if mask is None else jnp.transpose(mask, order)
-        x, *measured = (jnp.transpose(a, order) for a in (x, shift, count, mean, var))
-        found = _measure_again(sample.ordered(order), x, mask, *measured)
+    wide, of_wide = widen(sample.laid_out(x)), sample.laid_out(mask)
+    number: jax.Array | None = None
+    if guess is not None and use_guess:
+        number = guess.astype(wide.dtype)
+        number = jnp.where(jnp.isfinite(number), number, 0)
+    count, mean, var = sample.moments_about(number, wide, of_wide, sample.count(wide, of_wide))
+    shift = jnp.zeros_like(mean) if number is None else number + jnp.zeros_like(mean)
+    if order is not None:
+        sample, mask = sample.ordered(order), None if mask is None else jnp.transpose(mask, order)
+        x, shift, count, mean, var = (jnp.transpose(a, order) for a in (x, shift, count, mean, var))
+    again, start = _rounds(sample, x, mask, (shift, count, mean, var))
+    _, *found = lax.while_loop(lambda carry: jnp.any(carry[0] > 0), again, start)
+    shift, mean, var = (lax.expand_dims(a, sample.axes) for a in found)
+    if order is not None:
         back = [order.index(i) for i in range(len(order))]
-        shift, count, mean, var = (jnp.transpose(a, back) for a in found)
-        found = shift, count, mean, var
-    return _with_one_number(*found) if one_number else found
+        shift, count, mean, var = (jnp.transpose(a, back) for a in (shift, count, mean, var))
+    return _with_one_number(shift, count, mean, var) if one_number else (shift, count, mean, var)
 
 
 def _with_one_number(
@@ -186,16 +172,15 @@ def _with_one_number(
     return shift + mean, count, jnp.zeros_like(mean), var
 
 
-def _measure_again(
-    sample: Sample,
-    x: jax.Array,
-    mask: jax.Array | None,
-    shift: jax.Array,
-    count: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-) -> Measured:
-    """Computes the moments again about the mean while it is far from the shift, at most twice.
+Carry = tuple[jax.Array, ...]
+
+
+def _rounds(
+    sample: Sample, x: jax.Array, mask: jax.Array | None, measured: Measured
+) -> tuple[Callable[[Carry], Carry], Carry]:
+    """One round of a loop and its start: moments about the mean while it is far from the shift.
+
+    The loop carries the number of rounds that are left, at most two, the shift, mean and var.
 
     If mean^2 is large compared to the variance, the variance is a small difference of large
     numbers. In half precision, mean^2 <= 15 var loses up to four bits, which does not affect y. In
@@ -206,6 +191,7 @@ def _measure_again(
     write out the widened x before the loop. The number of rounds has the rank of x, because JAX
     0.10.2 cannot vmap a loop that carries a scalar over an axis that is sharded explicitly.
     """
+    shift, count, mean, var = measured
     limit = 15.0 if x.dtype.itemsize < 4 else 1.0
 
     def is_bad(mean: jax.Array, var: jax.Array) -> jax.Array:
@@ -216,7 +202,7 @@ def _measure_again(
         some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
         return sample.mapped_axes.max(some)
 
-    def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def again(carry: Carry) -> Carry:
         rounds, (shift, mean, var) = carry[0], map(expand, carry[1:])
         bad = is_bad(mean, var)
         # If the sum of finite entries overflowed, the first round sums them in another unit.
@@ -224,8 +210,9 @@ def _measure_again(
         finite = jnp.isfinite(near)
         shift = jnp.where(bad & finite, near, shift)
         unit = jnp.where(finite, 1, 1 / jnp.maximum(count, 1))
+        wide, of_wide = widen(sample.laid_out(x)), sample.laid_out(mask)
         _, new_mean, new_var = sample.moments_about(
-            shift, sample.laid_out(x), sample.laid_out(mask), unit
+            shift, wide, of_wide, sample.count(wide, of_wide), unit
         )
         mean, var = jnp.where(bad, new_mean, mean), jnp.where(bad, new_var, var)
         return left(rounds - 1, mean, var), *map(squeeze, (shift, mean, var))
@@ -233,10 +220,7 @@ def _measure_again(
     # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
     squeeze = functools.partial(lax.squeeze, dimensions=sample.axes)
     expand = functools.partial(lax.expand_dims, dimensions=sample.axes)
-    start = left(ROUNDS, mean, var), *map(squeeze, (shift, mean, var))
-    _, *found = lax.while_loop(lambda carry: jnp.any(carry[0] > 0), again, start)
-    shift, mean, var = map(expand, found)
-    return shift, count, mean, var
+    return again, (left(ROUNDS, mean, var), *map(squeeze, (shift, mean, var)))
 
 
 def _measure_about_part(
@@ -267,16 +251,18 @@ def _measure_about_part(
     if mask is None and not whole_rows:
         half = x.dtype.itemsize < 4
         part = sample.part(x, share=4096 if half else 16, least=1 if half else 16)
-    count = sample.count(part, mask, widen(part).dtype)
+    part, wide = widen(part), widen(x)
+    n, count = sample.count(part, mask), sample.count(wide, mask)
     if mask is None:
-        n = count * sample.mapped_axes.size()
+        n = n * sample.mapped_axes.size()
         # Divided before the sum, so that the sum itself is the shift. This saves a kernel, and all
         # uses see the same number; x - total / n may be contracted to a fused multiply-add.
-        (shift,) = sample.mapped_axes.sum(sample.sum(widen(part) * (1 / jnp.maximum(n, 1))))
+        (shift,) = sample.mapped_axes.sum(*sample.sum(part * (1 / jnp.maximum(n, 1))))
     else:
-        total, n = sample.mapped_axes.sum(sample.sum(select(mask, widen(part))), count)
+        total, n = sample.mapped_axes.sum(*sample.sum(select(mask, part)), n)
         shift = jnp.maximum(total / jnp.maximum(n, 1), jnp.finfo(n.dtype).min)
-    moments = sample.moments_about(shift, x, mask, first=_summed_first_on_gpu(sample, x))
+    first = _summed_first_on_gpu(sample, x)
+    moments = sample.moments_about(shift, wide, mask, count, first=first)
     if one_number:
         return _with_one_number(shift, *moments)
     if not whole_rows:
@@ -319,7 +305,7 @@ def apart_on_cpu(arrays: Any) -> Any:
     """
     # One barrier per array, because a common one would make all vary over the same mapped axes.
     barriers = functools.partial(jax.tree.map, lax.optimization_barrier)
-    return choose(arrays, cpu=barriers, default=lambda arrays: arrays)
+    return choose(lambda arrays: arrays, cpu=barriers)(arrays)
 
 
 @apart_on_cpu.defjvp
@@ -355,5 +341,5 @@ def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
     def plain(t: jax.Array, along: jax.Array) -> jax.Array:
         return along.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in behind)) * t
 
-    y: jax.Array = choose(t, along, cpu=product, default=plain)
+    y: jax.Array = choose(plain, cpu=product)(t, along)
     return y

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -63,60 +63,61 @@ class Sample:
         axes = tuple(i for i, a in enumerate(order) if a in self.axes)
         return dataclasses.replace(self, axes=axes, groups=groups)
 
-    def sum(self, x: jax.Array, *, first: Sequence[int] = ()) -> jax.Array:
-        """Sums over the entries on this device; the reduced axes are kept, with size 1.
+    def sum(self, *xs: jax.Array) -> Sequence[jax.Array]:
+        """Sums arrays over the entries on this device; the reduced axes are kept, with size 1.
 
-        The axes in `first` are summed over before the others, and XLA does not fuse the two sums.
+        The sum over each group, which all its entries get, follows the sum over x, because a sum
+        over a short part of an axis is slow. Small groups then cost no more than large ones, in the
+        forward and in the backward pass.
         """
-        if first:
-            x = jax.lax.optimization_barrier(jnp.sum(x, first, keepdims=True))
-        return self.join(jnp.sum(x, self.axes, keepdims=True))
-
-    def join(self, sums: jax.Array, how: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
-        """Sums over each group, and broadcasts the result to its members.
-
-        This follows the sum over x, because a sum over a short part of an axis is slow. Small
-        groups then cost no more than large ones, in the forward and in the backward pass.
-        """
+        sums = [jnp.sum(x, self.axes, keepdims=True) for x in xs]
         if self.groups is None:
             return sums
         axis, _ = self.groups
-        split = Sample((), split=self.groups).laid_out(sums)
-        joined = how(split, axis + 1, keepdims=True)
-        return jnp.broadcast_to(joined, split.shape).reshape(sums.shape)
+        split = [Sample((), split=self.groups).laid_out(s) for s in sums]
+        joined = [jnp.sum(s, axis + 1, keepdims=True) for s in split]
+        return [
+            jnp.broadcast_to(j, s.shape).reshape(*s.shape[:axis], -1, *s.shape[axis + 2 :])
+            for j, s in zip(joined, split, strict=True)
+        ]
 
-    def count(self, x: jax.Array, mask: jax.Array | None, dtype: Any) -> jax.Array:
-        """The number of entries on this device, in the shape of their sum."""
-        shape = tuple(1 if a in self.axes else n for a, n in enumerate(x.shape))
-        if mask is None:
-            count = jnp.asarray(math.prod(x.shape[a] for a in self.axes), dtype)
-        else:  # axes along which the mask broadcasts are a factor
-            repeats = math.prod(x.shape[a] for a in self.axes if mask.shape[a] == 1)
-            kept = tuple(a for a in self.axes if mask.shape[a] != 1)
-            count = jnp.sum(mask, kept, dtype, keepdims=True) * jnp.asarray(repeats, dtype)
-        return self.join(jnp.broadcast_to(count, shape))
+    def count(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """The number of entries on this device, in the dtype of x and in the shape of their sum."""
+        given = (1,) * x.ndim if mask is None else mask.shape
+        # Axes along which the mask broadcasts are a factor.
+        factor = math.prod(x.shape[a] for a in self.axes if given[a] == 1)
+        if self.groups is not None and given[self.groups[0]] == 1:
+            axis, number = self.groups
+            factor *= x.shape[axis] // number
+        count = jnp.asarray(factor, x.dtype)
+        if mask is not None:
+            count = count * self.sum(mask.astype(x.dtype))[0]
+        return jnp.broadcast_to(count, [1 if a in self.axes else n for a, n in enumerate(x.shape)])
 
     def moments_about(
         self,
         shift: jax.Array | None,
         x: jax.Array,
         mask: jax.Array | None,
+        count: jax.Array,
         unit: jax.Array | None = None,
         *,
         first: Sequence[int] = (),
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The count, the mean and the biased variance of x - shift, over all devices.
 
-        This needs one collective, or none if the sample is on one device. The terms of the mean can
-        be multiplied by `unit`, so that a sum of finite entries does not overflow. `first` is as in
-        `sum`.
+        x is in float32 or wider, and `count` is the number of its entries on this device. This
+        needs one collective, or none if the sample is on one device. The terms of the mean can be
+        multiplied by `unit`, so that a sum of finite entries does not overflow. The axes in `first`
+        are summed over before the others, and XLA does not fuse the two sums.
         """
-        wide = widen(x)
-        d = select(mask, wide if shift is None else wide - shift)
-        count = self.count(x, mask, d.dtype)
-        scaled = d if unit is None else d * unit
-        total = self.sum(scaled, first=first) if self.centered else jnp.zeros_like(count)
-        squares = self.sum(d * d, first=first)
+        d = select(mask, x if shift is None else x - shift)
+        terms = (d if unit is None else d * unit, d * d) if self.centered else (d * d,)
+        if first:
+            partial = (jnp.sum(t, first, keepdims=True) for t in terms)
+            terms = tuple(jax.lax.optimization_barrier(t) for t in partial)
+        *totals, squares = self.sum(*terms)
+        total = totals[0] if self.centered else jnp.zeros_like(count)
         if mask is None:
             count = count * self.mapped_axes.size()
             total, squares = self.mapped_axes.sum(total, squares)

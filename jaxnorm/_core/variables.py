@@ -1,10 +1,12 @@
 """Types and initial values of parameters and running statistics."""
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxnorm._core import arguments
@@ -127,7 +129,8 @@ def init_batch_stats(
       torch.nn.BatchNorm2d, which has the same initial values.
     """
     shape = arguments.channels("init_batch_stats", num_features)
-    dtype = statistics_dtype(arguments.float_dtype("init_batch_stats", "dtype", dtype))
+    given = arguments.float_dtype("init_batch_stats", "dtype", dtype)
+    dtype = statistics_dtype() if given is None else statistics_dtype(given)
     return {
         "mean": jnp.zeros(shape, dtype),
         "var": jnp.ones(shape, dtype),
@@ -135,7 +138,6 @@ def init_batch_stats(
     }
 
 
-def statistics_dtype(*dtypes: DTypeLike) -> DTypeLike:
+def statistics_dtype(*dtypes: np.dtype) -> np.dtype:
     """The dtype of statistics: the widest of the given dtypes and float32."""
-    widest: DTypeLike = max((jnp.float32, *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
-    return widest
+    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))

@@ -83,7 +83,8 @@ def _leaves(
     x_shape: Shape = (),
 ) -> BatchStats:
     """Checks mean, var and count."""
-    _check_keys(function, stats)
+    if not isinstance(stats, Mapping) or any(stats.get(key) is None for key in KEYS):
+        raise _keys_missing(function, stats)
     state = {key: jnp.asarray(stats[key]) for key in KEYS}
     channels = state["mean"].shape if channels is None else channels
     counts = state["count"].shape if counts is None else counts
@@ -108,23 +109,20 @@ def _leaves(
     return cast(BatchStats, state)
 
 
-def _check_keys(function: str, stats: Any) -> None:
-    """Checks that the state is a mapping with a mean, a var and a count."""
-    missing = [k for k in KEYS if not isinstance(stats, Mapping) or stats.get(k) is None]
-    if missing:
-        found: Any = type(stats).__name__
-        if isinstance(stats, Mapping):
-            found = sorted(key for key in stats if stats[key] is not None)
-        wanted = f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is"
-        if missing == ["count"]:
-            raise ValueError(
-                f"{wanted} {found}; write {{**batch_stats, 'count': jnp.int32(0)}} for statistics "
-                f"without one [count-missing]"
-            )
-        raise ValueError(
-            f"{wanted} {found}; init_batch_stats(num_features) makes a first state "
-            f"[batch-stats-keys]"
+def _keys_missing(function: str, stats: Any) -> ValueError:
+    """The error for a state that is not a mapping with a mean, a var and a count."""
+    found: Any = type(stats).__name__
+    if isinstance(stats, Mapping):
+        found = sorted(key for key in stats if stats[key] is not None)
+    wanted = f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is"
+    if isinstance(stats, Mapping) and {"mean", "var"} <= set(found):
+        return ValueError(
+            f"{wanted} {found}; write {{**batch_stats, 'count': jnp.int32(0)}} for statistics "
+            f"without one [count-missing]"
         )
+    return ValueError(
+        f"{wanted} {found}; init_batch_stats(num_features) makes a first state [batch-stats-keys]"
+    )
 
 
 def _whole_count(function: str, count: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """The update of running statistics by the moments of a batch."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,9 @@ def update_batch_stats(
     """
     function = "update_batch_stats"
     batch_stats = state_checks.batch_stats(function, batch_stats)
-    update = Update.checked(function, momentum, skip_nonfinite)
+    if momentum is not None:
+        momentum = arguments.number(function, "momentum", momentum)
+    skip_nonfinite = arguments.boolean(function, "skip_nonfinite", skip_nonfinite)
     if not isinstance(moments, Moments):
         raise ValueError(
             f"{function}: moments should be Moments, as `moments` returns them, but is "
@@ -83,6 +86,7 @@ def update_batch_stats(
     state_checks.moments_shape(function, jnp.shape(moments.mean), batch_stats["mean"].shape)
     has_rows = jnp.ndim(moments.mean) > batch_stats["mean"].ndim
     rows = moments if has_rows else jax.tree.map(lambda a: a[None], moments)
+    update = Update(momentum, skip_nonfinite)
     return update_running_stats(batch_stats, rows, update, between=not has_rows)
 
 
@@ -163,13 +167,6 @@ class Update:
     momentum: ArrayLike | None
     skip_nonfinite: bool
 
-    @classmethod
-    def checked(cls, function: str, momentum: Any, skip_nonfinite: Any) -> "Update":
-        """Creates an update from the arguments of a public function."""
-        if momentum is not None:
-            momentum = arguments.number(function, "momentum", momentum)
-        return cls(momentum, arguments.boolean(function, "skip_nonfinite", skip_nonfinite))
-
 
 def update_running_stats(
     batch_stats: BatchStats,
@@ -204,39 +201,34 @@ def update_running_stats(
 
 def _moved(stats: BatchStats, batch: Moments, update: Update, between: bool) -> BatchStats:
     """The state after one step towards the batch, with the same sharding."""
-    batch = jax.tree.map(lambda a: sharded_like(a, stats["mean"]), batch)
+    batch = jax.tree.map(functools.partial(sharded_like, like=stats["mean"]), batch)
     # A sample of fewer than two entries has no unbiased variance. Averages are unbiased already.
     enough = batch.count > (1 if between else 0)
     correction = batch.count / jnp.maximum(batch.count - 1, 1) if between else 1
-    mean, var = batch.mean, batch.var * correction
+    mean, var, count = batch.mean, batch.var * correction, stats["count"]
     moves = enough
     if update.skip_nonfinite:
         moves &= jnp.isfinite(mean) & jnp.isfinite(var)
     momentum = update.momentum
     if momentum is None:  # the weight depends on the count: either all channels move or none
-        momentum = 1 / (stats["count"].astype(mean.dtype) + 1)
+        momentum = 1 / (count.astype(mean.dtype) + 1)
         moves = jnp.broadcast_to(jnp.all(moves), moves.shape)
-
-    def step(old: jax.Array, new: jax.Array) -> jax.Array:
-        old, new = widen(old, new), widen(new, old)
-        m = jnp.asarray(momentum).astype(old.dtype)
-        return jnp.where(moves, interpolate(old, new, m), old)
-
-    count = stats["count"]
+    moved = {}
+    for key, old, new in (("mean", stats["mean"], mean), ("var", stats["var"], var)):
+        wide, new = widen(old, new), widen(new, old)
+        near = interpolate(wide, new, jnp.asarray(momentum).astype(wide.dtype))
+        moved[key] = jnp.where(moves, near, wide).astype(statistics_dtype(old.dtype))
     # One reduction gives the new count directly; any(moves) would need another kernel.
     after = count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
     after = jnp.where(moves, after, count)
-    return {
-        "mean": step(stats["mean"], mean).astype(statistics_dtype(stats["mean"].dtype)),
-        "var": step(stats["var"], var).astype(statistics_dtype(stats["var"].dtype)),
-        "count": jnp.max(after) if moves.size else count,
-    }
+    moved["count"] = jnp.max(after) if moves.size else count
+    return cast(BatchStats, moved)
 
 
 def _pooled(rows: Moments, mapped_axes: MappedAxes) -> Moments:
     """The moments of the sample that the rows are parts of."""
     if rows.mean.shape[0] == 1 and mapped_axes.axis_name is None:
-        one: Moments = jax.tree.map(lambda a: jnp.squeeze(a, 0), rows)
+        one: Moments = jax.tree.map(functools.partial(jnp.squeeze, axis=0), rows)
         return one
     return unshift(*pool_devices(mapped_axes, *pool(rows.mean, about_mean(rows))))
 
