@@ -128,7 +128,7 @@ def shifted_moments(
         wide = widen(x)
         count, zero, var = sample.moments_about(None, wide, mask, sample.count(wide, mask))
         return zero, Moments(count, zero, var)
-    measure = platforms.shifted_moments(sample, x, differentiated=differentiated)
+    measure = platforms.moments_formulation(sample, x, differentiated=differentiated)
     shift, *moments = measure(x, mask, guess)
     return shift, Moments(*moments)
 

@@ -58,13 +58,12 @@ def choose(default: Callable[..., Any], **platforms: Callable[..., Any]) -> Call
 ROUNDS = 2
 
 
-def shifted_moments(
+def moments_formulation(
     sample: Sample, x: jax.Array, *, differentiated: bool
 ) -> Callable[[jax.Array, jax.Array | None, jax.Array | None], Measured]:
-    """Chooses how to measure x; returns a function of x, its mask and a guess of its mean.
+    """Chooses how the moments are computed: a function of x, its mask and a guess of its mean.
 
-    That function computes a shift near the mean, and the count, mean and variance of x - shift. It
-    is returned, not called, so that `jaxnorm._core.moments.shifted_moments` calls it directly.
+    The function returns a shift near the mean, and the count, mean and variance of x - shift.
 
     On a GPU, the shift is computed from a part of x. On other platforms, the shift does not depend
     on x, and the moments are computed again if it was far from the mean, because computing a shift
