@@ -150,7 +150,7 @@ def params(
 
 
 def other_axis(function: str, channels: Shape, shape: Shape) -> str:
-    """A hint which axis of x has the size of the channels, for example with NCHW inputs."""
+    """Returns a hint which axis of x has the size of the channels, for example with NCHW inputs."""
     sizes = enumerate(shape[1:], start=1)  # axis 0 is that of the samples
     axis = next((a for a, n in sizes if isinstance(n, int) and (n,) == channels), None)
     if axis is None:
@@ -205,7 +205,7 @@ def virtual_batches(function: str, size: int, shape: Shape, layout: Layout, devi
 
 
 def agrees(shape: Shape, wanted: Shape) -> bool:
-    """Whether two shapes are the same, as far as their sizes are known."""
+    """Returns whether two shapes are the same, as far as their sizes are known."""
     return len(shape) == len(wanted) and all(
         n == m or not (isinstance(n, int) and isinstance(m, int))
         for n, m in zip(shape, wanted, strict=True)
@@ -213,5 +213,5 @@ def agrees(shape: Shape, wanted: Shape) -> bool:
 
 
 def _broadcasts(shape: Shape, wanted: Shape) -> bool:
-    """Whether an array of x's rank broadcasts against x."""
+    """Returns whether an array of x's rank broadcasts against x."""
     return all(n == 1 or agrees((n,), (m,)) for n, m in zip(shape, wanted, strict=True))

@@ -26,19 +26,19 @@ class MappedAxes:
     function: str = dataclasses.field(default="", compare=False)
 
     def size(self) -> int:
-        """The number of devices that share the sample of this device."""
+        """Returns the number of devices that share the sample of this device."""
         if self.axis_name is None:
             return 1
         return len(self.groups[0]) if self.groups else self._number_of_devices()
 
     def sum(self, *xs: jax.Array) -> Sequence[jax.Array]:
-        """The sums over the devices of arrays of one shape, in one collective."""
+        """Sums arrays of one shape over the devices, in one collective."""
         if self.axis_name is None:
             return xs
         return tuple(self._psum(jnp.stack(xs)))
 
     def max(self, numbers: jax.Array) -> jax.Array:
-        """The largest number on any device of the axis, over all groups.
+        """Returns the largest number on any device of the axis, over all groups.
 
         The numbers are equal within a group, so without groups no collective is needed.
         """
@@ -49,7 +49,7 @@ class MappedAxes:
         return largest
 
     def _psum(self, x: jax.Array) -> jax.Array:
-        """The sum over the devices of this group.
+        """Sums x over the devices of this group.
 
         With groups, each device writes x to its row of a table with one row per group, and the
         table is summed, because psum does not support groups under shard_map and vmap.
@@ -67,7 +67,7 @@ class MappedAxes:
         return total
 
     def _number_of_devices(self) -> int:
-        """The size of the mapped axes; raises an error if one of them is not bound."""
+        """Returns the size of the mapped axes; raises an error if one of them is not bound."""
         try:
             return lax.axis_size(self.axis_name)
         except NameError as error:
@@ -123,7 +123,7 @@ def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def number_of_shards(x: jax.Array, axis: int) -> int:
-    """The number of shards of an axis of x, as far as the type of x contains its sharding."""
+    """Returns the number of shards of an axis of x, as far as the type of x has its sharding."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
     names = () if names is None else names if isinstance(names, tuple) else (names,)

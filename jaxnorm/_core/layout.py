@@ -23,7 +23,7 @@ class Layout:
     batch: int | None = None
 
     def shape(self, x: ArrayLike) -> tuple[int, ...]:
-        """The shape of x over the channel axes."""
+        """Returns the shape of x over the channel axes."""
         return tuple(jnp.shape(x)[a] for a in self.channels)
 
     @property

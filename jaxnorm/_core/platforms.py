@@ -94,7 +94,7 @@ def moments_formulation(
 
 
 def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
-    """The order of axes in which a loop on a TPU takes the result of a convolution without a copy.
+    """Returns the order of axes in which a loop on a TPU takes a convolution's result as it is.
 
     The operand of a loop has the default layout of a TPU for its shape. The result of a convolution
     over images has another layout, with samples and channels in the tiles of 8 by 128, and would be
@@ -177,7 +177,7 @@ Carry = tuple[jax.Array, ...]
 def _rounds(
     sample: Sample, x: jax.Array, mask: jax.Array | None, measured: Measured
 ) -> tuple[Callable[[Carry], Carry], Carry]:
-    """One round of a loop and its start: moments about the mean while it is far from the shift.
+    """Returns one round of a loop, and its start: moments about the mean while the shift is far.
 
     The loop carries the number of rounds that are left, at most two, the shift, mean and var.
 
@@ -197,7 +197,7 @@ def _rounds(
         return ~((jnp.abs(mean) <= jnp.sqrt(limit * var)) & (var < jnp.inf))
 
     def left(rounds: jax.Array | int, mean: jax.Array, var: jax.Array) -> jax.Array:
-        """The number of remaining rounds: 0 if no moments have to be computed again."""
+        """Returns the number of remaining rounds: 0 if no moments have to be computed again."""
         some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
         return sample.mapped_axes.max(some)
 
@@ -271,7 +271,7 @@ def _measure_about_part(
 
 
 def _summed_first_on_gpu(sample: Sample, x: jax.Array) -> tuple[int, ...]:
-    """The axes to sum over first, so that XLA does not write out x - shift in float32 for the sums.
+    """Returns the axes to sum over first, so that XLA does not write out x - shift in float32.
 
     In batch norm with at least 64 samples, these are the spatial axes: a ResNet-50's step moves
     1.010 times flax.linen's bytes this way, and 1.020 times with one sum. With 32 samples, it moves
@@ -295,7 +295,7 @@ def _summed_first_on_gpu(sample: Sample, x: jax.Array) -> tuple[int, ...]:
 
 @jax.custom_jvp
 def apart_on_cpu(arrays: Any) -> Any:
-    """The same arrays, behind a barrier on CPU, so that the two passes do not share x - mean.
+    """Puts arrays behind a barrier on CPU, so that the two passes do not share x - mean.
 
     Without it, XLA for CPU shares x - mean between both passes and writes it out in float32: batch
     norm takes 1.2 times and layer norm twice as long. On TPU and GPU, a barrier only hides from the
@@ -316,7 +316,7 @@ def _apart_on_cpu_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
-    """w * t. If t has size 1 on one axis of x and w does not, the transpose is a sum along it.
+    """Computes w * t. If t has size 1 on an axis of x and w has not, the transpose sums along it.
 
     On CPU this is a matrix product. Otherwise XLA fuses the arithmetic around such a sum with it
     and does not vectorize it: a layer norm's backward pass takes two to thirty times as long.

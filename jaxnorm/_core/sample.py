@@ -15,12 +15,12 @@ Array = TypeVar("Array", jax.Array, jax.Array | None)
 
 
 def widen(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """x in the widest of float32 and the dtypes of x and the others."""
+    """Converts x to the widest of float32 and the dtypes of x and the others."""
     return x.astype(statistics_dtype(x.dtype, *(other.dtype for other in others)))
 
 
 def select(mask: jax.Array | None, x: jax.Array) -> jax.Array:
-    """x where the mask is True, and 0 elsewhere, even where x is NaN or Inf."""
+    """Returns x where the mask is True, and 0 elsewhere, even where x is NaN or Inf."""
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
@@ -58,7 +58,7 @@ class Sample:
         return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
 
     def ordered(self, order: Sequence[int]) -> "Sample":
-        """The same entries, for an x with its axes in another order."""
+        """Returns the same entries, for an x with its axes in another order."""
         groups = self.groups and (order.index(self.groups[0]), self.groups[1])
         axes = tuple(i for i, a in enumerate(order) if a in self.axes)
         return dataclasses.replace(self, axes=axes, groups=groups)
@@ -82,7 +82,7 @@ class Sample:
         ]
 
     def count(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """The number of entries on this device, in the dtype of x and in the shape of their sum."""
+        """Counts the entries on this device, in the dtype of x and in the shape of their sum."""
         given = (1,) * x.ndim if mask is None else mask.shape
         # Axes along which the mask broadcasts are a factor.
         factor = math.prod(x.shape[a] for a in self.axes if given[a] == 1)
@@ -104,7 +104,7 @@ class Sample:
         *,
         first: Sequence[int] = (),
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The count, the mean and the biased variance of x - shift, over all devices.
+        """Computes the count, the mean and the biased variance of x - shift, over all devices.
 
         x is in float32 or wider, and `count` is the number of its entries on this device. This
         needs one collective, or none if the sample is on one device. The terms of the mean can be
@@ -132,7 +132,7 @@ class Sample:
         return count, mean, jnp.maximum(var, 0)
 
     def part(self, x: jax.Array, share: int, least: int) -> jax.Array:
-        """A part of each sample: at least one in `share` of its entries, and about `least` or more.
+        """Returns a part of each sample: at least one in `share` entries, and about `least`.
 
         The entries are strided along the inner axes, or else along the first axis, which may be
         distributed over devices. Along the last axis, whose entries are contiguous, the part

@@ -139,5 +139,5 @@ def init_batch_stats(
 
 
 def statistics_dtype(*dtypes: np.dtype) -> np.dtype:
-    """The dtype of statistics: the widest of the given dtypes and float32."""
+    """Returns the dtype of statistics: the widest of the given dtypes and float32."""
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))

@@ -76,7 +76,7 @@ def check_names(layer: type[Any], kwargs: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _accepted(constructor: Any) -> frozenset[str] | None:
-    """The names of a constructor's arguments; None if a subclass accepts any."""
+    """Returns the names of a constructor's arguments; None if a subclass accepts any."""
     parameters = inspect.signature(constructor).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None

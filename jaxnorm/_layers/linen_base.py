@@ -100,7 +100,7 @@ class Untracked(Norm):
 
 
 def _one_of(module: Norm, held: bool | None, given: bool | None) -> bool:
-    """use_running_average, from the attribute or the call, of which one is not None."""
+    """Returns use_running_average from the attribute or the call, of which one is not None."""
     if held is None and given is None:
         raise ValueError(
             f"{_where(module)}: use_running_average should be given, as an attribute or to the "
@@ -118,7 +118,7 @@ def _one_of(module: Norm, held: bool | None, given: bool | None) -> bool:
 
 
 def _where(module: Norm) -> str:
-    """The name of the class, and the path of the layer in a model."""
+    """Returns the name of the class, and the path of the layer in a model."""
     path = "/".join(module.path)
     return type(module).__name__ + (f" ({path})" if path else "")
 

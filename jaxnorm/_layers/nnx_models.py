@@ -126,7 +126,7 @@ def recalibrate(
 
 
 def tracking(model: nnx.Module) -> list[tuple[str, Tracked]]:
-    """The layers that have running statistics, by their paths in the model."""
+    """Returns the layers that have running statistics, by their paths in the model."""
     return [
         (".".join(map(str, path)) or type(module).__name__, module)
         for path, module in nnx.iter_modules(model)

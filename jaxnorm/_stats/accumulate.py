@@ -96,7 +96,7 @@ def end_accumulation(batch_stats: Tree) -> Tree:
 
 
 def _accumulating(mean: Any, var: Any, count: Any, **override: jax.Array) -> Any:
-    """The state with empty moments; half precision is widened, as in any update."""
+    """Returns the state with empty moments; half precision is widened, as in any update."""
     dtype = statistics_dtype(mean.dtype)
     start = {"mean": mean.astype(dtype), "var": var.astype(dtype), "count": count}
     moments = {key: jnp.zeros_like(mean, dtype) for key in ("count", "mean", "var")}
@@ -104,7 +104,7 @@ def _accumulating(mean: Any, var: Any, count: Any, **override: jax.Array) -> Any
 
 
 def fresh_accumulation(path: str, state: Any) -> Any:
-    """A state with momentum 1: after each batch, its statistics are those of all batches so far."""
+    """Returns a state with momentum 1, whose statistics are those of all batches so far."""
     state = state_checks.batch_stats(f"recalibrate: {path}", state, counts=None)
     mean, var, count = state["mean"], state["var"], state["count"]
     first = jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(count)

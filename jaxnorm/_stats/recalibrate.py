@@ -109,7 +109,7 @@ def _finite(moments: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def _moved_everywhere(state: Mapping[str, Any]) -> bool:
-    """Whether each channel has the measured mean; a channel with a single value does not."""
+    """Returns whether each channel has the measured mean; one with a single value does not."""
     seen = state["accumulation"]["moments"]
     return bool(jnp.all((seen["count"] > 0) & (state["mean"] == seen["mean"])))
 

@@ -110,7 +110,7 @@ def _leaves(
 
 
 def _keys_missing(function: str, stats: Any) -> ValueError:
-    """The error for a state that is not a mapping with a mean, a var and a count."""
+    """Returns the error for a state that is not a mapping with a mean, a var and a count."""
     found: Any = type(stats).__name__
     if isinstance(stats, Mapping):
         found = sorted(key for key in stats if stats[key] is not None)

@@ -17,12 +17,12 @@ Tree = TypeVar("Tree")
 
 
 def is_state(node: Any) -> bool:
-    """Whether this is the state of a norm: a mapping that contains a mean and a variance."""
+    """Returns whether this is the state of a norm: a mapping with a mean and a variance."""
     return {"mean", "var"} <= arrays(node, ("mean", "var")).keys()
 
 
 def arrays(node: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The arrays that a mapping has under these keys; arrays in Flax variables are unboxed.
+    """Returns the arrays that a mapping has under these keys; arrays in Flax variables are unboxed.
 
     Values that are None or mappings are not arrays and are left out.
     """
@@ -35,7 +35,7 @@ def arrays(node: Any, keys: tuple[str, ...]) -> dict[str, Any]:
 def find(
     tree: Any, wanted: Callable[[Any], bool] = is_state, path: Path = ()
 ) -> Iterator[tuple[Path, Any]]:
-    """Every mapping for which `wanted` is True, with its path; by default the states.
+    """Yields every mapping for which `wanted` is True, with its path; by default the states.
 
     The other entries of a state's mapping, such as further norms, are searched too. Its
     accumulation is part of the state and is not searched.
@@ -53,12 +53,12 @@ def find(
 
 
 def states(tree: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Every state in the tree as a dict of arrays, with its path, such as ['block']['norm']."""
+    """Returns every state in the tree as a dict of arrays, by its path, like ['block']['norm']."""
     return [(keystr(path), _state(node)) for path, node in find(tree)]
 
 
 def map_states(function: str, change: Callable[[str, Any], Any], tree: Tree) -> Tree:
-    """The tree with `change` applied to every state; raises an error if there is none.
+    """Returns the tree with `change` applied to every state; raises an error if there is none.
 
     The types of the containers are kept. In a mapping that contains a state, only the entries of
     the state are changed.
@@ -90,12 +90,12 @@ def map_states(function: str, change: Callable[[str, Any], Any], tree: Tree) -> 
 
 
 def names(path: Path) -> tuple[str, ...]:
-    """The names of the parts of a path: keys, indices and attributes."""
+    """Returns the names of the parts of a path: keys, indices and attributes."""
     return tuple(keystr((part,), simple=True) for part in path)
 
 
 def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every leaf of the tree, with its path as names; None is a leaf."""
+    """Yields every leaf of the tree, with its path as names; None is a leaf."""
     below, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is None or _is_mapping(node)
     )
@@ -109,14 +109,14 @@ def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def at(tree: Any, name: Sequence[str]) -> Any:
-    """The node at this path of names in the tree, or None."""
+    """Returns the node at this path of names in the tree, or None."""
     for part in name:
         tree = _named(tree).get(part)
     return tree
 
 
 def replaced(tree: Any, name: Sequence[str], new: Any) -> Any:
-    """The tree with a new node at this path of names; the types of the containers are kept.
+    """Returns the tree with a new node at this path of names; the types of the containers are kept.
 
     None removes the node, and the mappings that are empty afterwards. In a list or a dataclass, an
     empty dict replaces the node, so that the other nodes keep their names.
@@ -136,7 +136,7 @@ def replaced(tree: Any, name: Sequence[str], new: Any) -> Any:
 
 
 def _named(node: Any) -> dict[str, Any]:
-    """The children of a container of any type, by name."""
+    """Returns the children of a container of any type, by name."""
     if _is_mapping(node):
         return {str(key): part for key, part in _parts(node).items()}
     if jax.tree_util.all_leaves([node]):
@@ -150,7 +150,7 @@ def _is_mapping(node: Any) -> bool:
 
 
 def _parts(node: Any) -> dict[Any, Any]:
-    """The stored values of a mapping; `nnx.State` wraps its dicts when they are read."""
+    """Returns the stored values of a mapping; `nnx.State` wraps its dicts when they are read."""
     if jax.tree_util.all_leaves([node]):
         return dict(node)
     below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
@@ -159,13 +159,13 @@ def _parts(node: Any) -> dict[Any, Any]:
 
 
 def _state(node: Any) -> dict[str, Any]:
-    """The state in a mapping, with its arrays unboxed."""
+    """Returns the state in a mapping, with its arrays unboxed."""
     parts = _parts(node)
     return {key: _unboxed(parts[key]) for key in STATE if parts.get(key) is not None}
 
 
 def _unboxed(value: Any) -> Any:
-    """The array in a Flax variable, which is a pytree with one leaf."""
+    """Returns the array in a Flax variable, which is a pytree with one leaf."""
     if isinstance(value, list | tuple) or jax.tree_util.all_leaves([value]):
         return value
     found = jax.tree.leaves(value, is_leaf=_is_mapping)
@@ -173,7 +173,7 @@ def _unboxed(value: Any) -> Any:
 
 
 def _boxed(box: Any, value: Any) -> Any:
-    """A new value in a box of the same type."""
+    """Returns a new value in a box of the same type."""
     if _is_mapping(box) or _unboxed(box) is box:
         return value
     structure: Any = jax.tree.structure(box, is_leaf=_is_mapping)
@@ -181,7 +181,7 @@ def _boxed(box: Any, value: Any) -> Any:
 
 
 def _like(node: Any, new: dict[str, Any]) -> Any:
-    """The new entries in a mapping of the same class as the old one."""
+    """Returns the new entries in a mapping of the same class as the old one."""
     if type(node) is dict:
         return new
     try:

@@ -34,7 +34,7 @@ class Finding(NamedTuple):
     problem: str
 
     def __str__(self) -> str:
-        """The path and the problem as a sentence."""
+        """Returns the path and the problem as a sentence."""
         return f"{self.path} {self.problem}"
 
 
@@ -88,7 +88,7 @@ def check_batch_stats(variables: Any, like: Any = None) -> list[Finding]:
 
 
 def _is_like_state(node: Any) -> bool:
-    """Whether this is a state, or a state in which a key is missing."""
+    """Returns whether this is a state, or a state in which a key is missing."""
     if arrays(node, ("mean", "var")):
         return True
     return bool(arrays(node, ("count",))) and {*KEYS, "accumulation"}.issuperset(node)
@@ -99,7 +99,7 @@ def _has_params(node: Any) -> bool:
 
 
 def _in_params(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The path of the parameters of the norm whose state has this path."""
+    """Returns the path of the parameters of the norm whose state has this path."""
     if "batch_stats" not in path:
         return path
     i = path.index("batch_stats")
@@ -107,7 +107,7 @@ def _in_params(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _state(path: str, node: Any, beside: Any) -> list[Finding]:
-    """The findings in one state; `beside` contains the parameters of the same norm."""
+    """Returns the findings in one state; `beside` contains the parameters of the same norm."""
     findings = []
 
     def find(key: str, problem: str, below: str = "") -> None:
@@ -136,7 +136,7 @@ def _state(path: str, node: Any, beside: Any) -> list[Finding]:
 
 
 def _accumulation(accumulation: Any, find: Find) -> None:
-    """The findings in the start of an accumulation and in the moments since."""
+    """Returns the findings in the start of an accumulation and in the moments since."""
     for part, keys in (("start", KEYS), ("moments", ("count", "mean", "var"))):
         held = accumulation.get(part) if isinstance(accumulation, Mapping) else None
         found = arrays(held, keys)
@@ -180,7 +180,7 @@ def _count(count: np.ndarray, leaves: Mapping[str, Any], shape: Sequence[int], f
 
 
 def _differences(found: Any, expected: Any) -> list[Finding]:
-    """The differences from the expected states in structure, shape or dtype."""
+    """Returns the differences from the expected states in structure, shape or dtype."""
     findings = []
     expected = {path: node for path, node in expected.items() if arrays(node, ("mean", "var"))}
     for path in expected.keys() - found.keys():
@@ -198,6 +198,6 @@ def _differences(found: Any, expected: Any) -> list[Finding]:
 
 
 def _described(a: Any) -> str:
-    """The dtype and shape of an array, a ShapeDtypeStruct or a list of numbers."""
+    """Returns the dtype and shape of an array, a ShapeDtypeStruct or a list of numbers."""
     a = a if hasattr(a, "dtype") else np.asarray(a)
     return f"{a.dtype}{list(a.shape)}"

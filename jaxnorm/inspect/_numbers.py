@@ -129,7 +129,7 @@ def drift(batch_stats: Any, reference: Any) -> dict[str, jax.Array]:
 
 
 def distances(state: Any, reference: Any) -> dict[str, jax.Array]:
-    """The two numbers of `drift` for one norm."""
+    """Returns the two numbers of `drift` for one norm."""
     tiny = jnp.finfo(jnp.float32).tiny  # a channel that is dead in both has drift 0, not 0 / 0
     mean_ref, var_ref = reference["mean"], reference["var"]
     off = (state["mean"] - mean_ref) ** 2 / (var_ref + tiny)
@@ -138,7 +138,7 @@ def distances(state: Any, reference: Any) -> dict[str, jax.Array]:
 
 
 def extremes(mean: ArrayLike, var: ArrayLike) -> dict[str, jax.Array]:
-    """The smallest and largest mean and standard deviation of the channels."""
+    """Returns the smallest and largest mean and standard deviation of the channels."""
     std = jnp.sqrt(var)
     return {
         "mean_min": jnp.min(mean),
@@ -149,7 +149,7 @@ def extremes(mean: ArrayLike, var: ArrayLike) -> dict[str, jax.Array]:
 
 
 def norms(function: str, tree: Any) -> dict[str, Any]:
-    """The state of every norm, by its path in batch_stats."""
+    """Returns the state of every norm, by its path in batch_stats."""
     found = {}
     for path, state in trees.find(tree):
         parts = trees.names(path)
@@ -164,14 +164,14 @@ def norms(function: str, tree: Any) -> dict[str, Any]:
 
 
 def pairs(function: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
-    """The name of each norm with its states in both trees."""
+    """Returns the name of each norm with its states in both trees."""
     return matched(function, norms(function, a), norms(function, b))
 
 
 def matched(
     function: str, first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> list[tuple[str, Any, Any]]:
-    """The name of each norm with its states in both; raises an error if the names differ."""
+    """Returns the name of each norm with its states in both; raises if the names differ."""
     if first.keys() != second.keys():
         raise ValueError(
             f"{function}: both should hold the same norms, but only one holds "
@@ -193,7 +193,7 @@ def concrete(function: str, states: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """The names in the order of the model.
+    """Returns the names in the order of the model.
 
     jit returns dicts sorted by their keys as text, in which "norm_10" comes before "norm_2". If the
     names have that order, they are sorted with numbers as numbers; any other order is kept.

@@ -109,12 +109,12 @@ def plot_layers(
 
 
 def _limit(function: str, worst: int | None, number: int, why: str) -> int:
-    """How many of a number of norms are drawn or named."""
+    """Returns how many of a number of norms are drawn or named."""
     return number if worst is None else whole(function, "worst", worst, why)
 
 
 def _overview_title(names: tuple[str, str], *, alone: bool) -> str:
-    """What the overview shows of each norm."""
+    """Returns what the overview shows of each norm."""
     if alone:
         return "std of the channels, from the smallest to the largest"
     return f"drift of {names[0]} from {names[1]}, mean and std added"
@@ -235,20 +235,20 @@ def _draw_drift(
 
 
 def _note(numbers: np.ndarray) -> str:
-    """What the lines of a norm cannot show."""
+    """Returns what the lines of a norm cannot show."""
     if np.any(np.isnan(numbers)):
         return " (not finite)"
     return f" (up to {np.max(numbers):.0e})" if np.max(numbers) > MOST else ""
 
 
 def _largest_first(order: list[str], values: Mapping[str, float]) -> list[str]:
-    """The names by descending value; values that are not finite come first."""
+    """Returns the names by descending value; values that are not finite come first."""
     finite = {name: v if math.isfinite(v) else math.inf for name, v in values.items()}
     return sorted(order, key=lambda name: -finite[name])
 
 
 def _drift_over_steps(states: Sequence[Any], reference: Any) -> dict[str, np.ndarray]:
-    """For each norm an array of shape (2, steps) with the two numbers of `drift`."""
+    """Returns for each norm an array of shape (2, steps) with the two numbers of `drift`."""
     found = [norms("plot_drift", state) for state in states]
     last = found[-1] if reference is None else norms("plot_drift", reference)
     for state in (*found, last):
@@ -320,7 +320,7 @@ def _mean_std(state: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _abbreviated(names: Sequence[str], among: Sequence[str], width: int) -> dict[str, str]:
-    """The names, cut from the left to what fits the width and still tells them apart."""
+    """Returns the names, cut from the left to what fits the width and still tells them apart."""
     short = {}
     for name in names:
         parts = name.split("/")

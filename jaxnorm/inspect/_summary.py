@@ -88,11 +88,11 @@ class Summary:
         return iter(self.rows)
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Returns the number of rows."""
         return len(self.rows)
 
     def __str__(self) -> str:
-        """The table, with the totals of all norms below it."""
+        """Returns the table, with the totals of all norms below it."""
         lines = [HEADER, *map(_cells, self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = [
@@ -107,7 +107,7 @@ class Summary:
         return "\n".join([*table, self._totals()])
 
     def __repr__(self) -> str:
-        """The table, so that a notebook displays it."""
+        """Returns the table, so that a notebook displays it."""
         return str(self)
 
     def _totals(self) -> str:
@@ -164,7 +164,7 @@ def summary(batch_stats: Any, *, worst: int | None = None, epsilon: float = EPSI
 
 
 def norm_summary(path: str, state: Any, epsilon: float = EPSILON) -> NormSummary:
-    """The numbers of the norm with this state."""
+    """Returns the numbers of the norm with this state."""
     mean, var = (np.ravel(np.asarray(state[key])) for key in ("mean", "var"))
     finite = np.isfinite(mean) & np.isfinite(var) & (var >= 0)
     ends = dict.fromkeys(("mean_min", "mean_max", "std_min", "std_max"), math.nan)
@@ -181,7 +181,7 @@ def norm_summary(path: str, state: Any, epsilon: float = EPSILON) -> NormSummary
 
 
 def worst_first(rows: tuple[NormSummary, ...]) -> list[NormSummary]:
-    """The rows in the order that `summary` documents for `worst`."""
+    """Returns the rows in the order that `summary` documents for `worst`."""
 
     def badness(row: NormSummary) -> tuple[float, float, float]:
         channels = max(row.channels, 1)

@@ -103,7 +103,7 @@ def _to_torch(
 
 
 def _converted(arrays: Iterable[str], renamings: list[Renaming]) -> dict[str, Any]:
-    """The arrays to write by name, in the order of the source; raises if one would be lost."""
+    """Returns the arrays to write by name, in the source's order; raises if one would be lost."""
     order = {name: i for i, name in enumerate(arrays)}
     lost = sorted(order.keys() - {source for source, _, _ in renamings})
     if lost:
@@ -125,7 +125,7 @@ def _converted(arrays: Iterable[str], renamings: list[Renaming]) -> dict[str, An
 
 
 def _same_shards(shards: Any, prefix: str, renamings: list[Renaming]) -> list[list[str]]:
-    """The shards of the source, with the new names; new arrays, such as counts, go to the last."""
+    """Returns the source's shards, with the new names; new arrays go to the last."""
     shard_of = {name.removeprefix(prefix): i for i, names in enumerate(shards) for name in names}
     new: list[list[str]] = [[] for _ in shards] or [[]]
     for source, target, _ in renamings:
@@ -145,7 +145,7 @@ def _names(path: Path) -> dict[str, str]:
 
 
 def _file_name(entry: Entry) -> str | None:
-    """The name of a variable in a file: its parts, encoded and joined by slashes."""
+    """Returns the name of a variable in a file: its parts, encoded and joined by slashes."""
     if entry.name is None:
         return None
     parts = [entry.collection, *entry.name.split(".")]
@@ -157,7 +157,7 @@ def _decoded(part: str) -> str:
 
 
 def table(entries: list[Entry]) -> str:
-    """A table with a row for each array: both names, the shape, the dtype and a note."""
+    """Returns a table with a row for each array: both names, the shape, the dtype and a note."""
     rows = [("PyTorch", "here", "shape", "dtype", "")]
     for entry in entries:
         shape = "x".join(map(str, entry.value.shape)) or "()"

@@ -23,7 +23,7 @@ class NormRows(tuple[NormRow, ...]):
     """
 
     def __str__(self) -> str:
-        """A table with one row for each norm."""
+        """Returns a table with one row for each norm."""
         header = ("name", "PyTorch", "epsilon", "momentum", "tracks", "jaxnorm")
         return "\n".join(table_lines([header, *map(_cells, self)]))
 
@@ -75,7 +75,7 @@ def describe_torch(module: Any) -> NormRows:
 
 
 def _cells(row: NormRow) -> tuple[str, ...]:
-    """The cells of one row; the note is a comment after the code."""
+    """Returns the cells of one row; the note is a comment after the code."""
     epsilon = "-" if row.epsilon is None else f"{row.epsilon:g}"
     momentum = "-" if row.momentum is None else f"{row.momentum:g}"
     if row.tracks and row.arguments.get("momentum", 0) is None:

@@ -68,7 +68,7 @@ class Equations:
         self._inline(closed, tuple(self.inputs.values()))
 
     def first_uses(self) -> dict[str, int]:
-        """The index of the first equation that computes with each array, if there is one."""
+        """Returns the index of the first equation that computes with each array, if any."""
         alias = {number: name for name, number in self.inputs.items()}
         uses: dict[str, int] = {}
         for index, equation in enumerate(self.equations):
@@ -83,7 +83,7 @@ class Equations:
         return uses
 
     def results(self, arrays: Mapping[str, Any], sizes: set[int]) -> list[jax.Array]:
-        """Every floating-point array of one of these sizes that the function computes."""
+        """Returns every floating-point array of one of these sizes that the function computes."""
 
         @jax.jit
         def computed(arrays: Mapping[str, Any]) -> list[jax.Array]:
@@ -127,7 +127,7 @@ def _numbered(operands: Sequence[int | Constant]) -> Iterator[int]:
 
 
 def _evaluated(equation: Equation, values: Mapping[int, Any]) -> list[Any]:
-    """The results of one equation."""
+    """Returns the results of one equation."""
     primitive = equation.eqn.primitive
     operands = (o.value if isinstance(o, Constant) else values[o] for o in equation.operands)
     with equation.eqn.ctx.manager:

@@ -171,7 +171,7 @@ def read_torch(
     track_running_stats: bool | None,
     count: int | None,
 ) -> list[Entry]:
-    """Every array of the state dict, with its new name and value."""
+    """Returns every array of the state dict, with its new name and value."""
     arrays = {name: array("from_torch", name, value) for name, value in state_dict.items()}
     names = names or {}
     found = _detected_norms(arrays) if norms is None else _given_norms(arrays, norms)
@@ -226,7 +226,7 @@ def _check_parts(arrays: Arrays) -> None:
 
 
 def _detected_norms(arrays: Arrays) -> set[str]:
-    """The modules with a running_mean, or with a weight of one axis."""
+    """Returns the modules with a running_mean, or with a weight of one axis."""
     return {
         module
         for module, leaf in map(split, arrays)
@@ -235,7 +235,7 @@ def _detected_norms(arrays: Arrays) -> set[str]:
 
 
 def _given_norms(arrays: Arrays, norms: Collection[str]) -> set[str]:
-    """The modules in `norms`; raises if one does not exist."""
+    """Returns the modules in `norms`; raises if one does not exist."""
     modules = {split(name)[0] for name in arrays if split(name)[1] in LEAVES}
     absent = sorted(set(norms) - modules)
     if absent:
@@ -292,7 +292,7 @@ def _check_shapes(arrays: Arrays) -> None:
 def _read_statistics(
     torch_module: str, leaves: Arrays, count: int | None
 ) -> dict[str, tuple[np.ndarray, str]]:
-    """The running statistics of one norm, with notes of what changed."""
+    """Returns the running statistics of one norm, with notes of what changed."""
     first = next(leaf for leaf in RUNNING if leaf in leaves)
     values = {}
     for leaf in ("running_mean", "running_var"):
@@ -336,7 +336,7 @@ def _count(torch_name: str, value: np.ndarray | None, count: int | None) -> tupl
 
 
 def variables_of(entries: list[Entry]) -> Tree:
-    """The collections as nested dicts; raises if two arrays have the same name."""
+    """Returns the collections as nested dicts; raises if two arrays have the same name."""
     flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     for entry in entries:
         if entry.name is None:

@@ -87,7 +87,7 @@ class Kernels:
         return name, rule.bias_to_torch(value) if leaf == "bias" else value
 
     def _kind(self, module: str, value: Any) -> Kind:
-        """The kind that the user specified, or else the default for the number of axes."""
+        """Returns the kind that the user specified, or else the default for the number of axes."""
         if module in self.kinds:
             return self.kinds[module]
         return "unchanged" if value.ndim < 2 else "linear" if value.ndim == 2 else "conv"

@@ -84,7 +84,7 @@ def kernels_of(
 
 
 def _kind(name: str, module: Any) -> Kind:
-    """The kind of a module by its class; None if it has no weight to convert."""
+    """Returns the kind of a module by its class; None if it has no weight to convert."""
     arrays = own_arrays(module)
     axes = getattr(arrays.get("weight"), "ndim", 0)
     if norm_row(name, module) is not None:

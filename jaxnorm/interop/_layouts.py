@@ -157,7 +157,7 @@ RULES = {
 
 
 def rule_of(name: str, kind: Kind) -> Rule:
-    """The rule of a kind, for the module or array of this name.
+    """Returns the rule of a kind, for the module or array of this name.
 
     Raises:
       ValueError: if there is no such kind.
@@ -188,7 +188,7 @@ def _channels_last(name: str, shape: tuple[int, ...]) -> Transformation:
 
 
 def _channels_first(name: str, shape: tuple[int, ...]) -> Transformation:
-    """The inverse of `_channels_last`."""
+    """Returns the inverse of `_channels_last`."""
 
     def to_torch(value: Any) -> Any:
         _check_size(name, value, shape)

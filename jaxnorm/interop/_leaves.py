@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 def initial_statistics(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """The running statistics of a norm before the first batch, by their names in PyTorch."""
+    """Returns the running statistics of a norm before the first batch, by PyTorch's names."""
     values = np.zeros(shape, np.float32), np.ones(shape, np.float32), np.zeros((), np.int32)
     return dict(zip(RUNNING, values, strict=True))
 
@@ -48,7 +48,7 @@ def initial_statistics(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 def converted(
     convert: Convert | None, name: str, value: np.ndarray
 ) -> tuple[str | None, np.ndarray, str]:
-    """The new name, value and note of an array that does not belong to a norm."""
+    """Returns the new name, value and note of an array that does not belong to a norm."""
     new_name, new = (name, value) if convert is None else convert(name, value) or (None, value)
     note = "" if new is value else "converted"
     return new_name, new, LEFT_OUT if new_name is None else note

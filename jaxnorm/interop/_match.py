@@ -111,7 +111,7 @@ class Proposal:
         return self._complete().verify(variables, tolerance=tolerance)
 
     def __str__(self) -> str:
-        """A table with one row for each pair, and lists of the modules without a partner."""
+        """Returns a table with a row for each pair, and lists of the modules without a partner."""
         rows = [("PyTorch", "here", "arrays here", "matched by")]
         for pair in self.pairs:
             by = f"{pair.by}; {pair.note}" if pair.note else pair.by

@@ -28,12 +28,12 @@ class Model:
         return flatten("match", self.like)
 
     def call_flat(self, arrays: Mapping[str, Any]) -> Any:
-        """The output from variables by dotted name."""
+        """Returns the output from variables by dotted name."""
         return self.call(nest("match", arrays))
 
 
 def model_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Model:
-    """The function that a Linen or NNX model computes in evaluation mode.
+    """Returns the function that a Linen or NNX model computes in evaluation mode.
 
     Raises:
       TypeError: if it is neither.

@@ -87,6 +87,6 @@ def from_nnx(tree: Mapping[Any, Any]) -> Tree:
 
 
 def _is_key(leaf: Any) -> bool:
-    """Whether this is a key of jax.random."""
+    """Returns whether this is a key of jax.random."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)

@@ -59,7 +59,7 @@ class ModuleShapes:
 def modules_of(
     variables: Mapping[str, Any], order: Mapping[str, int] | None = None
 ) -> list[ModuleShapes]:
-    """The modules that contain arrays, in the given order.
+    """Returns the modules that contain arrays, in the given order.
 
     Without an order, or for modules that are not in it, the names are in their natural order, in
     which 2 comes before 10.
@@ -85,7 +85,7 @@ def modules_of(
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
-    """A sort key for names that sorts numbers by value."""
+    """Returns a sort key for names that sorts numbers by value."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
@@ -97,7 +97,7 @@ def pairs(
     *,
     allow_order: bool,
 ) -> list[Pair]:
-    """The pairs, in the order of PyTorch's modules.
+    """Returns the pairs, in the order of PyTorch's modules.
 
     Modules are paired only if their arrays have the same names and shapes.
     """
@@ -147,7 +147,7 @@ def with_notes(
 
 
 def names_of(found: Iterable[Pair]) -> dict[str, str]:
-    """The map for `from_torch`, without the modules whose names are the same."""
+    """Returns the map for `from_torch`, without the modules whose names are the same."""
     complete = {pair.torch: pair.here for pair in found}
     names = {torch_name: name for torch_name, name in complete.items() if torch_name != name}
     inverse = inverted("match", names)
@@ -161,7 +161,7 @@ def names_of(found: Iterable[Pair]) -> dict[str, str]:
 def _by_shapes(
     torch_modules: list[ModuleShapes], modules: list[ModuleShapes]
 ) -> list[tuple[list[ModuleShapes], list[ModuleShapes]]]:
-    """The modules of both models, grouped by the names and shapes of their arrays."""
+    """Returns the modules of both models, grouped by the names and shapes of their arrays."""
     groups: dict[Shapes, tuple[list[ModuleShapes], list[ModuleShapes]]] = {}
     for side, found in enumerate((torch_modules, modules)):
         for module in found:
@@ -195,5 +195,5 @@ def _check_given(
 
 
 def format_shapes(shapes: Shapes) -> str:
-    """The shapes as text."""
+    """Returns the shapes as text."""
     return ", ".join(f"{name.split()[1]} {list(shape)}" for name, shape in shapes)

@@ -24,7 +24,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def safetensors(function: str) -> ModuleType:
-    """The safetensors library, which is imported only to read and write files."""
+    """Returns the safetensors library, which is imported only to read and write files."""
     try:
         import safetensors
     except ImportError as error:
@@ -65,7 +65,7 @@ def _view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def writable(function: str, path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays in little-endian order; raises if the format does not support their dtypes."""
+    """Returns the arrays in little-endian order; raises if the format lacks one of their dtypes."""
     found = {name: np.asarray(a, a.dtype.newbyteorder("<")) for name, a in arrays.items()}
     unknown = {name: str(a.dtype) for name, a in found.items() if a.dtype not in CODES}
     if unknown:

@@ -16,7 +16,7 @@ def state_dict_of(
     prefix: str | None = None,
     leave_out: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The arrays below the key by name, without the prefix and without the names to leave out."""
+    """Returns the arrays below the key by name, without the prefix and the names to leave out."""
     found = _without_left_out(function, _mapping_at(function, given, key), leave_out)
     unnamed = [name for name in found if not isinstance(name, str)]
     if unnamed:
@@ -30,14 +30,14 @@ def state_dict_of(
 
 
 def common_prefix(names: Collection[str]) -> str:
-    """The longest common prefix of the names in whole parts, such as 'module.', without leaves."""
+    """Returns the longest common prefix of the names in whole parts, such as 'module.'."""
     parts = [name.split(".")[:-1] for name in names]
     same = itertools.takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
     return "".join(f"{column[0]}." for column in same)
 
 
 def _mapping_at(function: str, given: Any, key: str | None) -> Mapping[str, Any]:
-    """The mapping that the key selects."""
+    """Returns the mapping that the key selects."""
     node = given
     for part in key.split(".") if key is not None else ():
         if not isinstance(node, Mapping) or part not in node:
@@ -57,7 +57,7 @@ def _mapping_at(function: str, given: Any, key: str | None) -> Mapping[str, Any]
 def _without_left_out(
     function: str, given: Mapping[str, Any], leave_out: Collection[str]
 ) -> dict[str, Any]:
-    """The entries that match no pattern; raises if a pattern matches nothing."""
+    """Returns the entries that match no pattern; raises if a pattern matches nothing."""
     patterns = [leave_out] if isinstance(leave_out, str) else [*leave_out]
     unused = [p for p in patterns if not any(fnmatchcase(str(name), p) for name in given)]
     if unused:
@@ -70,7 +70,7 @@ def _without_left_out(
 
 
 def _not_arrays(found: Mapping[str, Any], others: Mapping[str, Any], key: str | None) -> str:
-    """The text of an error: the entries that are not arrays, and what to write."""
+    """Returns the text of an error: the entries that are not arrays, and what to write."""
     extra = [name for name in others if str(name).endswith(EXTRA_STATE)]
     mappings = [".".join([*([key] if key else []), name]) for name in _mappings(found)]
     if extra:
@@ -105,13 +105,13 @@ def _without_prefix(function: str, found: Mapping[str, Any], prefix: str) -> dic
 
 
 def _is_array(value: Any) -> bool:
-    """Whether this is an array of any library, except NumPy arrays of objects and of text."""
+    """Returns whether this is an array of any library, except NumPy arrays of objects or text."""
     kind = getattr(getattr(value, "dtype", None), "kind", "")
     return hasattr(value, "__array__") and kind not in ("O", "S", "U")
 
 
 def _mappings(node: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """The dotted keys of the mappings that contain arrays."""
+    """Yields the dotted keys of the mappings that contain arrays."""
     for name, value in node.items() if isinstance(node, Mapping) else ():
         if isinstance(value, Mapping) and isinstance(name, str) and "." not in name:
             if any(map(_is_array, value.values())):
@@ -120,7 +120,7 @@ def _mappings(node: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def _listed(names: Any) -> str:
-    """At most eight of the names, and the number of the others."""
+    """Returns at most eight of the names, and the number of the others."""
     names = [name if isinstance(name, str) else repr(name) for name in names]
     more = len(names) - 8
     return ", ".join(names[:8]) + (f" and {more} more" if more > 0 else "")

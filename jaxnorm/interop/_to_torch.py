@@ -123,7 +123,7 @@ def write_torch(
     track_running_stats: bool | None,
     like: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
-    """Every array of the variables, with its name in PyTorch; copied only if necessary."""
+    """Returns every array of the variables, with its name in PyTorch; copied only if necessary."""
     check_names_of_kernels("to_torch", convert, names)
     torch_names = inverted("to_torch", names or {})
     params, stats = (
@@ -164,7 +164,7 @@ def _norms(
     norms: Collection[str] | None,
     like: Mapping[str, Any] | None,
 ) -> dict[str, str]:
-    """The modules that are norms, with their names in PyTorch."""
+    """Returns the modules that are norms, with their names in PyTorch."""
     tracked = dict.fromkeys(split(name)[0] for name in stats)
     scaled = dict.fromkeys(split(name)[0] for name in params if split(name)[1] == "scale")
     found = {module: renamed(module, torch_names) for module in scaled | tracked}
@@ -192,7 +192,7 @@ def _write_norm(
     track_running_stats: bool | None,
     uncounted: bool,
 ) -> list[Entry]:
-    """The entries of one norm, without the count if PyTorch's norm has none."""
+    """Returns the entries of one norm, without the count if PyTorch's norm has none."""
     variables = {"params": params, "batch_stats": stats}
     values = {
         torch_leaf: variables[collection][join(module, leaf)]
@@ -228,7 +228,7 @@ def _write_norm(
 
 
 def _count(module: str, count: np.ndarray) -> np.ndarray:
-    """The count in int64, as in PyTorch; an average over devices is a whole number in float."""
+    """Returns the count in int64, as in PyTorch; an average over devices may be a float."""
     whole = np.issubdtype(count.dtype, np.number) and np.all(count == np.round(count))
     if not whole or np.any(count < 0):
         raise ValueError(

@@ -48,7 +48,7 @@ class TorchCalls:
 
 
 def with_distinct_values(module: Any) -> Any:
-    """A copy of the model in which no two parameters or running statistics are equal.
+    """Returns a copy of the model in which no two parameters or running statistics are equal.
 
     If two norms have the same values, exchanging them does not change the output.
     """
@@ -72,7 +72,7 @@ def with_distinct_values(module: Any) -> Any:
 
 
 def _perturbed(name: str, a: Any, noise: Any) -> Any:
-    """The tensor plus noise of a tenth of the size of its values."""
+    """Returns the tensor plus noise of a tenth of the size of its values."""
     if name.endswith(RUNNING[1]):
         return a * (0.2 * noise).exp()
     if a.ndim < 2:
@@ -83,7 +83,7 @@ def _perturbed(name: str, a: Any, noise: Any) -> Any:
 
 @contextlib.contextmanager
 def _evaluating(module: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; restores the mode of every module afterwards."""
+    """Sets evaluation mode without gradients; restores the mode of every module afterwards."""
     import torch
 
     modes = [(m, m.training) for m in module.modules()]
@@ -110,7 +110,7 @@ def _order(modules: list[tuple[str, Any]], positions: Mapping[int, int]) -> dict
 
 
 def tensors_of(output: Any) -> list[np.ndarray]:
-    """The tensors in the output of a PyTorch model: one, or a tuple, list or mapping of them."""
+    """Returns the tensors in a PyTorch model's output: one, or a tuple, list or mapping of them."""
     if hasattr(output, "detach"):
         return [array("match", "output", output.detach().cpu())]
     if isinstance(output, Mapping):

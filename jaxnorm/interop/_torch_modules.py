@@ -4,7 +4,7 @@ from typing import Any
 
 
 def named_modules(function: str, module: Any) -> list[tuple[str, Any]]:
-    """The modules by their dotted names; a module with two names is listed twice.
+    """Returns the modules by their dotted names; a module with two names is listed twice.
 
     Raises:
       ValueError: if this is not a PyTorch model, but a state dict, for example.
@@ -19,7 +19,7 @@ def named_modules(function: str, module: Any) -> list[tuple[str, Any]]:
 
 
 def class_names(module: Any) -> list[str]:
-    """The names of the module's class and of its base classes, in method resolution order.
+    """Returns the names of the module's class and of its base classes, in method resolution order.
 
     For a scripted module (torch.jit.script), the name of the original class comes first.
     """
@@ -29,7 +29,7 @@ def class_names(module: Any) -> list[str]:
 
 
 def own_arrays(module: Any) -> dict[str, Any]:
-    """The parameters and buffers of the module itself, without those of its children."""
+    """Returns the parameters and buffers of the module itself, without those of its children."""
     return {
         **dict(module.named_parameters(recurse=False, remove_duplicate=False)),
         **dict(module.named_buffers(recurse=False, remove_duplicate=False)),
@@ -37,5 +37,5 @@ def own_arrays(module: Any) -> dict[str, Any]:
 
 
 def is_uninitialized(array: Any) -> bool:
-    """Whether this array of a lazy module does not have a shape yet."""
+    """Returns whether this array of a lazy module does not have a shape yet."""
     return type(array).__name__.startswith("Uninitialized")

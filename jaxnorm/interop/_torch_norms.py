@@ -54,12 +54,12 @@ class NormRow:
         return f"{self.layer}({', '.join(arguments)})"
 
     def with_note(self, note: str) -> "NormRow":
-        """The row with a further note, if it is not empty."""
+        """Returns the row with a further note, if it is not empty."""
         return dataclasses.replace(self, note="; ".join(filter(None, (self.note, note))))
 
 
 def norm_row(name: str, module: Any) -> NormRow | None:
-    """The row of one module; None if it is not a norm."""
+    """Returns the row of one module; None if it is not a norm."""
     for class_name in class_names(module):
         if class_name in OTHER_NORMS:
             return _unknown(name, module, OTHER_NORMS[class_name])
@@ -69,7 +69,7 @@ def norm_row(name: str, module: Any) -> NormRow | None:
 
 
 def _known(name: str, module: Any, create: Callable[[str, Any], NormRow]) -> NormRow | None:
-    """The row of a module whose class has the name of a norm."""
+    """Returns the row of a module whose class has the name of a norm."""
     try:
         row = create(name, module)
     except AttributeError as error:  # another class of the same name
@@ -196,26 +196,26 @@ EPSILONS = ("eps", "epsilon", "variance_epsilon")
 
 
 def _epsilon(module: Any) -> Any:
-    """The epsilon of the module; raises AttributeError if it does not define one."""
+    """Returns the epsilon of the module; raises AttributeError if it does not define one."""
     name = next((name for name in EPSILONS if hasattr(module, name)), "eps")
     return getattr(module, name)
 
 
 def _affine(module: Any) -> dict[str, Any]:
-    """Which of the parameters the layer should not have."""
+    """Returns which of the parameters the layer should not have."""
     leaves = {"use_scale": "weight", "use_bias": "bias"}
     return {flag: False for flag, leaf in leaves.items() if getattr(module, leaf, None) is None}
 
 
 def _momentum(momentum: float | None) -> dict[str, Any]:
-    """The momentum argument, or decay for values that jaxnorm's layers reject."""
+    """Returns the momentum argument, or decay for values that jaxnorm's layers reject."""
     if momentum is None or not 0.5 < momentum < 1:
         return {} if momentum == 0.1 else {"momentum": momentum}
     return {"decay": round(1 - momentum, 12)}
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    """The shape of the axes that a layer norm normalizes over."""
+    """Returns the shape of the axes that a layer norm normalizes over."""
     shape = getattr(module, "normalized_shape", None)
     if shape is None:
         shape = module.weight.shape
@@ -223,7 +223,7 @@ def _shape(module: Any) -> tuple[int, ...]:
 
 
 def _axes(module: Any) -> dict[str, Any]:
-    """The last axes, counted from the end."""
+    """Returns the last axes, counted from the end."""
     axes = tuple(range(-len(_shape(module)), 0))
     return {} if axes == (-1,) else {"reduction_axes": axes, "feature_axes": axes}
 
@@ -246,14 +246,14 @@ def _lazy_note(module: Any) -> str:
 
 
 def _forward_note(module: Any) -> str:
-    """A note if the forward is from another package, which may compute something else."""
+    """Returns a note if the forward is from another package, which may compute something else."""
     defined_in = getattr(getattr(type(module), "forward", None), "__module__", "torch")
     known = defined_in.partition(".")[0] in PACKAGES
     return "" if known else "has its own forward: compare the outputs"
 
 
 def _looks_like_a_norm(module: Any) -> bool:
-    """Whether class or buffers suggest a norm; not if it contains norms, which are listed."""
+    """Returns whether the class or the buffers suggest a norm; not if it contains norms."""
     names = class_names(module)
     if any(WEIGHT_NORMS.search(name) for name in names):
         return False

@@ -15,7 +15,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def flatten(function: str, tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their dotted names; the items of a list are "0", "1", ..."""
+    """Returns the leaves of a tree by their dotted names; the items of a list are "0", "1", ..."""
     flat: dict[str, Any] = {}
     for parts, leaf in leaves(tree):
         name = ".".join(parts)
@@ -34,12 +34,12 @@ def flatten(function: str, tree: Any) -> dict[str, Any]:
 
 
 def without_accumulation(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves without accumulated moments, which other frameworks do not have."""
+    """Returns the leaves without accumulated moments, which other frameworks do not have."""
     return {name: value for name, value in flat.items() if ".accumulation." not in f".{name}"}
 
 
 def nest(function: str, flat: Mapping[str, Any]) -> Tree:
-    """The leaves as nested dicts, from their dotted names."""
+    """Returns the leaves as nested dicts, from their dotted names."""
     tree: Tree = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -61,7 +61,7 @@ def nest(function: str, flat: Mapping[str, Any]) -> Tree:
 
 
 def split(name: str) -> tuple[str, str]:
-    """The module's name and the leaf's: 'a.b.weight' is ('a.b', 'weight')."""
+    """Returns the module's name and the leaf's: 'a.b.weight' is ('a.b', 'weight')."""
     module, _, leaf = name.rpartition(".")
     return module, leaf
 
@@ -72,7 +72,7 @@ def join(*names: str) -> str:
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str:
-    """The name, with the longest of its prefixes that is in the map replaced."""
+    """Returns the name, with the longest of its prefixes that is in the map replaced."""
     parts = name.split(".") if name else []
     for end in range(len(parts), -1, -1):
         prefix = ".".join(parts[:end])
@@ -82,7 +82,7 @@ def renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known names that are similar to the wrong one, if any."""
+    """Returns the end of an error message: the known names that are similar to the wrong one."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}" if close else ""
 
@@ -102,7 +102,7 @@ def check_names(function: str, names: Iterable[str], found: Iterable[str], owner
 
 
 def inverted(function: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The inverse map; raises if two modules have the same new name."""
+    """Returns the inverse map; raises if two modules have the same new name."""
     inverse = {name: torch_name for torch_name, name in names.items()}
     if len(inverse) != len(names):
         new_names = list(names.values())
@@ -129,7 +129,7 @@ def array(function: str, name: str, value: Any) -> np.ndarray:
 
 
 def _from_tensor(torch: Any, tensor: Any) -> np.ndarray:
-    """The array of a PyTorch tensor, with ml_dtypes for bfloat16 and float8."""
+    """Returns the array of a PyTorch tensor, with ml_dtypes for bfloat16 and float8."""
     dtype = getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch."), None)
     if dtype is None:
         return np.asarray(tensor.resolve_conj().resolve_neg().numpy())

@@ -43,7 +43,7 @@ class Twins:
     pairs: tuple[Pair, ...] = ()
 
     def variables(self, module: Any = None) -> Tree:
-        """The arrays of the PyTorch model, or of a modified copy, as variables."""
+        """Returns the arrays of the PyTorch model, or of a modified copy, as variables."""
         return from_torch(
             self.module if module is None else module,
             names=self.kernels.names,
@@ -52,7 +52,7 @@ class Twins:
         )
 
     def verify(self, variables: Mapping[str, Any] | None, *, tolerance: float) -> float:
-        """The largest difference of the outputs, with the current values and with distinct ones.
+        """Returns the largest difference of the outputs, with the present values and distinct ones.
 
         If variables are given, only these are compared.
         """
@@ -87,7 +87,7 @@ class Twins:
         return worst
 
     def _first_difference(self, module: Any, variables: Mapping[str, Any], tolerance: float) -> str:
-        """The part of the error that names the first module whose output Flax does not compute."""
+        """Returns the part of the error that names the first module whose output Flax lacks."""
         partner = {pair.torch: pair for pair in self.pairs}
         calls = TorchCalls(module, self.args, self.kwargs, keep=set(partner))
         arrays = {k: jnp.asarray(a) for k, a in flatten("verify", variables).items()}
@@ -105,7 +105,7 @@ class Twins:
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference relative to the largest value, with channels first or last."""
+    """Returns the largest difference relative to the largest value, with channels first or last."""
     layouts = [expected]
     if expected.ndim > 2:
         layouts.append(np.moveaxis(expected, 1, -1))
@@ -123,7 +123,7 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _same_values(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
-    """Whether two arrays contain the same values, in any order and shape."""
+    """Returns whether two arrays contain the same values, in any order and shape."""
     if found.size != expected.size:
         return False
     largest = np.abs(expected).max(initial=0)

@@ -62,7 +62,7 @@ class Operator:
         return self.name in ("LayerNormalization", "RMSNormalization")
 
     def attributes(self, dtype: Any) -> dict[str, Any]:
-        """Its attributes, except epsilon."""
+        """Returns its attributes, except epsilon."""
         if self.name in ("BatchNormalization", "InstanceNormalization"):
             return {}
         if self.normalizes_last_axes:
@@ -139,7 +139,7 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uses_running_stats(function: str, batch_stats: Any, tracking: Tracking) -> bool:
-    """Whether to normalize by the running statistics; raises if they would be updated."""
+    """Returns whether to normalize by the running statistics; raises if they would be updated."""
     checked = tracking.checked(function, batch_stats is not None)
     if checked.update_stats:
         raise ValueError(
@@ -166,7 +166,7 @@ def _check_one_device(function: str, mapped_axes: MappedAxes) -> None:
 def _channel_operator(
     name: str, layout: Layout, first: Sequence[int], x: jax.Array, num_groups: int | None = None
 ) -> Operator:
-    """An operator on (N, C, *space), in which the first axes form N."""
+    """Returns an operator on (N, C, *space), in which the first axes form N."""
     rest = (a for a in range(x.ndim) if a not in (*first, *layout.channels))
     parts = (tuple(first), layout.channels, *((a,) for a in rest))
     return Operator(name, parts, (math.prod(layout.shape(x)),), num_groups)
@@ -179,7 +179,7 @@ def _instance_operator(
     options: NormOptions,
     tracking: Tracking,
 ) -> Operator | None:
-    """The operator that normalizes by the statistics of x; None if there is none."""
+    """Returns the operator that normalizes by the statistics of x; None if there is none."""
     _check_one_device(options.function, tracking.stats_axes)
     special = options.mask, tracking.limits, tracking.virtual_batch_size
     if any(option is not None for option in special):
@@ -202,7 +202,7 @@ def _by_operator(
     statistics: dict[str, Any],
     mask: jax.Array | None,
 ) -> jax.Array:
-    """y by the operator, or by ordinary operators if there is none or it cannot be used."""
+    """Computes y by the operator, or by ordinary operators if it is None or cannot be used."""
     epsilon = cast(Any, options.epsilon)
     scale, bias = checks.params(options.function, params, x.shape, layout.shape(x))
     params = {key: a for key, a in (("scale", scale), ("bias", bias)) if a is not None}
@@ -239,14 +239,14 @@ def _bind(operator: Operator, x: jax.Array, operands: Sequence[Any], **params: A
 
 
 def _constant(epsilon: Any, *sizes: Any) -> bool:
-    """Whether the attributes and the shape of the parameters are known at trace time."""
+    """Returns whether the attributes and the shape of the parameters are known at trace time."""
     return not isinstance(epsilon, jax.core.Tracer) and all(isinstance(n, int) for n in sizes)
 
 
 def _split(
     operator: Operator, layout: Layout, params: dict[str, jax.Array], x: jax.Array
 ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Scale and bias for the operator, and those to apply after it; None if there is none."""
+    """Returns scale and bias for the operator, and those to apply after it, or None."""
     scale, bias = params.get("scale"), params.get("bias")
     if scale is not None and not _varies_along_channels(layout, scale, x):
         return (None, None), (scale, bias)
@@ -258,7 +258,7 @@ def _split(
 
 
 def _varies_along_channels(layout: Layout, a: jax.Array, x: jax.Array) -> bool:
-    """Whether a parameter has one entry for each channel, in the order of the channels."""
+    """Returns whether a parameter has one entry for each channel, in the order of the channels."""
     if a.ndim == len(layout.channels):
         return True
     sizes = tuple(n if i in layout.channels else 1 for i, n in enumerate(x.shape))

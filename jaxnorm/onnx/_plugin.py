@@ -37,7 +37,7 @@ class NormPlugin(PrimitiveLeafPlugin):
 
     @classmethod
     def binding_specs(cls) -> list[AssignSpec | MonkeyPatchSpec]:
-        """The two functions of the norms, and jax.numpy and jax.lax in this package only."""
+        """Replaces the two functions of the norms, and jax.numpy and jax.lax in this package."""
         files = [m for name, m in list(sys.modules.items()) if name.startswith("jaxnorm.")]
         return [
             *(AssignSpec(file, "jnp", JNP) for file in files if hasattr(file, "jnp")),
@@ -68,7 +68,7 @@ class NormPlugin(PrimitiveLeafPlugin):
 
 
 def _operand(ctx: Any, var: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A parameter in the shape and dtype of the operator, as an initializer if it is constant."""
+    """Returns a parameter in the operator's shape and dtype, as an initializer if constant."""
     value = ctx.get_value_for_var(var)
     if value.const_value is not None:
         a = value.const_value.numpy()
