@@ -73,12 +73,12 @@ class Tracking:
     """The arguments of the norms that have running statistics.
 
     Attributes:
-      use_running_average: whether the running statistics normalize.
-      update_stats: whether they are updated; None means: if the batch normalizes.
+      use_running_average: whether to normalize by the running statistics.
+      update_stats: whether to update them; None updates them if x is normalized by the batch.
       momentum: the weight of the new batch; None is the cumulative average.
       skip_nonfinite: whether channels with NaN or Inf keep their running statistics.
-      stats_axes: mapped axes over which the entries of one sample are distributed.
-      update_axes: mapped axes over which the samples are distributed.
+      stats_axes: mapped axes over which the entries that share a mean are distributed.
+      update_axes: other mapped axes, over which only the update of the statistics sums.
       virtual_batch_size: the number of samples that are normalized together; None means all.
       limits: r_max and d_max of batch renorm; None for other norms.
     """
@@ -124,7 +124,7 @@ class Tracking:
 def untracked_norm(
     x: jax.Array, params: Affine | None, layout: Layout, sample: Sample, options: Options
 ) -> jax.Array:
-    """Computes y of a norm without a state, whose parameters have the axes of the channels."""
+    """Normalizes without running statistics; the parameters have the axes `layout.channels`."""
     operands, options = _operands(x, params, layout, options), options.checked(x)
     measured = _measure(sample, x, operands.mask)
     operands, sample = operands.map(sample.laid_out), sample.as_laid_out
@@ -139,10 +139,10 @@ def tracked_norm(
     options: Options,
     tracking: Tracking,
 ) -> tuple[jax.Array, Any]:
-    """Normalizes each sample along the batch axis of the layout, and updates once by all samples.
+    """Normalizes over all axes but those of the layout, and updates the running statistics once.
 
-    Without a batch axis, x is one sample. Virtual batches are normalized as separate samples; the
-    update pools them.
+    The layout of batch norm has no batch axis: x is normalized as one. With virtual batches, the
+    axis that counts them becomes the batch axis, and the update pools their moments.
     """
     function, options = options.function, options.checked(x)
     tracking = tracking.checked(function, batch_stats is not None)

@@ -1,4 +1,4 @@
-"""The norms as pure functions, which differ in the entries of x that share one mean."""
+"""The norms as pure functions: batch, instance, group, layer and RMS norm, and batch renorm."""
 
 from collections.abc import Callable, Sequence
 from typing import TypedDict, Unpack, overload
@@ -355,7 +355,7 @@ def group_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    r"""Normalizes each group of neighboring channels of each sample, and over the other axes.
+    r"""Normalizes each group of neighboring channels of each sample, over all axes but the batch.
 
     .. math:: y_{ng} = scale \cdot \frac{x_{ng} - E[x_{ng}]}{\sqrt{Var[x_{ng}] + \epsilon}} + bias
 
@@ -400,11 +400,11 @@ def group_norm(
     layout, batch, num_groups = checks.group_layout(x.shape, channel_axis, batch_axis, num_groups)
     (channel,) = layout.channels
     axes = tuple(a for a in layout.reduced if a not in batch)
-    groups, where = (channel, num_groups), mapped_axes("group_norm", axis_name, axis_index_groups)
+    groups, devices = (channel, num_groups), mapped_axes("group_norm", axis_name, axis_index_groups)
     if axes:
-        sample = Sample(axes, groups=groups, mapped_axes=where)
-    else:  # one sum per channel would have the size of x
-        sample = Sample((channel + 1,), split=groups, mapped_axes=where)
+        sample = Sample(axes, groups=groups, mapped_axes=devices)
+    else:  # x has no other axes, so that the sums of the channels would have the size of x
+        sample = Sample((channel + 1,), split=groups, mapped_axes=devices)
     return untracked_norm(x, params, layout, sample, Options("group_norm", epsilon, mask, dtype))
 
 

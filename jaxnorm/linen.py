@@ -1,4 +1,4 @@
-"""The layers of flax.linen: the arguments of Flax's own, and those of the functions."""
+"""The norms as layers of flax.linen, with the arguments of Flax's layers and of the functions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -56,8 +56,8 @@ class BatchNorm(linen_base.Tracked):
 
     Raises:
       ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0; in
-        the call, as `jaxnorm.batch_norm`, or if the running statistics are missing, or should
-        move and cannot.
+        the call, as `jaxnorm.batch_norm`, or if the running statistics are missing, or
+        cannot be updated because `batch_stats` is not mutable.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,9 +102,9 @@ class BatchNorm(linen_base.Tracked):
 class BatchRenorm(BatchNorm):
     """Batch norm, corrected towards the running statistics: `jaxnorm.batch_renorm` as a layer.
 
-    For small batches: in training y is, within the limits, what evaluation would make of x. Begin
-    with limits of 1 and 0, which are batch norm, and relax them while the running statistics become
-    those of the data; a schedule of the count, such as optax's, does both.
+    It is meant for small batches. Within the limits, y in training is y in evaluation. Begin with
+    r_max=1 and d_max=0, which is batch norm, and relax the limits as training proceeds, for example
+    by a schedule of the count, such as one of optax.
 
     Attributes:
       r_max: the largest correction of the scale, at least 1; a number, or a function of the count.
@@ -162,13 +162,13 @@ class InstanceNorm(linen_base.Tracked):
       use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      feature_axes: the channel axis or axes of x; axis 0 is the samples'.
+      feature_axes: the channel axis or axes of x. Axis 0 is the batch axis.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are distributed.
       axis_index_groups: lists of indices along axis_name; each group updates one state.
       use_fast_variance: accepted without effect; the variance is always accurate.
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
-      use_running_average: normalize by the running statistics (evaluation), not by the samples'
-        own; here or in the call, where the layer tracks them.
+      use_running_average: whether to normalize by the running statistics, if the layer tracks
+        them, as in evaluation, or by those of the samples. Give it here or in the call.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
@@ -177,8 +177,8 @@ class InstanceNorm(linen_base.Tracked):
 
     Raises:
       ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0; in
-        the call, as `jaxnorm.instance_norm`, or if the running statistics are missing, or should
-        move and cannot.
+        the call, as `jaxnorm.instance_norm`, or if the running statistics are missing, or
+        cannot be updated because `batch_stats` is not mutable.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -226,8 +226,8 @@ class GroupNorm(linen_base.Untracked):
     offset.
 
     Attributes:
-      num_groups: into how many groups the channels are divided; None where group_size says it.
-      group_size: how many channels a group has; instead of num_groups.
+      num_groups: the number of groups. None if group_size is given.
+      group_size: the number of channels of a group. Give it with num_groups=None.
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
@@ -235,14 +235,14 @@ class GroupNorm(linen_base.Untracked):
       use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that share one mean, the last among them; None: all but the first.
+      reduction_axes: the axes to reduce over, including the last. None means all but the first.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is distributed.
       axis_index_groups: lists of indices along axis_name that hold one sample together.
       use_fast_variance: accepted without effect; the variance is always accurate.
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
 
     Raises:
-      ValueError: if not just one of num_groups and group_size is given; in the call, as
+      ValueError: unless exactly one of num_groups and group_size is given; in the call, as
         `jaxnorm.group_norm`.
 
     Example:
@@ -387,19 +387,19 @@ class RMSNorm(linen_base.Untracked):
 
 
 class BatchNorm1d(BatchNorm):
-    """`BatchNorm` for (N, C) and (N, L, C) alone, with the same arguments."""
+    """`BatchNorm` for (N, C) and (N, L, C) only, with the same arguments."""
 
     ranks = (2, 3)
 
 
 class BatchNorm2d(BatchNorm):
-    """`BatchNorm` for (N, H, W, C) alone, with the same arguments."""
+    """`BatchNorm` for (N, H, W, C) only, with the same arguments."""
 
     ranks = (4,)
 
 
 class BatchNorm3d(BatchNorm):
-    """`BatchNorm` for (N, D, H, W, C) alone, with the same arguments."""
+    """`BatchNorm` for (N, D, H, W, C) only, with the same arguments."""
 
     ranks = (5,)
 

@@ -1,4 +1,4 @@
-"""The layers of flax.nnx: the arguments of Flax's own, and those of the functions."""
+"""The norms as layers of flax.nnx, with the arguments of Flax's layers and of the functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -219,7 +219,7 @@ class InstanceNorm(nnx_base.Tracked):
       use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      feature_axes: the channel axis or axes of x; axis 0 is the samples'.
+      feature_axes: the channel axis or axes of x. Axis 0 is the batch axis.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the samples are distributed.
       axis_index_groups: lists of indices along axis_name; each group updates one state.
       use_fast_variance: accepted without effect; the variance is always accurate.
@@ -227,8 +227,9 @@ class InstanceNorm(nnx_base.Tracked):
       rngs: the source of the keys for the initializers.
       bias_metadata: metadata of the bias, an nnx.Param.
       scale_metadata: metadata of the scale, an nnx.Param.
-      use_running_average: normalize by the running statistics (evaluation), not by the samples'
-        own, where the layer tracks them; train() and eval() set it, and the call overrides it.
+      use_running_average: whether to normalize by the running statistics, if the layer tracks
+        them, as in evaluation, or by those of the samples. train() and eval() set it, and the
+        call overrides it.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
@@ -294,8 +295,8 @@ class GroupNorm(nnx_base.Untracked):
 
     Args:
       num_features: the number of channels.
-      num_groups: into how many groups the channels are divided; None where group_size says it.
-      group_size: how many channels a group has; instead of num_groups.
+      num_groups: the number of groups. None if group_size is given.
+      group_size: the number of channels of a group. Give it with num_groups=None.
       epsilon: added to the variance, in units of x squared.
       dtype: the dtype of y. Defaults to the dtype of x.
       param_dtype: the dtype of scale and bias.
@@ -303,7 +304,7 @@ class GroupNorm(nnx_base.Untracked):
       use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that share one mean, the last among them; None: all but the first.
+      reduction_axes: the axes to reduce over, including the last. None means all but the first.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is distributed.
       axis_index_groups: lists of indices along axis_name that hold one sample together.
       use_fast_variance: accepted without effect; the variance is always accurate.
@@ -511,19 +512,19 @@ class RMSNorm(nnx_base.Untracked):
 
 
 class BatchNorm1d(BatchNorm):
-    """`BatchNorm` for (N, C) and (N, L, C) alone, with the same arguments."""
+    """`BatchNorm` for (N, C) and (N, L, C) only, with the same arguments."""
 
     ranks = (2, 3)
 
 
 class BatchNorm2d(BatchNorm):
-    """`BatchNorm` for (N, H, W, C) alone, with the same arguments."""
+    """`BatchNorm` for (N, H, W, C) only, with the same arguments."""
 
     ranks = (4,)
 
 
 class BatchNorm3d(BatchNorm):
-    """`BatchNorm` for (N, D, H, W, C) alone, with the same arguments."""
+    """`BatchNorm` for (N, D, H, W, C) only, with the same arguments."""
 
     ranks = (5,)
 

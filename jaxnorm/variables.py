@@ -1,4 +1,4 @@
-"""The types of parameters and running statistics, and functions that make the first ones."""
+"""The types of parameters and running statistics, and functions that create initial ones."""
 
 from jaxnorm._core.variables import Affine as Affine
 from jaxnorm._core.variables import BatchStats as BatchStats

@@ -17,16 +17,16 @@ BAD = {
     # name: (arguments, the message after the name of the function)
     "integer input": (
         {"x": np.ones((4, 5, 3), np.int32)},
-        "x should have a float dtype, because y has x's, but has int32; write "
+        "x should have a float dtype, because y gets that of x, but has int32; write "
         "x.astype(jnp.float32)",
     ),
     "bool input": (
         {"x": np.ones((4, 5, 3), bool)},
-        "x should have a float dtype, because y has x's, but has bool",
+        "x should have a float dtype, because y gets that of x, but has bool",
     ),
     "complex input": (
         {"x": np.ones((4, 5, 3), np.complex64)},
-        "x should have a float dtype, because y has x's, but has complex64; write x.real and",
+        "x should have a float dtype, because y gets that of x, but has complex64; write x.real",
     ),
     "rank too small": ({"x": jnp.ones(3)}, "x should have at least 2 axes, such as (N,"),
     "axis out of range": (
@@ -66,7 +66,7 @@ BAD = {
     "half a state": (
         {"batch_stats": {"mean": STATE["mean"]}},
         "batch_stats should have the keys 'mean', 'var' and 'count', but is ['mean']; "
-        "init_batch_stats(num_features) makes a first state",
+        "init_batch_stats(num_features) creates a state",
     ),
     "state without count": (
         {"batch_stats": {"mean": STATE["mean"], "var": STATE["var"]}},

@@ -287,8 +287,8 @@ def test_an_instance_norm_of_known_rank_takes_one_sample(axis):
 def test_forgetting_mutable_says_what_to_write(kind):
     layer = TRACKING[kind](use_running_average=False)
     message = (
-        "batch_stats should be mutable, because the running statistics move in training, but it is "
-        "not; write y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])"
+        "batch_stats should be mutable, because the running statistics are updated in training, "
+        "but it is not; write y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         layer.apply(layer.init(KEY, X), X)

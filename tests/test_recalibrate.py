@@ -109,7 +109,11 @@ def one_nan(x):
     [
         (batch_step, [], "batches should hold at least one batch, but are empty"),
         (batch_step, [X, one_nan(X)], r"batch 2 \(counted from 1\) makes \['a'\] not finite"),
-        (lambda s, x: s, [X], r"step should move every state, but left \['a'\]"),
+        (
+            lambda s, x: s,
+            [X],
+            r"should update every channel of every state, but did not update \['a'\]",
+        ),
         (lambda s, x: batch_step(s["a"], x), [X], "step should return the new batch_stats"),
         (lambda s, x: None, [X], "step should return the new batch_stats"),
     ],
@@ -187,7 +191,9 @@ def test_a_linen_model_is_recalibrated():
     hidden = [jaxnorm.batch_norm(x)[0] @ kernel + bias for x in UNEVEN]
     stats = new["batch_stats"]
     assert_recalibrated(stats["BatchNorm_0"], stats["InstanceNorm_0"], hidden)
-    with pytest.raises(ValueError, match="step should move every state, but left"):
+    with pytest.raises(
+        ValueError, match="step should update every channel of every state, but did not"
+    ):
         jaxnorm.linen.recalibrate(model, variables, UNEVEN, train=False)
     with pytest.raises(ValueError, match="holds none"):
         jaxnorm.linen.recalibrate(model, {"params": variables["params"]}, UNEVEN, train=True)

@@ -1,1 +1,1 @@
-"""The arithmetic of the norms: moments, the normalize step, and checks of arguments."""
+"""The arithmetic of the norms, and the checks of arguments."""

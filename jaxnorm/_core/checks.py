@@ -28,8 +28,8 @@ def float_array(function: str, x: ArrayLike) -> jax.Array:
     else:
         return x
     raise ValueError(
-        f"{function}: x should have a float dtype, because y has x's, but has {x.dtype}; {hint} "
-        f"[x-not-float]"
+        f"{function}: x should have a float dtype, because y gets that of x, but has {x.dtype}; "
+        f"{hint} [x-not-float]"
     )
 
 

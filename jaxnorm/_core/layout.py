@@ -1,4 +1,4 @@
-"""The axes of x. Expands parameters from the shape of the channels to the rank of x, and back."""
+"""The axes of x, and the reshaping of parameters from the channels' shape to the rank of x."""
 
 import dataclasses
 
@@ -14,8 +14,10 @@ class Layout:
 
     Attributes:
       ndim: the rank of x.
-      channels: the channel axes, not negative, in the order of the axes of the parameters.
-      batch: the axis of the samples that are normalized separately, or None.
+      channels: the axes that the parameters have, not negative, in the order of the axes of the
+        parameters. In layer and RMS norm, these are also the axes that are reduced over.
+      batch: the axis along which entries are normalized separately, in instance norm and for
+        virtual batches; otherwise None.
     """
 
     ndim: int

@@ -1,4 +1,4 @@
-"""Types and initial values of parameters and running statistics."""
+"""The types of parameters and running statistics, and their initial values."""
 
 import functools
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""What the layers of Linen and NNX share, and their base classes."""
+"""The implementation of the layers in `jaxnorm.linen` and `jaxnorm.nnx`."""

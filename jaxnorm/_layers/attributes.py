@@ -1,4 +1,4 @@
-"""The attributes of the layers: their checks, and the axes that they name.
+"""Checks the attributes of a layer, and computes the axes that they specify.
 
 A layer is a Linen or NNX module with the attributes of Flax's classes.
 """
@@ -51,7 +51,7 @@ JAXNORM_NAMES = {
 
 
 def check_names(layer: type[Any], kwargs: Mapping[str, Any]) -> None:
-    """Checks the names of a constructor's arguments, and says the name here of another library's.
+    """Raises an error for an argument's name in another library, with its name in the layer.
 
     Python's own error for any other name comes from the constructor.
     """
@@ -59,13 +59,14 @@ def check_names(layer: type[Any], kwargs: Mapping[str, Any]) -> None:
     if accepted is None:
         return
     for other in sorted((JAXNORM_NAMES.keys() & kwargs.keys()) - accepted):
-        wanted = [here for here in JAXNORM_NAMES[other] if here in accepted]
+        wanted = [known for known in JAXNORM_NAMES[other] if known in accepted]
         if wanted == ["reduction_axes"]:  # of a group norm, where it does not name the channels
             continue
         if wanted:
             raise TypeError(
-                f"{name}: {other} should be {' and '.join(wanted)}, because that is the name here; "
-                f"write {', '.join(f'{here}=...' for here in wanted)} [argument-name]"
+                f"{name}: {other} should be {' and '.join(wanted)}, because that is "
+                f"jaxnorm's name for it; write {', '.join(f'{known}=...' for known in wanted)} "
+                f"[argument-name]"
             )
         if JAXNORM_NAMES[other] == ("num_features",):
             raise TypeError(
@@ -98,8 +99,8 @@ def check(layer: Any, *, infers_channels: bool) -> None:
         if value is None or isinstance(value, bool | np.bool_):
             continue
         message = (
-            f"{name}: {switch} should be a bool or None, because it says which statistics "
-            f"normalize or move, but is {value!r}"
+            f"{name}: {switch} should be a bool or None, because it selects the statistics "
+            f"to normalize by or to update, but is {value!r}"
         )
         first = infers_channels and switch == "use_running_average"
         if first and isinstance(value, int | np.integer):
@@ -163,7 +164,7 @@ def _check_groups(layer: Any) -> None:
     if (layer.num_groups is None) == (layer.group_size is None):
         raise ValueError(
             f"{type(layer).__name__}: one of num_groups and group_size should be given, because "
-            f"either gives the other, but has num_groups={layer.num_groups} and "
+            f"each determines the other, but has num_groups={layer.num_groups} and "
             f"group_size={layer.group_size}; write num_groups=None with a group_size "
             f"[num-groups-and-group-size]"
         )
@@ -201,8 +202,8 @@ def instance_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
     axes = _sorted_axes(layer, "feature_axes", ndim + missing)
     if 0 in axes:
         raise ValueError(
-            f"{type(layer).__name__}: feature_axes should not hold axis 0, because it is that of "
-            f"the samples, but is {layer.feature_axes}"
+            f"{type(layer).__name__}: feature_axes should not hold axis 0, because it is the "
+            f"batch axis, but is {layer.feature_axes}"
         )
     return tuple(a - missing for a in axes)
 

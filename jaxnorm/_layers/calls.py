@@ -1,4 +1,4 @@
-"""The calls of the layers: the arguments of each function, from the attributes of a layer."""
+"""Calls the functions of `jaxnorm.functional` with the attributes of a layer."""
 
 from collections.abc import Callable
 from typing import Any

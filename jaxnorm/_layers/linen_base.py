@@ -1,4 +1,4 @@
-"""The base classes of the layers of flax.linen: their variables and the call."""
+"""The base classes of the layers in `jaxnorm.linen`: their variables and their call."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -104,7 +104,7 @@ def _one_of(module: Norm, held: bool | None, given: bool | None) -> bool:
     if held is None and given is None:
         raise ValueError(
             f"{_where(module)}: use_running_average should be given, as an attribute or to the "
-            f"call, because it says which statistics normalize, but is None; write "
+            f"call, because it selects the statistics to normalize by, but is None; write "
             f"use_running_average=not train, and pass train to the model "
             f"[use-running-average-missing]"
         )
@@ -159,8 +159,8 @@ def _batch_stats(module: Norm, x: ArrayLike) -> BatchStats:
         raise ValueError(
             f"{_where(module)}: the variables should hold this layer's batch_stats, because "
             f"it tracks running statistics, but do not; write model.apply({{'params': params, "
-            f"'batch_stats': batch_stats}}, ...) with the batch_stats that init made and training "
-            f"moved, or track_running_stats=False for a layer without them "
+            f"'batch_stats': batch_stats}}, ...) with the batch_stats of init or of training, or "
+            f"track_running_stats=False for a layer without them "
             f"[batch-stats-missing]"
         )
     return cast(BatchStats, found)
@@ -171,10 +171,10 @@ def _write_back(module: Norm, batch_stats: BatchStats) -> None:
     if not module.is_mutable_collection("batch_stats"):
         raise ValueError(
             f"{_where(module)}: batch_stats should be mutable, because the running "
-            f"statistics move in training, but it is not; write y, updates = model.apply("
-            f"variables, x, ..., mutable=['batch_stats']) and go on with updates['batch_stats'], "
-            f"or use_running_average=True to evaluate, or update_stats=False to leave them "
-            f"[batch-stats-not-mutable]"
+            f"statistics are updated in training, but it is not; write y, updates = model.apply("
+            f"variables, x, ..., mutable=['batch_stats']) and continue with "
+            f"updates['batch_stats'], or use_running_average=True to evaluate, or "
+            f"update_stats=False to leave them [batch-stats-not-mutable]"
         )
     for key, value in batch_stats.items():
         module.put_variable("batch_stats", key, value)

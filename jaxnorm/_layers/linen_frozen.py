@@ -1,4 +1,4 @@
-"""Frozen norms in models of flax.linen: the context of the calls and the mask of the optimizer."""
+"""Freezes norms in Linen models: a context for calls, and a mask for the optimizer."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -18,10 +18,11 @@ def frozen() -> Iterator[None]:
 
     The layers of `jaxnorm.linen` with running statistics normalize by them and do not update them,
     whatever `use_running_average` and `update_stats` the model gives them, and their scale and bias
-    have gradient 0. The layers without running statistics, such as `LayerNorm`, are as always.
+    have gradient 0. The layers without running statistics, such as `LayerNorm`, are not
+    affected.
 
     Use it as a context, around the calls of a model or of a part of it, or as a decorator, of
-    `model.apply` or of a training step. It has its effect inside jit, nn.scan and nn.remat, too.
+    `model.apply` or of a training step. It also has its effect inside jit, nn.scan and nn.remat.
     An optimizer with weight decay changes a scale whose gradient is 0: use `trainable_mask`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The base classes of the layers of flax.nnx: their variables and the call."""
+"""The base classes of the layers in `jaxnorm.nnx`: their variables and their call."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -56,7 +56,7 @@ class Tracked(Norm):
     ranks: ClassVar[tuple[int, ...] | None] = None
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Supports nnx.view, which selects the statistics that normalize in the view.
+        """Supports nnx.view, which selects the statistics to normalize by.
 
         Args:
           use_running_average: as the attribute; None leaves it.
@@ -93,9 +93,9 @@ class Tracked(Norm):
             if use_running_average is None:
                 raise ValueError(
                     f"{type(self).__name__}: use_running_average should be given, to the "
-                    f"constructor or to the call, because it says which statistics normalize, but "
-                    f"is None; model.train() and model.eval() give it to all layers "
-                    f"[use-running-average-missing]"
+                    f"constructor or to the call, because it selects the statistics to "
+                    f"normalize by, but is None; model.train() and model.eval() give it to all "
+                    f"layers [use-running-average-missing]"
                 )
         return calls.normalize_and_update(
             self,

@@ -1,4 +1,4 @@
-"""Frozen norms in models of flax.nnx: the type of their parameters, and the change of a model."""
+"""Freezes norms in NNX models: functions that change a model, and the type of its parameters."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def freeze(model: nnx.Module) -> None:
 
     Raises:
       ValueError: if no layer of the model has running statistics; if another module of the model
-        shares the scale or the bias of a layer. Modules outside of it are not seen.
+        shares the scale or the bias of a layer. Modules outside of it are not checked.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -96,7 +96,7 @@ def unfreeze(model: nnx.Module) -> None:
 
 
 def _set_frozen(model: nnx.Module, layers: list[Tracked], frozen: bool) -> None:
-    """Sets the mode and the type of scale and bias; these layers still share what they shared."""
+    """Sets the mode and the type of scale and bias. Shared variables stay shared."""
     kind: type[nnx.Variable[Any]] = FrozenParam if frozen else nnx.Param
     held = [(layer, name, getattr(layer, name)) for layer in layers for name in ("scale", "bias")]
     held = [(layer, name, old) for layer, name, old in held if old is not None]

@@ -1,4 +1,4 @@
-"""Accumulation and recalibration in models of flax.nnx: the states of all layers at once."""
+"""Accumulation and recalibration in NNX models, for all layers at once."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from jaxnorm._layers.nnx_base import Tracked, read_batch_stats, write_back
 
 
 def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
-    """Makes the batches from here on one update of each layer: `jaxnorm.begin_accumulation`.
+    """Begins one update for several batches in all layers: `jaxnorm.begin_accumulation`.
 
     Args:
       model: a model with layers of `jaxnorm.nnx`, which are changed in place.
@@ -43,7 +43,7 @@ def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
 
 
 def end_accumulation(model: nnx.Module) -> None:
-    """Makes each batch an update of its own again; the running statistics stay as they are.
+    """Ends accumulation in all layers; the running statistics stay as they are.
 
     Args:
       model: a model with layers of `jaxnorm.nnx`, which are changed in place.
@@ -73,8 +73,8 @@ def recalibrate(
 ) -> None:
     """Recomputes a model's running statistics from batches: `jaxnorm.recalibrate`.
 
-    The layers of `jaxnorm.nnx` normalize by the batch for it, whatever the model's mode; other
-    layers, such as dropout, are in the mode that they are in.
+    During the call, the layers of `jaxnorm.nnx` normalize by the batch, in any mode of the model.
+    The modes of other layers, such as dropout, are not changed.
 
     Args:
       model: a model with layers of `jaxnorm.nnx`, whose running statistics are set at the end.
@@ -84,7 +84,7 @@ def recalibrate(
       **call: the other arguments of the model.
 
     Raises:
-      ValueError: as `jaxnorm.recalibrate`, and if a layer is frozen; the model is then as it was.
+      ValueError: as `jaxnorm.recalibrate`, and if a layer is frozen. The model is not changed then.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,8 +102,8 @@ def recalibrate(
     for name, layer in tracking(model):
         if layer._frozen:
             raise ValueError(
-                f"recalibrate: the norms should not be frozen, because frozen statistics do not "
-                f"move, but {name} is; write unfreeze(model) first [recalibrate-unmoved]"
+                f"recalibrate: the norms should not be frozen, because frozen statistics are "
+                f"not updated, but {name} is; write unfreeze(model) first [recalibrate-unmoved]"
             )
     graph, variables = nnx.split(model)
 

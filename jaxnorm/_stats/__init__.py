@@ -1,1 +1,1 @@
-"""Running statistics: updates, accumulation, recalibration, validation, folding, and trees."""
+"""Running statistics: updates, accumulation, recalibration, validation and folding."""

@@ -89,17 +89,17 @@ def recalibrate(
         raise ValueError(
             "recalibrate: batches should hold at least one batch, but are empty [recalibrate-empty]"
         )
-    _check_moved(state)
+    _check_updated(state)
     return map_states("recalibrate", lambda _, s: _counted(s, number), end_accumulation(state))
 
 
-def _check_moved(tree: Any) -> None:
+def _check_updated(tree: Any) -> None:
     """Checks that the batches have updated each channel of each state."""
-    unmoved = [path or "it" for path, s in states(tree) if not _moved_everywhere(s)]
-    if unmoved:
+    missed = [path or "the state" for path, s in states(tree) if not _updated_everywhere(s)]
+    if missed:
         raise ValueError(
-            f"recalibrate: step should move every state, but left {', '.join(unmoved)}, or a "
-            f"channel of it, as it was; run the model in training mode, on two values or more "
+            f"recalibrate: step should update every channel of every state, but did not update "
+            f"{', '.join(missed)}; run the model in training mode, on two values or more "
             f"[recalibrate-unmoved]"
         )
 
@@ -108,7 +108,7 @@ def _finite(moments: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.all(jnp.isfinite(moments["mean"]) & jnp.isfinite(moments["var"]))
 
 
-def _moved_everywhere(state: Mapping[str, Any]) -> bool:
+def _updated_everywhere(state: Mapping[str, Any]) -> bool:
     """Returns whether each channel has the measured mean; one with a single value does not."""
     seen = state["accumulation"]["moments"]
     return bool(jnp.all((seen["count"] > 0) & (state["mean"] == seen["mean"])))

@@ -1,4 +1,4 @@
-"""Checks running statistics, and the moments and weights that come with them.
+"""Checks the running statistics that a function is given, and their moments and weights.
 
 All checks run at trace time.
 """
@@ -69,8 +69,8 @@ def stacked_batch_stats(function: str, stats: Any) -> BatchStats:
     mean = stats.get("mean") if isinstance(stats, Mapping) else None
     if mean is not None and jnp.ndim(mean) < 1:
         raise ValueError(
-            f"{function}: batch_stats['mean'] should have a leading axis, one entry a state, but "
-            f"has shape ()"
+            f"{function}: batch_stats['mean'] should have a leading axis, with one entry for each "
+            f"state, but has shape ()"
         )
     return _leaves(function, stats, None, jnp.shape(mean)[:1] if mean is not None else ())
 
@@ -121,7 +121,7 @@ def _keys_missing(function: str, stats: Any) -> ValueError:
             f"without one [count-missing]"
         )
     return ValueError(
-        f"{wanted} {found}; init_batch_stats(num_features) makes a first state [batch-stats-keys]"
+        f"{wanted} {found}; init_batch_stats(num_features) creates a state [batch-stats-keys]"
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks the running statistics of a model before they are used."""
+"""Finds errors in the running statistics of a whole model, such as after a checkpoint is loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

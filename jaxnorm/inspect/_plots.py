@@ -182,7 +182,7 @@ def plot_drift(
     if len(history) < 2:
         raise ValueError(
             f"plot_drift: history should hold two steps or more, because it draws how the "
-            f"statistics move, but holds {len(history)}"
+            f"statistics change, but holds {len(history)}"
         )
     steps = sorted(history)
     apart = _drift_over_steps([history[step] for step in steps], reference)

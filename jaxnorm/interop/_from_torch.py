@@ -156,8 +156,8 @@ def warn_of_scales(entries: list[Entry]) -> None:
     scales = [name for name in kept if split(name)[1] == "scale"]
     if scales:
         warnings.warn(
-            f"from_torch: {scales} are called scale, as those of norms are here; write like= or "
-            f"norms= for to_torch, too, or it calls them weight",
+            f"from_torch: {scales} are named 'scale', but do not belong to norms; write norms= or "
+            f"like= for to_torch, which otherwise renames them to 'weight'",
             stacklevel=3,
         )
 

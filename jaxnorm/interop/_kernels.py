@@ -161,8 +161,8 @@ def check_names_of_kernels(
     convert = getattr(convert, "__self__", convert)  # an inverse is a bound method
     if isinstance(convert, Kernels) and convert.kinds and dict(convert.names) != dict(names or {}):
         raise ValueError(
-            f"{function}: names should be the map that kernels was given, because it "
-            f"leads to the kinds, but is {dict(names or {})!r}, and not {dict(convert.names)!r}; "
+            f"{function}: names should be the map that kernels was given, because the kinds are "
+            f"found by it, but is {dict(names or {})!r}, and not {dict(convert.names)!r}; "
             f"write kernels(..., names=names) and {function}(..., names=names)"
         )
 

@@ -176,10 +176,13 @@ def _norms(
         }
     absent = sorted(set(norms) - set(found.values()))
     unnamed = sorted(found[module] for module in tracked if found[module] not in norms)
-    if absent or unnamed:
+    if unnamed:
         raise ValueError(
-            f"to_torch: norms should name all modules with running statistics, and no others than "
-            f"those with a scale, but it lacks {unnamed}, and {absent} have no scale"
+            f"to_torch: norms should name all modules with running statistics, but lacks {unnamed}"
+        )
+    if absent:
+        raise ValueError(
+            f"to_torch: norms should name modules with a scale, but {absent} have none"
         )
     return {module: torch_module for module, torch_module in found.items() if torch_module in norms}
 

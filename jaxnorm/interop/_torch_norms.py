@@ -112,7 +112,7 @@ def _sync_batch_norm(name: str, module: Any) -> NormRow:
         "out"
     )
     if getattr(module, "process_group", None) is not None:
-        note += "; axis_index_groups has the process_group"
+        note += "; write the ranks of process_group as axis_index_groups"
     arguments = {**row.arguments, "axis_name": "batch"}
     return dataclasses.replace(row, arguments=arguments, note=note)
 
