@@ -15,7 +15,7 @@ from jaxnorm._core.collectives import LOCAL, MappedAxes, number_of_shards
 from jaxnorm._core.layout import Layout
 from jaxnorm._core.moments import Moments, shifted_moments, unshift
 from jaxnorm._core.normalize import infinite_for_zero, normalize, renormalize
-from jaxnorm._core.sample import Sample, widen
+from jaxnorm._core.reduction import Reduction, widen
 from jaxnorm._core.variables import Affine
 from jaxnorm._stats import state_checks
 from jaxnorm._stats.update import Update, update_running_stats
@@ -23,7 +23,7 @@ from jaxnorm._stats.update import Update, update_running_stats
 # These are traced and differentiated once for all layers of one shape. They are inlined, because
 # the compiler for TPU does not propagate a layout through a function that is called more than once:
 # with four images, a step of three convolutions took 1.98 times flax.linen's cycles, now 1.24.
-_measure = jax.jit(shifted_moments, static_argnums=0, inline=True)
+_shifted_moments = jax.jit(shifted_moments, static_argnums=0, inline=True)
 _normalize = jax.jit(normalize, static_argnums=(0, 1), inline=True)
 
 
@@ -122,13 +122,13 @@ class Tracking:
 
 
 def untracked_norm(
-    x: jax.Array, params: Affine | None, layout: Layout, sample: Sample, options: Options
+    x: jax.Array, params: Affine | None, layout: Layout, reduction: Reduction, options: Options
 ) -> jax.Array:
     """Normalizes without running statistics; the parameters have the axes `layout.channels`."""
     operands, options = _operands(x, params, layout, options), options.checked(x)
-    measured = _measure(sample, x, operands.mask)
-    operands, sample = operands.map(sample.laid_out), sample.as_laid_out
-    return _normalized(sample, operands, options, measured).reshape(x.shape)
+    shifted = _shifted_moments(reduction, x, operands.mask)
+    operands, reduction = operands.map(reduction.split_axis), reduction.after_split
+    return _normalized(reduction, operands, options, shifted).reshape(x.shape)
 
 
 def tracked_norm(
@@ -150,27 +150,32 @@ def tracked_norm(
     if batch_stats is not None:
         state = state_checks.batch_stats(function, batch_stats, layout.shape(x), x_shape=x.shape)
     operands = _operands(x, params, layout, options, state)
-    run, shape, stats_axes, update_axes = layout, x.shape, tracking.stats_axes, tracking.update_axes
+    split_layout, shape, stats_axes, update_axes = (
+        layout,
+        x.shape,
+        tracking.stats_axes,
+        tracking.update_axes,
+    )
     if tracking.virtual_batch_size is not None and not by_state:
         size = tracking.virtual_batch_size
         operands, shape = _in_virtual_batches(function, size, operands, layout)
-        run, stats_axes, update_axes = layout.with_batch_axis, LOCAL, stats_axes
+        split_layout, stats_axes, update_axes = layout.with_batch_axis, LOCAL, stats_axes
     if not by_state and options.mask is None:
         checks.more_than_one_value(function, shape, layout, stats_axes.size())
-    sample = Sample(run.reduced, mapped_axes=stats_axes)
-    measured: Any = None
+    reduction = Reduction(split_layout.reduced, mapped_axes=stats_axes)
+    shifted: Any = None
     if tracking.update_stats or not by_state:
-        measured = _measure(sample, operands.x, operands.mask, operands.mean)
+        shifted = _shifted_moments(reduction, operands.x, operands.mask, operands.mean)
     if by_state:
         zero = jnp.zeros_like(operands.mean)
         constants = operands.mean, Moments(zero, zero, operands.var)
         y = _normalized(None, operands, options, constants)
     else:
         if tracking.limits is not None:
-            operands = _corrected(operands, measured, options, tracking.limits, state)
-        y = _normalized(sample, operands, options, measured)
+            operands = _corrected(operands, shifted, options, tracking.limits, state)
+        y = _normalized(reduction, operands, options, shifted)
     if tracking.update_stats:
-        rows = jax.tree.map(run.squeeze_to_channels, unshift(*measured))
+        rows = jax.tree.map(split_layout.squeeze_to_channels, unshift(*shifted))
         update = Update(tracking.momentum, tracking.skip_nonfinite)
         batch_stats = update_running_stats(
             state, rows, update, between=layout.batch is None, mapped_axes=update_axes
@@ -201,23 +206,25 @@ def _operands(
 
 
 def _normalized(
-    sample: Sample | None,
+    reduction: Reduction | None,
     operands: _Operands,
     options: Options,
-    measured: tuple[jax.Array, Moments],
+    shifted: tuple[jax.Array, Moments],
 ) -> jax.Array:
     """Computes y from the moments of the sample, or from constants if the sample is None."""
-    (shift, moments), number = measured, jnp.asarray(options.epsilon, float)
+    (shift, moments), epsilon = shifted, jnp.asarray(options.epsilon, float)
     if not isinstance(options.epsilon, float) or options.epsilon == 0:
-        moments = dataclasses.replace(moments, var=infinite_for_zero(moments.var, number))
+        moments = dataclasses.replace(moments, var=infinite_for_zero(moments.var, epsilon))
     x, mask, scale, bias, *_ = operands
-    y: jax.Array = _normalize(options.dtype, sample, x, scale, bias, number, mask, shift, moments)
+    y: jax.Array = _normalize(
+        options.dtype, reduction, x, scale, bias, epsilon, mask, shift, moments
+    )
     return y
 
 
 def _corrected(
     operands: _Operands,
-    measured: tuple[jax.Array, Moments],
+    shifted: tuple[jax.Array, Moments],
     options: Options,
     limits: tuple[Any, Any],
     state: Any,
@@ -231,14 +238,14 @@ def _corrected(
     )
     _, _, scale, bias, mean, var = operands
     epsilon = jnp.asarray(options.epsilon, float)
-    scale, bias = renormalize(scale, bias, measured, mean, var, epsilon, (r_max, d_max))
+    scale, bias = renormalize(scale, bias, shifted, mean, var, epsilon, (r_max, d_max))
     return operands._replace(scale=scale, bias=bias)
 
 
 def _zero_where_masked(mask: jax.Array, a: jax.Array) -> jax.Array:
     """Sets parameters to 0, even if they are NaN, where they only apply to masked entries of x."""
-    alone = tuple(i for i in range(a.ndim) if a.shape[i] == 1)
-    return jnp.where(jnp.any(mask, alone, keepdims=True), a, jnp.zeros((), a.dtype))
+    broadcast_axes = tuple(i for i in range(a.ndim) if a.shape[i] == 1)
+    return jnp.where(jnp.any(mask, broadcast_axes, keepdims=True), a, jnp.zeros((), a.dtype))
 
 
 # ---- Virtual batches: (N, ...) as (N / size, size, ...) ----

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm._core import arguments, checks
 from jaxnorm._core.collectives import AxisName, mapped_axes
 from jaxnorm._core.layout import Layout
-from jaxnorm._core.sample import Sample
+from jaxnorm._core.reduction import Reduction
 from jaxnorm._core.variables import Affine, BatchStats, State
 from jaxnorm._norm import Options, Tracking, tracked_norm, untracked_norm
 from jaxnorm._stats import state_checks
@@ -402,10 +402,10 @@ def group_norm(
     axes = tuple(a for a in layout.reduced if a not in batch)
     groups, devices = (channel, num_groups), mapped_axes("group_norm", axis_name, axis_index_groups)
     if axes:
-        sample = Sample(axes, groups=groups, mapped_axes=devices)
+        reduction = Reduction(axes, groups=groups, mapped_axes=devices)
     else:  # x has no other axes, so that the sums of the channels would have the size of x
-        sample = Sample((channel + 1,), split=groups, mapped_axes=devices)
-    return untracked_norm(x, params, layout, sample, Options("group_norm", epsilon, mask, dtype))
+        reduction = Reduction((channel + 1,), split=groups, mapped_axes=devices)
+    return untracked_norm(x, params, layout, reduction, Options("group_norm", epsilon, mask, dtype))
 
 
 def layer_norm(
@@ -457,10 +457,10 @@ def layer_norm(
     """
     x = checks.float_array("layer_norm", x)
     layout = Layout(x.ndim, arguments.features("layer_norm", "axis", axis, x.ndim))
-    sample = Sample(
+    reduction = Reduction(
         layout.channels, mapped_axes=mapped_axes("layer_norm", axis_name, axis_index_groups)
     )
-    return untracked_norm(x, params, layout, sample, Options("layer_norm", epsilon, mask, dtype))
+    return untracked_norm(x, params, layout, reduction, Options("layer_norm", epsilon, mask, dtype))
 
 
 def rms_norm(
@@ -515,9 +515,9 @@ def rms_norm(
     """
     x = checks.float_array("rms_norm", x)
     layout = Layout(x.ndim, arguments.features("rms_norm", "axis", axis, x.ndim))
-    sample = Sample(
+    reduction = Reduction(
         layout.channels,
         centered=False,
         mapped_axes=mapped_axes("rms_norm", axis_name, axis_index_groups),
     )
-    return untracked_norm(x, params, layout, sample, Options("rms_norm", epsilon, mask, dtype))
+    return untracked_norm(x, params, layout, reduction, Options("rms_norm", epsilon, mask, dtype))

@@ -756,7 +756,7 @@ def test_arrays_that_get_one_name_are_refused_by_name(capsys, source, target, na
 def test_a_scale_outside_norms_is_restored_if_the_norms_are_listed(tmp_path, source, target):
     arrays = bn() | {"affine.scale": np.ones(2), "affine.bias": np.ones(2)}
     safetensors.numpy.save_file(arrays, source)
-    with pytest.warns(UserWarning, match=r"\['affine\.scale'\] are called scale"):
+    with pytest.warns(UserWarning, match=r"\['affine\.scale'\] are named 'scale'"):
         interop.from_torch(source)
     convert(source, target)
     convert(target, tmp_path / "back.safetensors", "--norm", "bn")

@@ -22,7 +22,7 @@ def rows(*shape):
 
 
 def matched(proposal):
-    return [(pair.torch, pair.here, pair.by) for pair in proposal.pairs]
+    return [(pair.torch, pair.flax, pair.by) for pair in proposal.pairs]
 
 
 # ---- A block in PyTorch, and in Linen and NNX ----
@@ -94,17 +94,17 @@ def test_what_is_certain_is_matched_and_the_rest_is_not_guessed():
         ("head", "Dense_0", "unique shape"),
     ]
     assert [unit.name for unit in proposal.only_torch] == list(BY_ORDER)
-    assert {unit.name for unit in proposal.only_here} == set(BY_ORDER.values())
+    assert {unit.name for unit in proposal.only_flax} == set(BY_ORDER.values())
     assert "4 of these can be paired by their order: write allow_order=True" in str(proposal)
-    with pytest.raises(ValueError, match=r"should have a partner.*allow_order(.|\n)*right\.1"):
+    with pytest.raises(ValueError, match=r"should be matched.*allow_order(.|\n)*right\.1"):
         proposal.variables()
-    with pytest.raises(ValueError, match="should have a partner"):
+    with pytest.raises(ValueError, match="should be matched"):
         proposal.verify()
 
 
 def test_the_rest_is_matched_by_the_order_of_the_calls():
     proposal = interop.match(Block(), X, TheirBlock(), X_TORCH, allow_order=True)
-    assert {pair.torch: pair.here for pair in proposal.pairs if pair.by == "order"} == BY_ORDER
+    assert {pair.torch: pair.flax for pair in proposal.pairs if pair.by == "order"} == BY_ORDER
     assert proposal.names == {"stem": "Conv_0", "head": "Dense_0", **BY_ORDER}
     assert proposal.verify() < 1e-5
     assert "left.0   Conv_1       bias [8], kernel [1, 1, 8, 8]" in str(proposal)
@@ -434,7 +434,7 @@ def test_groups_of_different_sizes_are_not_paired():
     assert str(proposal).splitlines()[1:] == [
         "only in PyTorch:",
         *(f"  {i}  scale [4]" for i in range(3)),
-        "only here:",
+        "only in Flax:",
         *(f"  Norm_{i}  scale [4]" for i in range(2)),
     ]
 
@@ -506,9 +506,9 @@ def test_outputs_that_cannot_be_compared():
             return (y, y) if self.several else y.T
 
     module = torch.nn.Linear(4, 3)
-    with pytest.raises(ValueError, match="returns 1 and the model here 2"):
+    with pytest.raises(ValueError, match="returns 1 and the Flax model 2"):
         interop.match(Ours(several=True), x, module, x_torch, names={"": "Dense_0"}).verify()
-    with pytest.raises(ValueError, match=r"\(2, 3\), and the one here \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3\), and that of Flax \(3, 2\)"):
         interop.match(Ours(several=False), x, module, x_torch, names={"": "Dense_0"}).verify()
 
     class Words(torch.nn.Linear):

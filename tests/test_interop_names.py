@@ -34,7 +34,7 @@ class Affine(torch.nn.Module):
 @pytest.mark.parametrize("said", ["like", "norms"])
 def test_a_scale_that_is_no_norm_s_goes_back_under_its_name(said):
     model = torch.nn.Sequential(Affine(), torch.nn.BatchNorm1d(3))
-    with pytest.warns(UserWarning, match=r"\['0\.scale'\] are called scale, .* like= or norms="):
+    with pytest.warns(UserWarning, match=r"\['0\.scale'\] are named 'scale', .* norms= or like="):
         variables = interop.from_torch(model)
     assert variables["params"]["0"].keys() == {"scale", "bias"}
     given = {"like": model.state_dict()} if said == "like" else {"norms": ["1"]}
@@ -45,8 +45,10 @@ def test_a_scale_that_is_no_norm_s_goes_back_under_its_name(said):
 
 def test_norms_must_fit_the_variables():
     variables = interop.from_torch(under("a", bn()) | {"b.weight": np.ones(3)})
-    with pytest.raises(ValueError, match=r"lacks \['a'\], and \['c'\] have no scale"):
+    with pytest.raises(ValueError, match=r"running statistics, but lacks \['a'\]"):
         interop.to_torch(variables, norms=["b", "c"])
+    with pytest.raises(ValueError, match=r"modules with a scale, but \['c'\] have none"):
+        interop.to_torch(variables, norms=["a", "b", "c"])
 
 
 def test_a_mean_that_is_no_state_s_stays_a_parameter_in_nnx():

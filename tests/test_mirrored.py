@@ -48,7 +48,7 @@ def assert_matched(names, *models, **options):
     """Checks that the order of the calls gives the map, and that the outputs agree with it."""
     proposal = interop.match(*models, **options, allow_order=True)
     assert not proposal.only_torch
-    assert not proposal.only_here
+    assert not proposal.only_flax
     assert proposal.names == names
     assert not any(pair.note for pair in proposal.pairs)
     assert proposal.verify(tolerance=MOST) < MOST

@@ -1,6 +1,7 @@
 """Tests the moments of x and their merging against float64 NumPy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxnorm
-from jaxnorm._core.moments import Moments, Sample, pool, shifted_moments
+from jaxnorm._core.moments import Moments, Reduction, pool, shifted_moments
 
 pytestmark = pytest.mark.usefixtures("strict")
 RNG = np.random.default_rng(0)
@@ -44,7 +45,7 @@ def test_the_shift_is_one_number_in_whatever_the_compiler_fuses_it_into(masked):
     x = (RNG.standard_normal((16, 12, 12, 8)) + 1e6).astype(np.float32)
     mask = RNG.random((16, 12, 12, 1)) < 0.6 if masked else np.ones((16, 12, 12, 1), bool)
     measured = jax.jit(shifted_moments, static_argnums=0)(
-        Sample((0, 1, 2)), x, mask if masked else None
+        Reduction((0, 1, 2)), x, mask if masked else None
     )
     shift, mean = (np.asarray(a, np.float64) for a in (measured[0], measured[1].mean))
     expected = x.mean((0, 1, 2), np.float64, where=mask)
@@ -120,6 +121,17 @@ def test_moments_of_float64_stay_float64(x64):
         assert leaf.dtype == jnp.float64
 
 
+def test_a_mean_that_is_not_subtracted_is_0_and_has_no_derivative():
+    x, x_dot = (jnp.asarray(RNG.standard_normal((5, 3)), jnp.float32) for _ in range(2))
+    measure = functools.partial(shifted_moments, Reduction((1,), centered=False))
+    (shift, m), (shift_dot, m_dot) = jax.jvp(measure, (x,), (x_dot,))
+    for zero in (shift, m.mean, shift_dot, m_dot.mean, m_dot.count):
+        np.testing.assert_array_equal(zero, np.zeros((5, 1)))
+    # Sums of three products in float32.
+    expected = 2 * (np.float64(x) * np.float64(x_dot)).mean(1, keepdims=True)
+    np.testing.assert_allclose(m_dot.var, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("masked", "order"),
     [
@@ -164,7 +176,7 @@ def test_x_itself_is_kept_for_the_backward_pass():
 def test_pooling_is_exact_for_any_split(offset):
     x = (RNG.standard_normal((100, 3)) + offset).astype(np.float32)
     parts = np.split(x, [0, 7, 7, 60])  # two of the five are empty
-    rows = [shifted_moments(Sample((0,)), jnp.asarray(part)) for part in parts]
+    rows = [shifted_moments(Reduction((0,)), jnp.asarray(part)) for part in parts]
     shifts, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
     shift, pooled = pool(shifts, moments)
     assert [a.shape for a in jax.tree.leaves((shift, pooled))] == [(1, 3)] * 4

@@ -124,8 +124,8 @@ def run(frontend, name, options):
     [
         (
             {"group_size": 4},
-            "GroupNorm: one of num_groups and group_size should be given, because either gives "
-            "the other, but has num_groups=32 and group_size=4; write num_groups=None with a",
+            "GroupNorm: one of num_groups and group_size should be given, because each "
+            "determines the other, but has num_groups=32 and group_size=4; write num_groups=None",
         ),
         ({"num_groups": None}, "but has num_groups=None and group_size=None"),
         (

@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from jaxnorm._core.moments import Moments, Sample, shifted_moments
+import jaxnorm
+from jaxnorm._core.moments import Moments, Reduction, shifted_moments
 from jaxnorm._core.normalize import normalize
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -36,9 +37,9 @@ def plain(axes, x, scale, bias, epsilon, mask):
 
 
 def ours(axes, x, scale, bias, epsilon, mask):
-    sample = Sample(axes)
-    shift, m = shifted_moments(sample, x, mask)
-    y = normalize(x.dtype, sample, x, scale, bias, epsilon, mask, shift, m)
+    reduction = Reduction(axes)
+    shift, m = shifted_moments(reduction, x, mask)
+    y = normalize(x.dtype, reduction, x, scale, bias, epsilon, mask, shift, m)
     return y, shift + m.mean, m.var
 
 
@@ -114,18 +115,25 @@ def test_the_derivative_to_any_order_in_any_mix_of_modes(missing, order, given):
     x = jnp.asarray(X)
     one_per_channel = {"scale": jnp.array([[[1.3, -0.7]]]), "bias": jnp.array([[[0.2, 0.5]]])}
     params = {k: v for k, v in one_per_channel.items() if k not in missing}
-    statistics = shifted_moments(Sample((0, 1)), 2 * x)
+    statistics = shifted_moments(Reduction((0, 1)), 2 * x)
 
     def f(x, params, epsilon):
         scale, bias = params.get("scale"), params.get("bias")
-        sample = None if given else Sample((0, 1))
-        used = statistics if given else shifted_moments(sample, x, MASK)
-        return normalize(x.dtype, sample, x, scale, bias, epsilon, MASK, *used)
+        reduction = None if given else Reduction((0, 1))
+        used = statistics if given else shifted_moments(reduction, x, MASK)
+        return normalize(x.dtype, reduction, x, scale, bias, epsilon, MASK, *used)
 
     check_grads(f, (x, params, jnp.asarray(0.3)), order=order)
 
 
-def test_moments_of_no_sample_are_constants():
+def test_a_traced_epsilon_of_the_size_of_the_variance_is_added():
+    y = jax.jit(lambda x, epsilon: jaxnorm.layer_norm(x, epsilon=epsilon))
+    x = jnp.array([[-1.0, 1.0]])  # of variance 1
+    np.testing.assert_allclose(y(x, 1.0), x / np.sqrt(2), rtol=1e-6)  # a few roundings
+    np.testing.assert_array_equal(y(0 * x, 0.0), 0 * x)
+
+
+def test_moments_that_are_given_are_constants():
     x, scale, epsilon = jnp.asarray(X), jnp.array([[[1.3, -0.7]]]), jnp.asarray(0.3)
     measured = jnp.array([[[[0.1, 0.2]]], [[[0.3, -0.4]]], [[[1.5, 0.8]]]])
 
@@ -150,9 +158,9 @@ def kept(f, *args):
 def norm(x, scale, bias, *, given):
     shape = (*(1 for _ in x.shape[:-1]), x.shape[-1])
     zero, one = jnp.zeros(shape), jnp.ones(shape)
-    sample = None if given else Sample((0, 1, 2))
-    used = (zero, Moments(zero, zero, one)) if given else shifted_moments(sample, x)
-    return normalize(x.dtype, sample, x, scale, bias, jnp.asarray(1e-5), None, *used)
+    reduction = None if given else Reduction((0, 1, 2))
+    used = (zero, Moments(zero, zero, one)) if given else shifted_moments(reduction, x)
+    return normalize(x.dtype, reduction, x, scale, bias, jnp.asarray(1e-5), None, *used)
 
 
 @pytest.mark.parametrize("given", [False, True])

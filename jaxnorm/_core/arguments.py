@@ -41,7 +41,7 @@ def number(
     raise ValueError(f"{function}: {name} should be {wanted}, but is {found}")
 
 
-def whole(function: str, name: str, value: Any, why: str) -> int:
+def positive_int(function: str, name: str, value: Any, why: str) -> int:
     """Checks a positive Python or NumPy integer."""
     try:
         if not isinstance(value, bool | np.bool_) and operator.index(value) >= 1:

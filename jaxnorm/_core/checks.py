@@ -62,7 +62,7 @@ def group_layout(
     shape: Shape, channel_axis: int, batch_axis: int | Sequence[int] | None, num_groups: int
 ) -> tuple[Layout, Shape, int]:
     """Checks that the groups divide the one channel axis, and that it is not a batch axis."""
-    num_groups = arguments.whole(
+    num_groups = arguments.positive_int(
         "group_norm", "num_groups", num_groups, "it is the number of groups of channels"
     )
     least = 1 if batch_axis is None else 2
@@ -165,7 +165,7 @@ def other_axis(function: str, channels: Shape, shape: Shape) -> str:
 
 
 def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: int) -> None:
-    """Raises if the sample of a channel has exactly one entry."""
+    """Raises if each mean is that of exactly one entry."""
     number = math.prod(shape[a] for a in layout.reduced) * devices
     if isinstance(number, int) and number == 1:
         kind = "value per channel" if layout.batch is None else "spatial element"
@@ -177,7 +177,7 @@ def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: in
 
 
 def same_moments(function: str, a: Shape, b: Shape) -> None:
-    """Checks that two samples have moments of the same shape."""
+    """Checks that two moments have the same shape."""
     if not agrees(a, b):
         raise ValueError(
             f"{function}: a and b should be of one shape, because each entry is one channel's, but "
@@ -192,7 +192,7 @@ def virtual_batches(function: str, size: int, shape: Shape, layout: Layout, devi
             f"{function}: virtual_batch_size should come with samples on axis 0, but channel_axis "
             f"is {layout.channels} [virtual-batch-size]"
         )
-    size = arguments.whole(function, "virtual_batch_size", size, "it is a number of samples")
+    size = arguments.positive_int(function, "virtual_batch_size", size, "it is a number of samples")
     samples = shape[0]
     if isinstance(samples, int) and samples % (size * devices):
         where = f" on {devices} devices" if devices > 1 else ""

@@ -13,7 +13,7 @@ AxisName = Hashable | tuple[Hashable, ...]
 
 @dataclasses.dataclass(frozen=True)
 class MappedAxes:
-    """The devices that share one sample: those of the mapped axes, or of one group of them.
+    """The devices that share one mean: those of the mapped axes, or of one group of them.
 
     Attributes:
       axis_name: the axes of shard_map, pmap or vmap; None means this device only.
@@ -26,7 +26,7 @@ class MappedAxes:
     function: str = dataclasses.field(default="", compare=False)
 
     def size(self) -> int:
-        """Returns the number of devices that share the sample of this device."""
+        """Returns the number of devices that share one mean with this device."""
         if self.axis_name is None:
             return 1
         return len(self.groups[0]) if self.groups else self._number_of_devices()

@@ -30,12 +30,12 @@ class Layout:
 
     @property
     def reduced(self) -> tuple[int, ...]:
-        """The axes that the statistics of a sample are reduced over."""
+        """The other axes, which batch and instance norm reduce over."""
         return tuple(a for a in range(self.ndim) if a != self.batch and a not in self.channels)
 
     @property
     def with_batch_axis(self) -> "Layout":
-        """The layout of x with a new first axis of samples that are normalized separately."""
+        """The layout of x with a new first axis, along which entries are normalized separately."""
         return Layout(self.ndim + 1, tuple(a + 1 for a in self.channels), batch=0)
 
     def expand(self, a: jax.Array) -> jax.Array:

@@ -11,16 +11,16 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core import arguments, checks, platforms
 from jaxnorm._core.collectives import AxisName, MappedAxes, mapped_axes, sharded_like
-from jaxnorm._core.sample import Sample, select, widen
+from jaxnorm._core.reduction import Reduction, select, widen
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The number of entries of a sample, their mean, and their biased variance.
+    """The number of entries that share one mean, their mean, and their biased variance.
 
     The three fields have the same shape, such as (C,), and the same float dtype, float32 or wider;
-    a count in int32 could overflow. An empty sample has count 0, mean 0 and variance 0.
+    a count in int32 could overflow. Without entries, count, mean and variance are 0.
 
     Attributes:
       count: the number of entries, or of those where the mask is True.
@@ -72,10 +72,10 @@ def moments(
       axis: the axes to reduce over.
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
         Masked entries, even NaN or Inf, do not affect the moments or their gradients.
-      axis_name: the mapped axes (of shard_map, pmap or vmap) over which the sample is distributed.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which x is distributed.
         The sums of the devices are added, in one collective (two on GPU) of the size of the
         moments.
-      axis_index_groups: lists of indices along axis_name; each group holds one sample.
+      axis_index_groups: lists of indices along axis_name; each group has moments of its own.
 
     Returns:
       Moments whose fields have the shape of x without the reduced axes, in float32 or wider.
@@ -98,8 +98,8 @@ def moments(
     x = checks.float_array("moments", x)
     axes = arguments.axes("moments", "axis", axis, x.ndim)
     mask = checks.mask("moments", mask, x.shape)
-    sample = Sample(axes, mapped_axes=mapped_axes("moments", axis_name, axis_index_groups))
-    shift, about_shift = shifted_moments(sample, x, mask)
+    reduction = Reduction(axes, mapped_axes=mapped_axes("moments", axis_name, axis_index_groups))
+    shift, about_shift = shifted_moments(reduction, x, mask)
     found: Moments = jax.tree.map(lambda a: jnp.squeeze(a, axes), unshift(shift, about_shift))
     return found
 
@@ -111,7 +111,7 @@ def unshift(shift: jax.Array, about_shift: Moments) -> Moments:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
 def shifted_moments(
-    sample: Sample,
+    reduction: Reduction,
     x: jax.Array,
     mask: jax.Array | None = None,
     guess: jax.Array | None = None,
@@ -124,57 +124,58 @@ def shifted_moments(
     one number, y would lose precision where the mean is large compared to the standard deviation.
     The derivative rule passes `differentiated`, because on GPU another formulation is faster then.
     """
-    if not sample.centered:
+    if not reduction.centered:
         wide = widen(x)
-        count, zero, var = sample.moments_about(None, wide, mask, sample.count(wide, mask))
+        count, zero, var = reduction.moments_about(None, wide, mask, reduction.count(wide, mask))
         return zero, Moments(count, zero, var)
-    measure = platforms.moments_formulation(sample, x, differentiated=differentiated)
-    shift, *moments = measure(x, mask, guess)
+    compute = platforms.moments_formulation(reduction, x, differentiated=differentiated)
+    shift, *moments = compute(x, mask, guess)
     return shift, Moments(*moments)
 
 
 @shifted_moments.defjvp
 def _shifted_moments_jvp(
-    sample: Sample, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    reduction: Reduction, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, Moments]]:
     x, mask, guess = primals
     x_dot = tangents[0]
-    shift, moments = shifted_moments(sample, x, mask, guess, True)
+    shift, moments = shifted_moments(reduction, x, mask, guess, True)
 
     # Checkpointed, so that the residual is x in its own dtype, not x - mean in float32.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def linear(x: jax.Array, shift: jax.Array, moments: Moments, x_dot: jax.Array) -> Moments:
-        x, shift, moments = platforms.apart_on_cpu((x, shift, moments))
-        x, x_dot, laid_out = map(sample.laid_out, (x, x_dot, mask))
-        return moments_dot(sample, x, laid_out, shift, moments, x_dot)
+        x, shift, moments = platforms.barrier_on_cpu((x, shift, moments))
+        x, x_dot, split_mask = map(reduction.split_axis, (x, x_dot, mask))
+        return moments_dot(reduction, x, split_mask, shift, moments, x_dot)
 
     return (shift, moments), (jnp.zeros_like(shift), linear(x, shift, moments, x_dot))
 
 
 def moments_dot(
-    sample: Sample,
+    reduction: Reduction,
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array,
     moments: Moments,
     x_dot: jax.Array,
 ) -> Moments:
-    """The tangent of the moments: mean_dot = E[x_dot] and var_dot = 2 E[(x - mean) x_dot].
+    """Computes the tangent of the moments: E[x_dot] and 2 E[(x - mean) x_dot].
 
     The shift is a constant, because the mean and the variance do not depend on it. The arrays of
-    the size of x are laid out (`Sample.laid_out`).
+    the size of x have the axis of `Reduction.split` split.
     """
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
     products = center(x, mask, shift, moments) * x_dot
-    *totals, of_products = sample.sum(*((x_dot, products) if sample.centered else (products,)))
-    total = totals[0] if sample.centered else jnp.zeros_like(n)
-    mean_dot, half_var_dot = sample.mapped_axes.sum(total / n, of_products / n)
+    terms = (x_dot, products) if reduction.centered else (products,)
+    *totals, of_products = reduction.sum(*terms)
+    total = totals[0] if reduction.centered else jnp.zeros_like(n)
+    mean_dot, half_var_dot = reduction.mapped_axes.sum(total / n, of_products / n)
     return Moments(jnp.zeros_like(n), mean_dot, 2 * half_var_dot)
 
 
 def center(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments) -> jax.Array:
-    """x - mean, computed as (x - shift) - moments.mean: x - shift is exact, the mean is small."""
+    """Computes x - mean as (x - shift) - moments.mean, which is exact near the shift."""
     difference: jax.Array = (select(mask, widen(x, shift)) - shift) - moments.mean
     return difference
 
@@ -183,7 +184,7 @@ def center(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Mome
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    r"""Merges the moments of two disjoint samples into those of their union.
+    r"""Merges the moments of two disjoint sets of entries into those of their union.
 
     .. math::
         mean = \frac{n_a mean_a + n_b mean_b}{n_a + n_b}, \quad
@@ -226,7 +227,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:
-    """Merges the moments of two disjoint samples; `between` is as in `pool`."""
+    """Merges the moments of two disjoint sets of entries; `between` is as in `pool`."""
     (a, b) = (jax.tree.map(widen, one, other) for one, other in ((a, b), (b, a)))
     count = a.count + b.count
     n = jnp.maximum(count, 1)
@@ -236,7 +237,7 @@ def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:
 
 
 def interpolate(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
-    """(1 - weight) * a + weight * b, computed as a step from the nearer of the two.
+    """Computes (1 - weight) * a + weight * b as a step from the nearer of the two.
 
     In float32, the two weights usually do not add up to exactly 1. If an average is multiplied by
     their sum at every step, its error grows with the number of steps. A step from a towards b
@@ -251,9 +252,9 @@ def about_mean(moments: Moments) -> Moments:
 
 
 def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax.Array, Moments]:
-    """Pools disjoint samples, one per row of the leading axis, into the moments of their union.
+    """Pools moments, one row of the leading axis for each set of entries, into those of the union.
 
-    The variance is that within the samples plus that between them (Chan, Golub & LeVeque, 1979).
+    The variance is that within the sets plus that between them (Chan, Golub & LeVeque, 1979).
     Without `between`, it is the mean of the variances of the rows. A row of count 0 has weight 0.
     """
     rows = dataclasses.replace(rows, count=sharded_like(rows.count, shifts))

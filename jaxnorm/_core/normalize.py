@@ -11,16 +11,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core import platforms
 from jaxnorm._core.moments import Moments, center, moments_dot
-from jaxnorm._core.sample import Sample, select
+from jaxnorm._core.reduction import Reduction, select
 
 
 def rstd(var: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """1 / sqrt(var + epsilon)."""
+    """Computes 1 / sqrt(var + epsilon)."""
     return lax.rsqrt(var + epsilon.astype(var.dtype))
 
 
 def infinite_for_zero(var: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """The variance, or infinity where variance + epsilon is 0, so that y is the bias there.
+    """Replaces var by infinity where var + epsilon is 0, so that y is the bias there.
 
     Only used if epsilon may be 0, because without it XLA needs one kernel less for RMS norm on GPU.
     """
@@ -28,11 +28,12 @@ def infinite_for_zero(var: jax.Array, epsilon: jax.Array) -> jax.Array:
 
 
 def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
-    """d * r * w, where r has the shape of the moments; r * w comes first if it is smaller than x.
+    """Computes d * r * w, where r has the shape of the moments.
 
-    This needs only one product of the size of x. In the transpose, the product with r separates the
-    sum over the entries of a sample, which is the cotangent of r * w, from the sum over the
-    samples. If the sums were adjacent, XLA would combine them and write out all products d * g.
+    If r * w is smaller than x, it is computed first, so that only one product has the size of x.
+    In the transpose, the product with r separates the sum over the reduced axes, which is the
+    cotangent of r * w, from the sum over the other axes. If the sums were adjacent, XLA would
+    combine them and write out all products d * g.
     """
     if w is None:
         return d * r
@@ -40,7 +41,7 @@ def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
 
 
 def affine(x_hat: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-    """scale * x_hat + bias; None leaves out the factor or the term."""
+    """Computes scale * x_hat + bias; None leaves out the factor or the term."""
     y = x_hat if scale is None else x_hat * scale.astype(x_hat.dtype)
     return y if bias is None else y + bias.astype(x_hat.dtype)
 
@@ -48,7 +49,7 @@ def affine(x_hat: jax.Array, scale: jax.Array | None, bias: jax.Array | None) ->
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def normalize(
     dtype: Any,
-    sample: Sample | None,
+    reduction: Reduction | None,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
@@ -57,10 +58,10 @@ def normalize(
     shift: jax.Array,
     moments: Moments,
 ) -> jax.Array:
-    """y in the given dtype, from the moments of x - shift (`shifted_moments`) or from constants.
+    """Computes y in the given dtype; the shift and the moments are those of `shifted_moments`.
 
-    Scale and bias have the rank of x. The sample is that of the moments, for x as it is laid out;
-    None if the moments are constants.
+    Scale and bias have the rank of x. If the reduction is None, shift and moments are constants;
+    otherwise it is the one of the moments, after its axis is split.
     """
     d, r = center(x, mask, shift, moments), rstd(moments.var, epsilon)
     y = scaled(d, r, None if scale is None else scale.astype(r.dtype))
@@ -70,9 +71,12 @@ def normalize(
 
 @functools.partial(normalize.defjvp, symbolic_zeros=True)
 def _normalize_jvp(
-    dtype: DTypeLike, sample: Sample | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    dtype: DTypeLike,
+    reduction: Reduction | None,
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """The tangent of normalize, written so that its transpose is an efficient backward pass.
+    """Computes the tangent of `normalize` such that its transpose is an efficient backward pass.
 
     With r = 1 / sqrt(var + epsilon), the tangent of y = scale * x_hat + bias is
 
@@ -90,8 +94,8 @@ def _normalize_jvp(
     rounded.
     """
     x, scale, _, epsilon, mask, *measured = primals
-    y = normalize(dtype, sample, *primals)
-    moving = tangents[:4]
+    y = normalize(dtype, reduction, *primals)
+    given_dots = tangents[:4]
 
     # Checkpointed: x_hat is recomputed from x, so that the residual is x itself, in its own dtype,
     # and the two passes do not share x_hat.
@@ -102,34 +106,36 @@ def _normalize_jvp(
         bias_dot: jax.Array | None,
         epsilon_dot: jax.Array | None,
     ) -> jax.Array:
-        shift, moments = platforms.apart_on_cpu(tuple(measured))
-        again, r = platforms.apart_on_cpu(x), rstd(moments.var, epsilon)
+        shift, moments = platforms.barrier_on_cpu(tuple(measured))
+        x_behind, r = platforms.barrier_on_cpu(x), rstd(moments.var, epsilon)
         mean_dot = var_dot = None
         if x_dot is not None:
             x_dot = x_dot.astype(r.dtype)
-        if x_dot is not None and sample is not None:
-            moments_of = moments_dot(sample, again, mask, shift, moments, x_dot)
-            mean_dot, var_dot = moments_of.mean if sample.centered else None, moments_of.var
+        if x_dot is not None and reduction is not None:
+            moments_of = moments_dot(reduction, x_behind, mask, shift, moments, x_dot)
+            mean_dot, var_dot = moments_of.mean if reduction.centered else None, moments_of.var
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
         wide_dot = _combine((-r * r / 2, _combine((one, var_dot), (one, epsilon_dot))))
         a = _combine((one, scale_dot), (one, _along(w, wide_dot, x)))
         b = _combine((one, bias_dot), (one, _along(w, _combine((-r, mean_dot)), x)))
         if a is not None:  # otherwise x is not a residual
-            a = scaled(center(again, mask, shift, moments), r, a)
+            a = scaled(center(x_behind, mask, shift, moments), r, a)
         y_dot = _combine((w * r, x_dot), (one, a), (one, b))
-        y_dot = 0 * one if y_dot is None else select(mask, y_dot)  # None: all tangents are zero
+        # None means that all tangents are zero.
+        y_dot = jnp.zeros((), r.dtype) if y_dot is None else select(mask, y_dot)
         return jnp.broadcast_to(y_dot.astype(dtype), y.shape)
 
-    return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in moving))
+    return y, linear(*(None if isinstance(t, SymbolicZero) else t for t in given_dots))
 
 
 def _along(w: jax.Array, t: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Computes w * t by `multiply_along`; None is a tangent of zero."""
     return None if t is None else platforms.multiply_along(w, t, x)
 
 
 def _combine(*terms: tuple[jax.Array, jax.Array | None]) -> jax.Array | None:
-    """The sum of factor * tangent over the tangents that are not zero; None if all are."""
+    """Sums factor * tangent over the tangents that are not zero; returns None if all are."""
     products = [factor * t.astype(factor.dtype) for factor, t in terms if t is not None]
     return functools.reduce(jnp.add, products) if products else None
 
@@ -143,7 +149,7 @@ def renormalize(
     epsilon: jax.Array,
     limits: tuple[ArrayLike, ArrayLike],
 ) -> tuple[jax.Array, jax.Array]:
-    """The scale and bias with which y is as by the running mean and var, within the limits.
+    """Computes the scale and bias with which y is that of the running statistics, within limits.
 
     (x - mean) / sigma = x_hat r + d, with r = sigma_batch / sigma and d = (mean_batch - mean) /
     sigma; both are constants for the derivative (Ioffe, Batch Renormalization, 2017).

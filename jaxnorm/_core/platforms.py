@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._core.collectives import number_of_shards
-from jaxnorm._core.sample import Sample, select, widen
+from jaxnorm._core.reduction import Reduction, select, widen
 
-Measured = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+ShiftedMoments = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 
@@ -28,8 +28,8 @@ _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", d
 def formulated_for(platform: str | None) -> Iterator[None]:
     """Uses the formulations of a platform on any platform, in this thread.
 
-    A CPU can test each of them this way, and an exported graph has one. With None, the platform
-    that a program is compiled for decides.
+    Tests use this to run each formulation on a CPU, and the export to ONNX uses it because a graph
+    has one formulation. With None, the platform that a program is compiled for decides.
     """
     before = _FORCED.get()
     _FORCED.set(platform)
@@ -42,7 +42,7 @@ def formulated_for(platform: str | None) -> Iterator[None]:
 
 
 def choose(default: Callable[..., Any], **platforms: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that is that of the platform that the program is compiled for.
+    """Returns a function that calls the one for the platform that the program is compiled for.
 
     Call it only inside a custom derivative rule, where JAX does not differentiate it. Otherwise JAX
     would keep the residuals of every branch.
@@ -55,12 +55,12 @@ def choose(default: Callable[..., Any], **platforms: Callable[..., Any]) -> Call
 
 # ---- The shift, and the moments of x - shift ----
 
-ROUNDS = 2
+MAX_ROUNDS = 2
 
 
 def moments_formulation(
-    sample: Sample, x: jax.Array, *, differentiated: bool
-) -> Callable[[jax.Array, jax.Array | None, jax.Array | None], Measured]:
+    reduction: Reduction, x: jax.Array, *, differentiated: bool
+) -> Callable[[jax.Array, jax.Array | None, jax.Array | None], ShiftedMoments]:
     """Chooses how the moments are computed: a function of x, its mask and a guess of its mean.
 
     The function returns a shift near the mean, and the count, mean and variance of x - shift.
@@ -76,24 +76,24 @@ def moments_formulation(
     number per channel other than 0 take twice the time.
     """
     # Norms over the last axis in half precision use one number; see _with_one_number.
-    rows, half = sample.axes == (sample.laid_out(x).ndim - 1,), x.dtype.itemsize < 4
+    rows, half = reduction.axes == (reduction.split_axis(x).ndim - 1,), x.dtype.itemsize < 4
     about_part = functools.partial(
-        _measure_about_part,
-        sample,
+        _moments_about_part,
+        reduction,
         whole_rows=rows and not differentiated,
-        one_number=rows and half and differentiated,
+        mean_as_shift=rows and half and differentiated,
     )
     about_guess = functools.partial(
-        _measure_about_guess,
-        sample,
-        order=_order_on_tpu(sample, x),
-        one_number=rows and half,
+        _moments_about_guess,
+        reduction,
+        order=_order_on_tpu(reduction, x),
+        mean_as_shift=rows and half,
     )
-    about_zero = functools.partial(_measure_about_guess, sample, use_guess=False)
+    about_zero = functools.partial(_moments_about_guess, reduction, use_guess=False)
     return choose(about_zero, tpu=about_guess, cuda=about_part, rocm=about_part)
 
 
-def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
+def _order_on_tpu(reduction: Reduction, x: jax.Array) -> tuple[int, ...] | None:
     """Returns the order of axes in which a loop on a TPU takes a convolution's result as it is.
 
     The operand of a loop has the default layout of a TPU for its shape. The result of a convolution
@@ -106,11 +106,11 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     samples, and no order of the axes of x gives that layout. With the order returned here, a step
     of three convolutions takes 1.09 to 1.33 times flax.linen's cycles, and without it 1.18 to 1.64.
     """
-    if x.ndim < 4 or sample.split is not None:
+    if x.ndim < 4 or reduction.split is not None:
         return None
-    # The channels are the only axis besides the samples that is kept, or that is summed over.
-    kept = [a for a in range(1, x.ndim) if a not in sample.axes]
-    alone = [axes[0] for axes in (kept, sample.axes) if len(axes) == 1]
+    # The channels are the only axis besides axis 0 that is kept, or that is summed over.
+    kept = [a for a in range(1, x.ndim) if a not in reduction.axes]
+    alone = [axes[0] for axes in (kept, reduction.axes) if len(axes) == 1]
     channels = alone[0] if alone else x.ndim - 1
     space = [a for a in range(1, x.ndim) if a != channels]
     n, c = x.shape[0], x.shape[channels]
@@ -124,42 +124,50 @@ def _order_on_tpu(sample: Sample, x: jax.Array) -> tuple[int, ...] | None:
     return (*space, 0, channels) if by_channels <= by_samples else (*space, channels, 0)
 
 
-def _measure_about_guess(
-    sample: Sample,
+def _moments_about_guess(
+    reduction: Reduction,
     x: jax.Array,
     mask: jax.Array | None,
     guess: jax.Array | None,
     *,
     use_guess: bool = True,
     order: tuple[int, ...] | None = None,
-    one_number: bool = False,
-) -> Measured:
-    """Computes moments about the guess or 0, and again about the mean while that is far from it.
+    mean_as_shift: bool = False,
+) -> ShiftedMoments:
+    """Computes the moments about the guess or 0, and about the mean if that is far from it.
 
-    The moments are computed again with the axes of x in the given order.
+    While the mean is far from the shift, at most twice, the moments are computed again about the
+    mean, with the axes of x in the given order.
     """
-    wide, of_wide = widen(sample.laid_out(x)), sample.laid_out(mask)
+    wide, wide_mask = widen(reduction.split_axis(x)), reduction.split_axis(mask)
     number: jax.Array | None = None
     if guess is not None and use_guess:
         number = guess.astype(wide.dtype)
         number = jnp.where(jnp.isfinite(number), number, 0)
-    count, mean, var = sample.moments_about(number, wide, of_wide, sample.count(wide, of_wide))
+    count, mean, var = reduction.moments_about(
+        number, wide, wide_mask, reduction.count(wide, wide_mask)
+    )
     shift = jnp.zeros_like(mean) if number is None else number + jnp.zeros_like(mean)
     if order is not None:
-        sample, mask = sample.ordered(order), None if mask is None else jnp.transpose(mask, order)
+        reduction, mask = (
+            reduction.transposed(order),
+            None if mask is None else jnp.transpose(mask, order),
+        )
         x, shift, count, mean, var = (jnp.transpose(a, order) for a in (x, shift, count, mean, var))
-    again, start = _rounds(sample, x, mask, (shift, count, mean, var))
-    _, *found = lax.while_loop(lambda carry: jnp.any(carry[0] > 0), again, start)
-    shift, mean, var = (lax.expand_dims(a, sample.axes) for a in found)
+    body, initial = _recomputation(reduction, x, mask, (shift, count, mean, var))
+    _, *found = lax.while_loop(lambda carry: jnp.any(carry[0] > 0), body, initial)
+    shift, mean, var = (lax.expand_dims(a, reduction.axes) for a in found)
     if order is not None:
         back = [order.index(i) for i in range(len(order))]
         shift, count, mean, var = (jnp.transpose(a, back) for a in (shift, count, mean, var))
-    return _with_one_number(shift, count, mean, var) if one_number else (shift, count, mean, var)
+    return (
+        _with_mean_as_shift(shift, count, mean, var) if mean_as_shift else (shift, count, mean, var)
+    )
 
 
-def _with_one_number(
+def _with_mean_as_shift(
     shift: jax.Array, count: jax.Array, mean: jax.Array, var: jax.Array
-) -> Measured:
+) -> ShiftedMoments:
     """Replaces the shift by the mean of x as one float32 number.
 
     This is for norms over the last axis in half precision, where y has few digits to lose. These
@@ -174,17 +182,17 @@ def _with_one_number(
 Carry = tuple[jax.Array, ...]
 
 
-def _rounds(
-    sample: Sample, x: jax.Array, mask: jax.Array | None, measured: Measured
+def _recomputation(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, measured: ShiftedMoments
 ) -> tuple[Callable[[Carry], Carry], Carry]:
-    """Returns one round of a loop, and its start: moments about the mean while the shift is far.
+    """Returns the body and the initial carry of the loop that computes the moments again.
 
-    The loop carries the number of rounds that are left, at most two, the shift, mean and var.
+    The carry is the number of rounds that are left, the shift, the mean and the variance.
 
     If mean^2 is large compared to the variance, the variance is a small difference of large
     numbers. In half precision, mean^2 <= 15 var loses up to four bits, which does not affect y. In
     float32, the error of y should be at most 2e-6 at every offset: it is 1.4e-6 with mean^2 <= var,
-    3.8e-6 with 3 var and 1e-5 with 15 var. The condition treats NaN as far.
+    3.8e-6 with 3 var and 1e-5 with 15 var. `is_far` is True for NaN.
 
     The loop closes over x in its own dtype and layout, and widens it inside; otherwise a TPU would
     write out the widened x before the loop. The number of rounds has the rank of x, because JAX
@@ -193,108 +201,109 @@ def _rounds(
     shift, count, mean, var = measured
     limit = 15.0 if x.dtype.itemsize < 4 else 1.0
 
-    def is_bad(mean: jax.Array, var: jax.Array) -> jax.Array:
+    def is_far(mean: jax.Array, var: jax.Array) -> jax.Array:
+        """Returns whether the mean of x - shift is too large for an accurate variance."""
         return ~((jnp.abs(mean) <= jnp.sqrt(limit * var)) & (var < jnp.inf))
 
-    def left(rounds: jax.Array | int, mean: jax.Array, var: jax.Array) -> jax.Array:
+    def rounds_left(rounds: jax.Array | int, mean: jax.Array, var: jax.Array) -> jax.Array:
         """Returns the number of remaining rounds: 0 if no moments have to be computed again."""
-        some = jnp.max(jnp.where(is_bad(mean, var), rounds, 0), keepdims=True, initial=0)
-        return sample.mapped_axes.max(some)
+        most = jnp.max(jnp.where(is_far(mean, var), rounds, 0), keepdims=True, initial=0)
+        return reduction.mapped_axes.max(most)
 
-    def again(carry: Carry) -> Carry:
+    def body(carry: Carry) -> Carry:
         rounds, (shift, mean, var) = carry[0], map(expand, carry[1:])
-        bad = is_bad(mean, var)
-        # If the sum of finite entries overflowed, the first round sums them in another unit.
+        far = is_far(mean, var)
+        # If the sum of finite entries overflowed, the first round sums them divided by the count.
         near = shift + mean
         finite = jnp.isfinite(near)
-        shift = jnp.where(bad & finite, near, shift)
-        unit = jnp.where(finite, 1, 1 / jnp.maximum(count, 1))
-        wide, of_wide = widen(sample.laid_out(x)), sample.laid_out(mask)
-        _, new_mean, new_var = sample.moments_about(
-            shift, wide, of_wide, sample.count(wide, of_wide), unit
+        shift = jnp.where(far & finite, near, shift)
+        factor = jnp.where(finite, 1, 1 / jnp.maximum(count, 1))
+        wide, wide_mask = widen(reduction.split_axis(x)), reduction.split_axis(mask)
+        _, new_mean, new_var = reduction.moments_about(
+            shift, wide, wide_mask, reduction.count(wide, wide_mask), factor
         )
-        mean, var = jnp.where(bad, new_mean, mean), jnp.where(bad, new_var, var)
-        return left(rounds - 1, mean, var), *map(squeeze, (shift, mean, var))
+        mean, var = jnp.where(far, new_mean, mean), jnp.where(far, new_var, var)
+        return rounds_left(rounds - 1, mean, var), *map(squeeze, (shift, mean, var))
 
     # The loop carries statistics without the reduced axes: a TPU pads a last axis of size 1.
-    squeeze = functools.partial(lax.squeeze, dimensions=sample.axes)
-    expand = functools.partial(lax.expand_dims, dimensions=sample.axes)
-    return again, (left(ROUNDS, mean, var), *map(squeeze, (shift, mean, var)))
+    squeeze = functools.partial(lax.squeeze, dimensions=reduction.axes)
+    expand = functools.partial(lax.expand_dims, dimensions=reduction.axes)
+    return body, (rounds_left(MAX_ROUNDS, mean, var), *map(squeeze, (shift, mean, var)))
 
 
-def _measure_about_part(
-    sample: Sample,
+def _moments_about_part(
+    reduction: Reduction,
     x: jax.Array,
     mask: jax.Array | None,
     guess: jax.Array | None,
     *,
     whole_rows: bool,
-    one_number: bool,
-) -> Measured:
+    mean_as_shift: bool,
+) -> ShiftedMoments:
     """Computes moments about the mean of a part of x: one entry in 16, or 4096 in half precision.
 
-    For a part p of the entries, (mean - shift)^2 <= var (1 - p) / p for any x, because the variance
+    For a share p of the entries, (mean - shift)^2 <= var (1 - p) / p for any x, as the variance
     between the part and the rest is (mean - shift)^2 p / (1 - p). The variance therefore loses at
     most four bits, or twelve of 24 in half precision, where y has eleven or eight. In half
     precision, one entry in 16 would need 1 % more bytes for a ResNet's step on an H100, and one
-    more kernel for each norm. Small samples in float32 use 16 entries: with one entry of 15, the
-    error of y was 2.05e-6.
+    more kernel for each norm. In float32, the part has at least 16 entries, if there are as many:
+    with one entry of 15, the error of y was 2.05e-6.
 
     With `whole_rows`, norms over the last axis use the mean of all entries. XLA for GPU then
     compiles the forward pass to one kernel that reads x once (2.0 times the bytes of x; flax.linen:
     3.0). With the backward pass, this needs 11 to 14 times the bytes of x, and a part needs 8.1
     times (flax.linen: 8.0).
     """
-    x, mask = sample.laid_out(x), sample.laid_out(mask)
+    x, mask = reduction.split_axis(x), reduction.split_axis(mask)
     part = x  # with a mask, all entries of a part may be masked
     if mask is None and not whole_rows:
         half = x.dtype.itemsize < 4
-        part = sample.part(x, share=4096 if half else 16, least=1 if half else 16)
+        part = reduction.part(x, one_in=4096 if half else 16, at_least=1 if half else 16)
     part, wide = widen(part), widen(x)
-    n, count = sample.count(part, mask), sample.count(wide, mask)
+    n, count = reduction.count(part, mask), reduction.count(wide, mask)
     if mask is None:
-        n = n * sample.mapped_axes.size()
+        n = n * reduction.mapped_axes.size()
         # Divided before the sum, so that the sum itself is the shift. This saves a kernel, and all
         # uses see the same number; x - total / n may be contracted to a fused multiply-add.
-        (shift,) = sample.mapped_axes.sum(*sample.sum(part * (1 / jnp.maximum(n, 1))))
+        (shift,) = reduction.mapped_axes.sum(*reduction.sum(part * (1 / jnp.maximum(n, 1))))
     else:
-        total, n = sample.mapped_axes.sum(*sample.sum(select(mask, part)), n)
+        total, n = reduction.mapped_axes.sum(*reduction.sum(select(mask, part)), n)
         shift = jnp.maximum(total / jnp.maximum(n, 1), jnp.finfo(n.dtype).min)
-    first = _summed_first_on_gpu(sample, x)
-    moments = sample.moments_about(shift, wide, mask, count, first=first)
-    if one_number:
-        return _with_one_number(shift, *moments)
+    first = _summed_first_on_gpu(reduction, x)
+    moments = reduction.moments_about(shift, wide, mask, count, first=first)
+    if mean_as_shift:
+        return _with_mean_as_shift(shift, *moments)
     if not whole_rows:
         # A barrier, or XLA would share x - shift between the sums and y, and write it in float32.
         shift = lax.optimization_barrier(shift)
     return shift, *moments
 
 
-def _summed_first_on_gpu(sample: Sample, x: jax.Array) -> tuple[int, ...]:
+def _summed_first_on_gpu(reduction: Reduction, x: jax.Array) -> tuple[int, ...]:
     """Returns the axes to sum over first, so that XLA does not write out x - shift in float32.
 
-    In batch norm with at least 64 samples, these are the spatial axes: a ResNet-50's step moves
-    1.010 times flax.linen's bytes this way, and 1.020 times with one sum. With 32 samples, it moves
+    In batch norm with at least 64 images, these are the spatial axes: a ResNet-50's step moves
+    1.010 times flax.linen's bytes this way, and 1.020 times with one sum. With 32 images, it moves
     1.047 times this way, and 1.019 times with one sum.
 
-    In instance and group norm with fewer than 64 samples, it is the last spatial axis: StarGAN's
+    In instance and group norm with fewer than 64 images, it is the last spatial axis: StarGAN's
     step with 16 images moves 0.95 times flax.linen's bytes this way, and 1.04 times with one sum; a
     ResNet-50's step moves 0.98 and 1.07 times. They need seven and two more kernels.
     """
-    samples = x.shape[0]
-    if len(sample.axes) < 2 or not isinstance(samples, int):
+    batch_size = x.shape[0]
+    if len(reduction.axes) < 2 or not isinstance(batch_size, int):
         return ()
-    many = samples // number_of_shards(x, 0) >= 64
-    if sample.axes[0] == 0:
-        return sample.axes[1:] if many else ()
-    return () if many or sample.axes[-1] == x.ndim - 1 else sample.axes[-1:]
+    many = batch_size // number_of_shards(x, 0) >= 64
+    if reduction.axes[0] == 0:
+        return reduction.axes[1:] if many else ()
+    return () if many or reduction.axes[-1] == x.ndim - 1 else reduction.axes[-1:]
 
 
 # ---- The forward pass and the backward pass ----
 
 
 @jax.custom_jvp
-def apart_on_cpu(arrays: Any) -> Any:
+def barrier_on_cpu(arrays: Any) -> Any:
     """Puts arrays behind a barrier on CPU, so that the two passes do not share x - mean.
 
     Without it, XLA for CPU shares x - mean between both passes and writes it out in float32: batch
@@ -307,9 +316,9 @@ def apart_on_cpu(arrays: Any) -> Any:
     return choose(lambda arrays: arrays, cpu=barriers)(arrays)
 
 
-@apart_on_cpu.defjvp
-def _apart_on_cpu_jvp(primals: Any, tangents: Any) -> Any:
-    return apart_on_cpu(*primals), tangents[0]
+@barrier_on_cpu.defjvp
+def _barrier_on_cpu_jvp(primals: Any, tangents: Any) -> Any:
+    return barrier_on_cpu(*primals), tangents[0]
 
 
 # ---- Sums along the features ----

@@ -174,7 +174,7 @@ def number_of_groups(layer: Any, channels: int) -> int:
     """Returns the number of groups, into which the channels have to divide."""
     _check_groups(layer)
     said = "num_groups" if layer.group_size is None else "group_size"
-    divisor = arguments.whole(
+    divisor = arguments.positive_int(
         type(layer).__name__, said, getattr(layer, said), "it divides the channels"
     )
     if channels % divisor:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core import arguments, checks
 from jaxnorm._core.normalize import affine, rstd
-from jaxnorm._core.sample import widen
+from jaxnorm._core.reduction import widen
 from jaxnorm._core.variables import Affine, BatchStats
 from jaxnorm._stats import state_checks, trees
 

@@ -20,7 +20,7 @@ from jaxnorm._core.moments import (
     pool_devices,
     unshift,
 )
-from jaxnorm._core.sample import widen
+from jaxnorm._core.reduction import widen
 from jaxnorm._core.variables import BatchStats, statistics_dtype
 from jaxnorm._stats import state_checks
 
@@ -178,55 +178,54 @@ def update_running_stats(
 ) -> BatchStats:
     """Updates the state once, by rows of moments; other devices may hold more rows.
 
-    With `between` (batch norm), the rows are parts of one sample and are pooled, including the
-    variance between them. Without it (instance norm), the rows are samples and are averaged. An
-    accumulating state is updated from its start by all batches since.
+    With `between` (batch norm), the rows are parts of one batch and are pooled, including the
+    variance between them. Without it (instance norm), the rows are those of the samples and are
+    averaged. A state that accumulates is updated from its start, by all batches since then.
     """
     stats, rows = lax.stop_gradient((batch_stats, rows))
     batch = _pooled(rows, mapped_axes) if between else _averaged(rows, mapped_axes)
     accumulation = stats.get("accumulation")
     if accumulation is None:
-        return _moved(stats, batch, update, between)
+        return _updated(stats, batch, update, between)
     seen = Moments(**accumulation["moments"])
     batch = jax.tree.map(sharded_like, batch, seen)
     batch = jax.tree.map(
         lambda new, old: new.astype(old.dtype), merge(seen, batch, between=between), seen
     )
     update = dataclasses.replace(update, momentum=accumulation.get("momentum", update.momentum))
-    moved = _moved(accumulation["start"], batch, update, between)
+    updated = _updated(accumulation["start"], batch, update, between)
     moments = {"count": batch.count, "mean": batch.mean, "var": batch.var}
-    moved["accumulation"] = {**accumulation, "moments": moments}
-    return moved
+    updated["accumulation"] = {**accumulation, "moments": moments}
+    return updated
 
 
-def _moved(stats: BatchStats, batch: Moments, update: Update, between: bool) -> BatchStats:
-    """The state after one step towards the batch, with the same sharding."""
+def _updated(stats: BatchStats, batch: Moments, update: Update, between: bool) -> BatchStats:
+    """Updates a state with the moments of a batch; the result has the state's sharding."""
     batch = jax.tree.map(functools.partial(sharded_like, like=stats["mean"]), batch)
-    # A sample of fewer than two entries has no unbiased variance. Averages are unbiased already.
-    enough = batch.count > (1 if between else 0)
+    # A channel of fewer than two entries has no unbiased variance. Averages are unbiased already.
+    changes = batch.count > (1 if between else 0)
     correction = batch.count / jnp.maximum(batch.count - 1, 1) if between else 1
     mean, var, count = batch.mean, batch.var * correction, stats["count"]
-    moves = enough
     if update.skip_nonfinite:
-        moves &= jnp.isfinite(mean) & jnp.isfinite(var)
+        changes &= jnp.isfinite(mean) & jnp.isfinite(var)
     momentum = update.momentum
-    if momentum is None:  # the weight depends on the count: either all channels move or none
+    if momentum is None:  # the weight depends on the count: either all channels change or none
         momentum = 1 / (count.astype(mean.dtype) + 1)
-        moves = jnp.broadcast_to(jnp.all(moves), moves.shape)
-    moved = {}
+        changes = jnp.broadcast_to(jnp.all(changes), changes.shape)
+    updated = {}
     for key, old, new in (("mean", stats["mean"], mean), ("var", stats["var"], var)):
         wide, new = widen(old, new), widen(new, old)
-        near = interpolate(wide, new, jnp.asarray(momentum).astype(wide.dtype))
-        moved[key] = jnp.where(moves, near, wide).astype(statistics_dtype(old.dtype))
-    # One reduction gives the new count directly; any(moves) would need another kernel.
-    after = count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
-    after = jnp.where(moves, after, count)
-    moved["count"] = jnp.max(after) if moves.size else count
-    return cast(BatchStats, moved)
+        mixed = interpolate(wide, new, jnp.asarray(momentum).astype(wide.dtype))
+        updated[key] = jnp.where(changes, mixed, wide).astype(statistics_dtype(old.dtype))
+    # One reduction gives the new count directly; any(changes) would need another kernel.
+    new_count = count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
+    new_count = jnp.where(changes, new_count, count)
+    updated["count"] = jnp.max(new_count) if changes.size else count
+    return cast(BatchStats, updated)
 
 
 def _pooled(rows: Moments, mapped_axes: MappedAxes) -> Moments:
-    """The moments of the sample that the rows are parts of."""
+    """Pools rows, which are parts of one batch, into the moments of the batch."""
     if rows.mean.shape[0] == 1 and mapped_axes.axis_name is None:
         one: Moments = jax.tree.map(functools.partial(jnp.squeeze, axis=0), rows)
         return one
@@ -234,9 +233,9 @@ def _pooled(rows: Moments, mapped_axes: MappedAxes) -> Moments:
 
 
 def _averaged(rows: Moments, mapped_axes: MappedAxes) -> Moments:
-    """The number of samples, and the averages of their means and of their unbiased variances.
+    """Averages the means and the unbiased variances of the samples; the count is their number.
 
-    Samples of fewer than two entries have no unbiased variance and are excluded.
+    A sample of fewer than two entries has no unbiased variance and is left out.
     """
     unbiased = rows.var * (rows.count / jnp.maximum(rows.count - 1, 1))
     stacked = jnp.stack([jnp.ones_like(unbiased), rows.mean, unbiased])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxnorm._core.arguments import whole
+from jaxnorm._core.arguments import positive_int
 from jaxnorm.inspect._numbers import concrete, distances, in_order, matched, norms
 from jaxnorm.inspect._summary import NormSummary, norm_summary, worst_first
 
@@ -110,7 +110,7 @@ def plot_layers(
 
 def _limit(function: str, worst: int | None, number: int, why: str) -> int:
     """Returns how many of a number of norms are drawn or named."""
-    return number if worst is None else whole(function, "worst", worst, why)
+    return number if worst is None else positive_int(function, "worst", worst, why)
 
 
 def _overview_title(names: tuple[str, str], *, alone: bool) -> str:

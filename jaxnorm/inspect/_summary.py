@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm._core.arguments import number, whole
+from jaxnorm._core.arguments import number, positive_int
 from jaxnorm.inspect._numbers import concrete, extremes, in_order, norms
 
 HEADER = ("norm", "channels", "count", "mean min", "max", "std min", "max", "not finite", "dead")
@@ -155,7 +155,7 @@ def summary(batch_stats: Any, *, worst: int | None = None, epsilon: float = EPSI
     """
     epsilon = number("summary", "epsilon", epsilon, 0.0)
     if worst is not None:
-        worst = whole("summary", "worst", worst, "it is the number of norms to list")
+        worst = positive_int("summary", "worst", worst, "it is the number of norms to list")
     found = norms("summary", batch_stats)
     concrete("summary", found)
     rows = tuple(norm_summary(path, found[path], epsilon) for path in in_order(found))

@@ -158,7 +158,7 @@ def _decoded(part: str) -> str:
 
 def table(entries: list[Entry]) -> str:
     """Returns a table with a row for each array: both names, the shape, the dtype and a note."""
-    rows = [("PyTorch", "here", "shape", "dtype", "")]
+    rows = [("PyTorch", "Flax", "shape", "dtype", "")]
     for entry in entries:
         shape = "x".join(map(str, entry.value.shape)) or "()"
         row = (entry.torch_name or "-", _file_name(entry) or "-", shape, str(entry.value.dtype))

@@ -23,7 +23,7 @@ from jaxnorm.interop._pairs import (
 from jaxnorm.interop._table import table_lines
 from jaxnorm.interop._torch_calls import TorchCalls
 from jaxnorm.interop._trees import Tree, split
-from jaxnorm.interop._verify import Twins
+from jaxnorm.interop._verify import ModelPair
 
 # The text in the table for the module that is the whole model.
 NO_NAME = '""'
@@ -35,10 +35,10 @@ class Proposal:
 
     Attributes:
       pairs: a `Pair` for each matched module of the PyTorch model.
-      only_torch: the modules of the PyTorch model without a partner, with their converted shapes.
-      only_here: the modules of the Flax model without a partner, with their shapes.
+      only_torch: the unmatched modules of the PyTorch model, with their converted shapes.
+      only_flax: the unmatched modules of the Flax model, with their shapes.
       kinds: the kinds of the kernels, by names in PyTorch.
-      twins: both models with their example inputs; None if the models are not known.
+      models: both models with their example inputs; None if the models are not known.
 
     Example:
       >>> import numpy as np
@@ -46,11 +46,11 @@ class Proposal:
       >>> state_dict = {f"{i}.weight": np.ones(8) for i in range(2)}
       >>> variables = {"params": {f"RMSNorm_{i}": {"scale": np.ones(8)} for i in range(2)}}
       >>> print(interop.match_variables(variables, state_dict))
-      PyTorch  here  arrays here  matched by
+      PyTorch  Flax  arrays in Flax  matched by
       only in PyTorch:
         0  scale [8]
         1  scale [8]
-      only here:
+      only in Flax:
         RMSNorm_0  scale [8]
         RMSNorm_1  scale [8]
       2 of these can be paired by their order: write allow_order=True, and call verify()
@@ -61,9 +61,9 @@ class Proposal:
 
     pairs: tuple[Pair, ...]
     only_torch: tuple[ModuleShapes, ...]
-    only_here: tuple[ModuleShapes, ...]
+    only_flax: tuple[ModuleShapes, ...]
     kinds: Mapping[str, Kind]
-    twins: Twins | None = None
+    models: ModelPair | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -82,7 +82,7 @@ class Proposal:
           {"params": ..., "batch_stats": ...}, as from `from_torch`.
 
         Raises:
-          ValueError: if a module has no partner, or the models are not known.
+          ValueError: if a module is unmatched, or the models are not known.
         """
         return self._complete().variables()
 
@@ -106,20 +106,23 @@ class Proposal:
         Raises:
           ValueError: if the difference exceeds the tolerance; the error names the first module of
             the PyTorch model whose output the Flax model does not compute. Also if the shapes of
-            the outputs differ, or a module has no partner.
+            the outputs differ, or a module is unmatched.
         """
         return self._complete().verify(variables, tolerance=tolerance)
 
     def __str__(self) -> str:
-        """Returns a table with a row for each pair, and lists of the modules without a partner."""
-        rows = [("PyTorch", "here", "arrays here", "matched by")]
+        """Returns a table with a row for each pair, and lists of the unmatched modules."""
+        rows = [("PyTorch", "Flax", "arrays in Flax", "matched by")]
         for pair in self.pairs:
             by = f"{pair.by}; {pair.note}" if pair.note else pair.by
             rows.append(
-                (pair.torch or NO_NAME, pair.here or NO_NAME, format_shapes(pair.shapes), by)
+                (pair.torch or NO_NAME, pair.flax or NO_NAME, format_shapes(pair.shapes), by)
             )
         lines = table_lines(rows)
-        for title, rest in (("only in PyTorch:", self.only_torch), ("only here:", self.only_here)):
+        for title, rest in (
+            ("only in PyTorch:", self.only_torch),
+            ("only in Flax:", self.only_flax),
+        ):
             if rest:
                 lines.append(title)
                 lines += [
@@ -134,21 +137,21 @@ class Proposal:
 
     @property
     def by_order_only(self) -> int:
-        """The number of PyTorch's modules without a partner that could be paired by order."""
-        return len(pairs(list(self.only_torch), list(self.only_here), {}, allow_order=True))
+        """The number of unmatched modules of PyTorch that could be paired by order."""
+        return len(pairs(list(self.only_torch), list(self.only_flax), {}, allow_order=True))
 
-    def _complete(self) -> Twins:
-        if self.twins is None:
+    def _complete(self) -> ModelPair:
+        if self.models is None:
             raise ValueError(
                 "match_variables: both models should be known, because this method calls them, but "
                 "only their arrays are; write match(model, example_input, module, torch_input)"
             )
-        if self.only_torch or self.only_here:
+        if self.only_torch or self.only_flax:
             raise ValueError(
-                f"match: each module should have a partner, but these have none; write names= for "
+                f"match: each module should be matched, but these are not; write names= for "
                 f"them, kinds= if a kernel has another layout, or allow_order=True\n{self}"
             )
-        return dataclasses.replace(self.twins, kernels=self.kernels, pairs=self.pairs)
+        return dataclasses.replace(self.models, kernels=self.kernels, pairs=self.pairs)
 
 
 def match(
@@ -205,7 +208,7 @@ def match(
       >>> x = np.ones((2, 4), np.float32)
       >>> proposal = interop.match(model, x, module, torch.from_numpy(x))
       >>> print(proposal)
-      PyTorch  here      arrays here              matched by
+      PyTorch  Flax      arrays in Flax           matched by
       0        layers_0  bias [8], kernel [4, 8]  unique shape
       1        layers_1  bias [8], scale [8]      unique shape
       >>> proposal.verify() < 1e-6
@@ -223,9 +226,9 @@ def match(
     order: dict[str, int] = {}
     for name, position in uses.items():  # sorted by position
         order.setdefault(split(name.partition(".")[2])[0], position)
-    twins = Twins(flax_model, module, torch_args, torch_kwargs or {})
+    models = ModelPair(flax_model, module, torch_args, torch_kwargs or {})
     torch_modules, modules = modules_of(converted, calls.order), modules_of(flax_model.like, order)
-    return _proposal(torch_modules, modules, names, complete_kinds, twins, allow_order=allow_order)
+    return _proposal(torch_modules, modules, names, complete_kinds, models, allow_order=allow_order)
 
 
 def match_variables(
@@ -278,18 +281,18 @@ def _proposal(
     modules: list[ModuleShapes],
     names: Mapping[str, str] | None,
     kinds: Mapping[str, Kind],
-    twins: Twins | None,
+    models: ModelPair | None,
     *,
     allow_order: bool,
 ) -> Proposal:
     found = pairs(torch_modules, modules, names or {}, allow_order=allow_order)
-    paired = {pair.torch for pair in found}, {pair.here for pair in found}
+    paired = {pair.torch for pair in found}, {pair.flax for pair in found}
     return Proposal(
         tuple(with_notes(found, torch_modules, modules)),
         tuple(module for module in torch_modules if module.name not in paired[0]),
         tuple(module for module in modules if module.name not in paired[1]),
         MappingProxyType(dict(kinds)),
-        twins,
+        models,
     )
 
 

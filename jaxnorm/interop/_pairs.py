@@ -19,7 +19,7 @@ class Pair(NamedTuple):
 
     Attributes:
       torch: the name of the module in PyTorch.
-      here: the name of the module in the Flax model; the parts are joined by dots.
+      flax: the name of the module in the Flax model; the parts are joined by dots.
       shapes: the names and shapes of the arrays in the Flax model.
       by: the criterion: "given", "name", "unique shape" or "order".
       note: a reason why the pair may be wrong.
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     Example:
       >>> from jaxnorm import interop
       >>> pair = interop.Pair("bn1", "BatchNorm_0", (("params scale", (8,)),), "unique shape")
-      >>> pair.torch, pair.here
+      >>> pair.torch, pair.flax
       ('bn1', 'BatchNorm_0')
 
     References:
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
     """
 
     torch: str
-    here: str
+    flax: str
     shapes: Shapes
     by: str
     note: str = ""
@@ -135,20 +135,20 @@ def with_notes(
     found: list[Pair], torch_modules: list[ModuleShapes], modules: list[ModuleShapes]
 ) -> list[Pair]:
     """Adds a note to pairs of the same shapes that the models call in different orders."""
-    partner = {pair.torch: pair.here for pair in found}
+    partner = {pair.torch: pair.flax for pair in found}
     reordered = set()
     for left, right in _by_shapes(torch_modules, modules):
         matched = [module.name for module in left if module.name in partner]
         names = {partner[torch_name] for torch_name in matched}
         in_order = [module.name for module in right if module.name in names]
         reordered |= {t for t, name in zip(matched, in_order, strict=True) if partner[t] != name}
-    note = "the models call it in different orders"
+    note = "the models call the modules of these shapes in different orders"
     return [pair._replace(note=note) if pair.torch in reordered else pair for pair in found]
 
 
 def names_of(found: Iterable[Pair]) -> dict[str, str]:
     """Returns the map for `from_torch`, without the modules whose names are the same."""
-    complete = {pair.torch: pair.here for pair in found}
+    complete = {pair.torch: pair.flax for pair in found}
     names = {torch_name: name for torch_name, name in complete.items() if torch_name != name}
     inverse = inverted("match", names)
     # A module whose name is the same must be in the map if the map contains a prefix of its name.

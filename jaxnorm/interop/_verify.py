@@ -23,7 +23,7 @@ HINT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Twins:
+class ModelPair:
     """A PyTorch model and the same model in Flax, each with an example input.
 
     Attributes:
@@ -74,7 +74,7 @@ class Twins:
         if len(found) != len(expected):
             raise ValueError(
                 f"verify: both models should return as many arrays, but module returns "
-                f"{len(expected)} and the model here {len(found)}; wrap one of them"
+                f"{len(expected)} and the Flax model {len(found)}; wrap one of them"
             )
         differences = [_difference(a, b) for a, b in zip(found, expected, strict=True)]
         worst = max(differences, default=0.0)
@@ -98,8 +98,8 @@ class Twins:
             if not any(_same_values(a, calls.outputs[name], tolerance) for a in computed):
                 pair = partner[name]
                 return (
-                    f"; the first module whose output the model here does not compute is {name!r}, "
-                    f"matched with {pair.here!r} by {pair.by}"
+                    f"; the first module whose output the Flax model does not compute is {name!r}, "
+                    f"matched with {pair.flax!r} by {pair.by}"
                 )
         return ""
 
@@ -113,7 +113,7 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     if not same_shape:
         raise ValueError(
             f"verify: the outputs should have the same shape, up to the axis of the channels, "
-            f"but that of module has {expected.shape}, and the one here {found.shape}; "
+            f"but PyTorch's has {expected.shape}, and that of Flax {found.shape}; "
             f"wrap one of the models"
         )
     largest = np.abs(same_shape[0]).max(initial=0)

@@ -20,7 +20,7 @@ from jaxnorm._core import checks
 from jaxnorm._core.collectives import LOCAL, MappedAxes
 from jaxnorm._core.layout import Layout
 from jaxnorm._core.normalize import affine
-from jaxnorm._core.sample import Sample, select
+from jaxnorm._core.reduction import Reduction, select
 from jaxnorm._core.variables import statistics_dtype
 from jaxnorm._norm import Options as NormOptions
 from jaxnorm._norm import Tracking
@@ -114,23 +114,23 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def norm(
-        x: jax.Array, params: Any, layout: Layout, sample: Sample, options: NormOptions
+        x: jax.Array, params: Any, layout: Layout, reduction: Reduction, options: NormOptions
     ) -> jax.Array:
-        _check_one_device(options.function, sample.mapped_axes)
-        groups = sample.groups or sample.split
+        _check_one_device(options.function, reduction.mapped_axes)
+        groups = reduction.groups or reduction.split
         # With split, sample.axes are those of an array in which the split axis is two axes.
-        reduced = () if sample.split else sample.axes
+        reduced = () if reduction.split else reduction.axes
         kept = tuple(a for a in range(x.ndim) if a not in (*reduced, *layout.channels))
         operator = None
         if options.mask is None and groups is not None:
             operator = _channel_operator("GroupNormalization", layout, kept, x, groups[1])
         elif options.mask is None and layout.channels:
-            name = "LayerNormalization" if sample.centered else "RMSNormalization"
+            name = "LayerNormalization" if reduction.centered else "RMSNormalization"
             parts = tuple((a,) for a in (*kept, *layout.channels))
             operator = Operator(name, parts, layout.shape(x))
 
         def fallback(x: jax.Array, params: Any, _: Any) -> jax.Array:
-            y: jax.Array = original(x, params, layout, sample, options)
+            y: jax.Array = original(x, params, layout, reduction, options)
             return y
 
         return _by_operator(options, operator, fallback, layout, x, params, {}, None)

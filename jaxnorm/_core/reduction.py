@@ -1,4 +1,4 @@
-"""The sample: the entries of x that share one mean, and sums over them."""
+"""The entries of x that share one mean, and sums over them."""
 
 import dataclasses
 import math
@@ -25,17 +25,18 @@ def select(mask: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """The entries that share one mean: the reduced axes of x, and the devices that hold the rest.
+class Reduction:
+    """The axes of x, and the devices, that one mean is computed over.
 
     Attributes:
       axes: the reduced axes, not negative.
       groups: an axis, and the number of groups that its neighboring entries form. The axis is not
         reduced: each of its entries gets the sum of its group.
       split: an axis of x, and the number of groups that it is split into before the sums. It
-        becomes two axes, and `axes` counts both. `shifted_moments` takes x before the split.
+        becomes two axes, and `axes` counts both. `shifted_moments` takes x before the split, and
+        all arrays of `normalize` are split (`split_axis`).
       centered: whether the mean is subtracted; otherwise the mean is 0, and var is E[x^2].
-      mapped_axes: the mapped axes over which the sample is distributed.
+      mapped_axes: the mapped axes over which the entries are distributed.
     """
 
     axes: tuple[int, ...]
@@ -45,20 +46,20 @@ class Sample:
     mapped_axes: MappedAxes = LOCAL
 
     @property
-    def as_laid_out(self) -> "Sample":
-        """The same entries, for an x that is laid out."""
+    def after_split(self) -> "Reduction":
+        """The same reduction, for an x whose axis is already split."""
         return dataclasses.replace(self, split=None)
 
-    def laid_out(self, a: Array) -> Array:
-        """Reshapes an array of the rank of x, so that the split axis becomes two axes."""
+    def split_axis(self, a: Array) -> Array:
+        """Reshapes an array of the rank of x, so that the axis in `split`, if any, becomes two."""
         if a is None or self.split is None:
             return a
         axis, number = self.split
         parts = (1, 1) if a.shape[axis] == 1 else (number, a.shape[axis] // number)
         return a.reshape(*a.shape[:axis], *parts, *a.shape[axis + 1 :])
 
-    def ordered(self, order: Sequence[int]) -> "Sample":
-        """Returns the same entries, for an x with its axes in another order."""
+    def transposed(self, order: Sequence[int]) -> "Reduction":
+        """Returns the same reduction, for an x with its axes in another order."""
         groups = self.groups and (order.index(self.groups[0]), self.groups[1])
         axes = tuple(i for i, a in enumerate(order) if a in self.axes)
         return dataclasses.replace(self, axes=axes, groups=groups)
@@ -74,7 +75,7 @@ class Sample:
         if self.groups is None:
             return sums
         axis, _ = self.groups
-        split = [Sample((), split=self.groups).laid_out(s) for s in sums]
+        split = [Reduction((), split=self.groups).split_axis(s) for s in sums]
         joined = [jnp.sum(s, axis + 1, keepdims=True) for s in split]
         return [
             jnp.broadcast_to(j, s.shape).reshape(*s.shape[:axis], -1, *s.shape[axis + 2 :])
@@ -100,19 +101,19 @@ class Sample:
         x: jax.Array,
         mask: jax.Array | None,
         count: jax.Array,
-        unit: jax.Array | None = None,
+        factor: jax.Array | None = None,
         *,
         first: Sequence[int] = (),
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Computes the count, the mean and the biased variance of x - shift, over all devices.
 
         x is in float32 or wider, and `count` is the number of its entries on this device. This
-        needs one collective, or none if the sample is on one device. The terms of the mean can be
-        multiplied by `unit`, so that a sum of finite entries does not overflow. The axes in `first`
-        are summed over before the others, and XLA does not fuse the two sums.
+        needs one collective, or none without mapped axes. The terms of the mean can be multiplied
+        by `factor`, so that a sum of finite entries does not overflow. The axes in `first` are
+        summed over before the others, and XLA does not fuse the two sums.
         """
         d = select(mask, x if shift is None else x - shift)
-        terms = (d if unit is None else d * unit, d * d) if self.centered else (d * d,)
+        terms = (d if factor is None else d * factor, d * d) if self.centered else (d * d,)
         if first:
             partial = (jnp.sum(t, first, keepdims=True) for t in terms)
             terms = tuple(jax.lax.optimization_barrier(t) for t in partial)
@@ -126,13 +127,13 @@ class Sample:
         n = jnp.maximum(count, 1)
         if not self.centered:
             return count, total, squares / n
-        mean = total / (n if unit is None else n * unit)
+        mean = total / (n if factor is None else n * factor)
         # If the sum of squares overflows, mean * mean may too, and Inf - Inf would be NaN.
         var = jnp.where(squares == jnp.inf, squares, squares / n - mean * mean)
         return count, mean, jnp.maximum(var, 0)
 
-    def part(self, x: jax.Array, share: int, least: int) -> jax.Array:
-        """Returns a part of each sample: at least one in `share` entries, and about `least`.
+    def part(self, x: jax.Array, one_in: int, at_least: int) -> jax.Array:
+        """Returns a part of the entries: at least one in `one_in`, and about `at_least` or more.
 
         The entries are strided along the inner axes, or else along the first axis, which may be
         distributed over devices. Along the last axis, whose entries are contiguous, the part
@@ -141,10 +142,10 @@ class Sample:
         """
         axes = [a for a in self.axes if isinstance(x.shape[a], int) and number_of_shards(x, a) == 1]
         last = x.ndim - 1
-        share = min(share, max(math.prod(x.shape[a] for a in axes) // least, 1))
+        one_in = min(one_in, max(math.prod(x.shape[a] for a in axes) // at_least, 1))
         if axes == [last]:
-            return jax.lax.slice_in_dim(x, 0, -(-x.shape[last] // min(share, 16)), axis=last)
+            return jax.lax.slice_in_dim(x, 0, -(-x.shape[last] // min(one_in, 16)), axis=last)
         for axis in [a for a in axes if 0 < a < last] or [a for a in axes if a < last]:
-            stride = max(min(x.shape[axis], share), 1)
-            x, share = jax.lax.slice_in_dim(x, 0, None, stride, axis), share // stride
+            stride = max(min(x.shape[axis], one_in), 1)
+            x, one_in = jax.lax.slice_in_dim(x, 0, None, stride, axis), one_in // stride
         return x
