@@ -156,6 +156,8 @@ def test_the_update_takes_moments_and_numbers():
     m = jaxnorm.moments(X, (0, 1, 2))
     update = functools.partial(jaxnorm.update_batch_stats, STATE)
     refused("^update_batch_stats: moments should be Moments", update, {"mean": 0})
+    half = {"mean": STATE["mean"]}
+    refused("^update_batch_stats: batch_stats should have", jaxnorm.update_batch_stats, half, m)
     refused("^update_batch_stats: momentum should be a finite number", update, m, momentum=True)
     refused("^update_batch_stats: skip_nonfinite should be", update, m, skip_nonfinite="no")
     refused("^merge_moments: b should be Moments", jaxnorm.merge_moments, m, None)

@@ -250,6 +250,12 @@ def test_merging_is_of_one_shape():
         jaxnorm.merge_moments(a, b)
 
 
+def test_merging_nothing_with_one_entry_gives_the_entry():
+    nothing, one = (Moments(*map(jnp.float32, numbers)) for numbers in ((0, 0, 0), (1, 3, 0)))
+    for merged in (jaxnorm.merge_moments(nothing, one), jaxnorm.merge_moments(one, nothing)):
+        np.testing.assert_array_equal(jax.tree.leaves(merged), [1, 3, 0])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_merging_widens_to_the_wider_dtype(x64, dtype):
     a, b = (

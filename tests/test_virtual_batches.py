@@ -165,10 +165,11 @@ def test_axis_name_spreads_the_update_alone_in_two_small_collectives():
         )(X)
 
 
-def test_the_variance_of_virtual_batches_on_devices_keeps_its_digits():
+@pytest.mark.parametrize("unit", [1, 2.0**-4])
+def test_the_variance_of_virtual_batches_on_devices_keeps_its_digits(unit):
     """Means of whole numbers and entries at a distance of 1: float32 has them exactly."""
     means = 2**20 + np.array([[0, 1], [3, 4], [9, 2]])
-    x = means[..., None, None] + np.array([-1.0, 1, 1, -1])[:, None]
+    x = unit * (means[..., None, None] + np.array([-1.0, 1, 1, -1])[:, None])
 
     def step(x):
         state = jaxnorm.init_batch_stats(1)

@@ -227,7 +227,7 @@ def _updated(stats: BatchStats, batch: Moments, update: Update, between: bool) -
 def _pooled(rows: Moments, mapped_axes: MappedAxes) -> Moments:
     """Pools rows, which are parts of one batch, into the moments of the batch."""
     if rows.mean.shape[0] == 1 and mapped_axes.axis_name is None:
-        one: Moments = jax.tree.map(functools.partial(jnp.squeeze, axis=0), rows)
+        one: Moments = jax.tree.map(functools.partial(lax.squeeze, dimensions=(0,)), rows)
         return one
     return unshift(*pool_devices(mapped_axes, *pool(rows.mean, about_mean(rows))))
 
