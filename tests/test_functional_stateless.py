@@ -136,6 +136,18 @@ def test_y_and_gradients_are_pytorch_s(x64, name):
         ASSERT(found, tensor.grad)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (0, 8)], ids=str)
+@pytest.mark.parametrize("kind", NORMS)
+def test_an_empty_input_gives_an_empty_output_and_gradients_of_0(kind, shape, masked):
+    x, params = jnp.ones(shape), jaxnorm.init_params(8)
+    mask = jnp.ones((1,) * len(shape), bool) if masked else None
+    y, vjp = jax.vjp(lambda x, params: NORMS[kind](x, params, mask=mask), x, params)
+    dx, of_params = vjp(y)
+    assert y.shape == dx.shape == shape
+    jax.tree.map(np.testing.assert_array_equal, of_params, {k: np.zeros(8) for k in of_params})
+
+
 # ---- Axes and parameters ----
 
 

@@ -78,8 +78,8 @@ class Reduction:
         split = [Reduction((), split=self.groups).split_axis(s) for s in sums]
         joined = [jnp.sum(s, axis + 1, keepdims=True) for s in split]
         return [
-            jnp.broadcast_to(j, s.shape).reshape(*s.shape[:axis], -1, *s.shape[axis + 2 :])
-            for j, s in zip(joined, split, strict=True)
+            jnp.broadcast_to(j, parts.shape).reshape(total.shape)
+            for j, parts, total in zip(joined, split, sums, strict=True)
         ]
 
     def count(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
