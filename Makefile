@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # jax2onnx and the other tests need different versions of orbax.
 VENV_ONNX ?= .venv-onnx
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
+# This trains many networks, which takes as long as all other notebooks.
+LONG = notebooks/choosing_a_norm.ipynb
 # The compilers for TPU and GPU, one environment each: downloads of half a gigabyte each.
 VENV_TPU ?= .venv-tpu
 VENV_GPU ?= .venv-gpu
@@ -62,7 +64,7 @@ test: $(VENV)/with-test
 
 test-slow: $(VENV)/with-test
 	$(BIN)/pytest -m slow --numprocesses auto
-	$(BIN)/pytest --nbmake $(filter-out %/from_pytorch.ipynb, $(NOTEBOOKS)) --numprocesses auto
+	$(BIN)/pytest --nbmake $(filter-out %/from_pytorch.ipynb $(LONG), $(NOTEBOOKS)) --numprocesses auto
 	$(BIN)/pytest $(FORMULATION) tpu --numprocesses auto $(FORMULATED) $(COLLECTIVES)
 	$(BIN)/pytest $(FORMULATION) cuda --numprocesses auto $(FORMULATED)
 	$(BIN)/pytest -m "$(FAST)" --optimized --numprocesses auto $(OPTIMIZED)
@@ -151,6 +153,7 @@ test-accelerators: $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerato
 
 test-exhaustive: $(VENV)/with-test $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
 	$(BIN)/pytest tests -m exhaustive --numprocesses auto
+	$(BIN)/pytest --nbmake $(LONG)
 	$(VENV_TPU)/bin/pytest tests_accelerators -m exhaustive
 	$(VENV_GPU)/bin/pytest tests_accelerators -m exhaustive
 

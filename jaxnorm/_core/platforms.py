@@ -75,7 +75,7 @@ def moments_formulation(
     The guess, such as the running mean, is the first shift on TPU only: on a CPU, sums about a
     number per channel other than 0 take twice the time.
     """
-    # Norms over the last axis in half precision use one number; see _with_one_number.
+    # Norms over the last axis in half precision need one number; see _with_mean_as_shift.
     rows, half = reduction.axes == (reduction.split_axis(x).ndim - 1,), x.dtype.itemsize < 4
     about_part = functools.partial(
         _moments_about_part,
@@ -149,10 +149,8 @@ def _moments_about_guess(
     )
     shift = jnp.zeros_like(mean) if number is None else number + jnp.zeros_like(mean)
     if order is not None:
-        reduction, mask = (
-            reduction.transposed(order),
-            None if mask is None else jnp.transpose(mask, order),
-        )
+        reduction = reduction.transposed(order)
+        mask = None if mask is None else jnp.transpose(mask, order)
         x, shift, count, mean, var = (jnp.transpose(a, order) for a in (x, shift, count, mean, var))
     body, initial = _recomputation(reduction, x, mask, (shift, count, mean, var))
     _, *found = lax.while_loop(lambda carry: jnp.any(carry[0] > 0), body, initial)
