@@ -191,14 +191,12 @@ def _operands(
 ) -> _Operands:
     """Checks and expands the arrays. The state is a constant under differentiation."""
     mask = None if options.mask is None else checks.mask(options.function, options.mask, x.shape)
-    scale, bias = (
-        None
-        if a is None
-        else _zero_where_masked(mask, layout.expand(a))
-        if mask is not None and a.ndim == x.ndim
-        else layout.expand(a)
-        for a in checks.params(options.function, params, x.shape, layout.shape(x))
-    )
+    affine: list[jax.Array | None] = [None, None]
+    for i, a in enumerate(checks.params(options.function, params, x.shape, layout.shape(x))):
+        if a is not None:
+            of_x_rank, a = a.ndim == x.ndim, layout.expand(a)
+            affine[i] = _zero_where_masked(mask, a) if of_x_rank and mask is not None else a
+    scale, bias = affine
     if state is None:
         return _Operands(x, mask, scale, bias)
     mean, var = (widen(layout.expand(state[key]), x) for key in ("mean", "var"))

@@ -1,5 +1,6 @@
 """Tests that each argument of each public function and layer is checked while JAX traces."""
 
+import dataclasses
 import functools
 import re
 
@@ -156,6 +157,9 @@ def test_the_update_takes_moments_and_numbers():
     m = jaxnorm.moments(X, (0, 1, 2))
     update = functools.partial(jaxnorm.update_batch_stats, STATE)
     refused("^update_batch_stats: moments should be Moments", update, {"mean": 0})
+    counts = dataclasses.replace(m, count=jnp.int32([40] * 3))
+    refused("^update_batch_stats: moments.count should have a float dtype", update, counts)
+    refused("^merge_moments: a.count should have a float dtype", jaxnorm.merge_moments, counts, m)
     half = {"mean": STATE["mean"]}
     refused("^update_batch_stats: batch_stats should have", jaxnorm.update_batch_stats, half, m)
     refused("^update_batch_stats: momentum should be a finite number", update, m, momentum=True)

@@ -186,3 +186,8 @@ def test_a_layer_makes_its_variables_by_param_dtype(layer, name):
             moved = {"mean": state_dtype, "var": state_dtype, "count": "int32"}
             assert dtypes(batch_stats) == moved
         assert y.dtype == "float16"
+
+
+def test_a_dtype_of_none_is_the_default_float(x64):
+    made = jaxnorm.init_params(3, dtype=None), jaxnorm.init_batch_stats(3, dtype=None)
+    assert made[0]["scale"].dtype == made[1]["mean"].dtype == made[1]["var"].dtype == jnp.float64

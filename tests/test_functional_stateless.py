@@ -254,6 +254,14 @@ def test_export_with_symbolic_sizes_serves_any_size(kind):
         np.testing.assert_allclose(exported.call(x), NORMS[kind](x), rtol=0, atol=2e-6)
 
 
+def test_group_norm_exports_with_a_symbolic_number_of_channels():
+    norm = functools.partial(jaxnorm.group_norm, num_groups=2)
+    spec = jax.ShapeDtypeStruct(export.symbolic_shape("n, length, c"), jnp.float32)
+    exported = export.export(jax.jit(norm))(spec)
+    x = jnp.asarray(RNG.standard_normal((2, 3, 6)), jnp.float32)
+    np.testing.assert_allclose(exported.call(x), norm(x), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("norm", [jaxnorm.layer_norm, jaxnorm.rms_norm])
 def test_the_gradient_exports_with_symbolic_sizes_too(norm, axis):

@@ -216,14 +216,26 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
       Variances, 1979.
     """
-    for name, given in (("a", a), ("b", b)):
-        if not isinstance(given, Moments):
-            raise ValueError(
-                f"merge_moments: {name} should be Moments, as `moments` returns them, but is "
-                f"{type(given).__name__}"
-            )
+    check_moments("merge_moments", "a", a)
+    check_moments("merge_moments", "b", b)
     checks.same_moments("merge_moments", jnp.shape(a.mean), jnp.shape(b.mean))
     return merge(a, b)
+
+
+def check_moments(function: str, name: str, given: Any) -> None:
+    """Checks that an argument is Moments, and that its fields have float dtypes."""
+    if not isinstance(given, Moments):
+        raise ValueError(
+            f"{function}: {name} should be Moments, as `moments` returns them, but is "
+            f"{type(given).__name__}"
+        )
+    for field in ("count", "mean", "var"):
+        dtype = jnp.result_type(getattr(given, field))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{function}: {name}.{field} should have a float dtype, as `moments` returns it, "
+                f"but has {dtype}"
+            )
 
 
 def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:

@@ -20,6 +20,7 @@ from jaxnorm._core.collectives import number_of_shards
 from jaxnorm._core.reduction import Reduction, select, widen
 
 ShiftedMoments = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Carry = tuple[jax.Array, ...]
 
 _FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 
@@ -44,8 +45,8 @@ def formulated_for(platform: str | None) -> Iterator[None]:
 def choose(default: Callable[..., Any], **platforms: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that calls the one for the platform that the program is compiled for.
 
-    Call it only inside a custom derivative rule, where JAX does not differentiate it. Otherwise JAX
-    would keep the residuals of every branch.
+    Call the result only inside a custom derivative rule, where JAX does not differentiate it.
+    Otherwise JAX would keep the residuals of every branch.
     """
     forced = _FORCED.get()
     if forced is not None:
@@ -175,9 +176,6 @@ def _with_mean_as_shift(
     an H100 instead of 1.12 times.
     """
     return shift + mean, count, jnp.zeros_like(mean), var
-
-
-Carry = tuple[jax.Array, ...]
 
 
 def _recomputation(

@@ -130,7 +130,7 @@ def init_batch_stats(
     """
     shape = arguments.channels("init_batch_stats", num_features)
     given = arguments.float_dtype("init_batch_stats", "dtype", dtype)
-    dtype = statistics_dtype() if given is None else statistics_dtype(given)
+    dtype = statistics_dtype(jnp.result_type(float) if given is None else given)
     return {
         "mean": jnp.zeros(shape, dtype),
         "var": jnp.ones(shape, dtype),

@@ -104,7 +104,7 @@ def _accumulating(mean: Any, var: Any, count: Any, **override: jax.Array) -> Any
 
 
 def fresh_accumulation(path: str, state: Any) -> Any:
-    """Returns a state with momentum 1, whose statistics are those of all batches so far."""
+    """Returns a state with momentum 1, whose statistics will be those of all batches so far."""
     state = state_checks.batch_stats(f"recalibrate: {path}", state, counts=None)
     mean, var, count = state["mean"], state["var"], state["count"]
     first = jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(count)

@@ -53,7 +53,7 @@ def find(
 
 
 def states(tree: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Returns every state in the tree as a dict of arrays, by its path, like ['block']['norm']."""
+    """Returns the path of each state, such as ['block']['norm'], and its arrays as a dict."""
     return [(keystr(path), _state(node)) for path, node in find(tree)]
 
 

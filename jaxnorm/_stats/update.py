@@ -14,6 +14,7 @@ from jaxnorm._core.collectives import LOCAL, MappedAxes, sharded_like
 from jaxnorm._core.moments import (
     Moments,
     about_mean,
+    check_moments,
     interpolate,
     merge,
     pool,
@@ -78,11 +79,7 @@ def update_batch_stats(
     if momentum is not None:
         momentum = arguments.number(function, "momentum", momentum)
     skip_nonfinite = arguments.boolean(function, "skip_nonfinite", skip_nonfinite)
-    if not isinstance(moments, Moments):
-        raise ValueError(
-            f"{function}: moments should be Moments, as `moments` returns them, but is "
-            f"{type(moments).__name__}"
-        )
+    check_moments(function, "moments", moments)
     state_checks.moments_shape(function, jnp.shape(moments.mean), batch_stats["mean"].shape)
     has_rows = jnp.ndim(moments.mean) > batch_stats["mean"].ndim
     rows = moments if has_rows else jax.tree.map(lambda a: a[None], moments)

@@ -136,7 +136,7 @@ def _state(path: str, node: Any, beside: Any) -> list[Finding]:
 
 
 def _accumulation(accumulation: Any, find: Find) -> None:
-    """Returns the findings in the start of an accumulation and in the moments since."""
+    """Reports errors in the start of an accumulation and in the moments since then."""
     for part, keys in (("start", KEYS), ("moments", ("count", "mean", "var"))):
         held = accumulation.get(part) if isinstance(accumulation, Mapping) else None
         found = arrays(held, keys)

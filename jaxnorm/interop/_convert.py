@@ -125,7 +125,7 @@ def _converted(arrays: Iterable[str], renamings: list[Renaming]) -> dict[str, An
 
 
 def _same_shards(shards: Any, prefix: str, renamings: list[Renaming]) -> list[list[str]]:
-    """Returns the source's shards, with the new names; new arrays go to the last."""
+    """Returns the source's shards, with the new names; new arrays, like counts, go to the last."""
     shard_of = {name.removeprefix(prefix): i for i, names in enumerate(shards) for name in names}
     new: list[list[str]] = [[] for _ in shards] or [[]]
     for source, target, _ in renamings:

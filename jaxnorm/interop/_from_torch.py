@@ -313,7 +313,7 @@ def _statistic(torch_name: str, value: np.ndarray) -> tuple[np.ndarray, str]:
             f"from_torch: {torch_name!r} should have a float dtype, because it is an average, "
             f"but has {value.dtype}"
         )
-    wide = np.dtype(statistics_dtype(value.dtype))
+    wide = statistics_dtype(value.dtype)
     return value.astype(wide), "" if wide == value.dtype else f"widened from {value.dtype}"
 
 

@@ -30,7 +30,7 @@ def state_dict_of(
 
 
 def common_prefix(names: Collection[str]) -> str:
-    """Returns the longest common prefix of the names in whole parts, such as 'module.'."""
+    """Returns the longest common prefix of the names in whole parts, without leaves."""
     parts = [name.split(".")[:-1] for name in names]
     same = itertools.takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
     return "".join(f"{column[0]}." for column in same)

@@ -231,7 +231,7 @@ def _write_norm(
 
 
 def _count(module: str, count: np.ndarray) -> np.ndarray:
-    """Returns the count in int64, as in PyTorch; an average over devices may be a float."""
+    """Returns the count in int64, as in PyTorch; it may be a whole number in float."""
     whole = np.issubdtype(count.dtype, np.number) and np.all(count == np.round(count))
     if not whole or np.any(count < 0):
         raise ValueError(

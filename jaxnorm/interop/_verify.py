@@ -52,7 +52,7 @@ class ModelPair:
         )
 
     def verify(self, variables: Mapping[str, Any] | None, *, tolerance: float) -> float:
-        """Returns the largest difference of the outputs, with the present values and distinct ones.
+        """Returns the largest difference of the outputs, with current and with distinct values.
 
         If variables are given, only these are compared.
         """
@@ -87,7 +87,7 @@ class ModelPair:
         return worst
 
     def _first_difference(self, module: Any, variables: Mapping[str, Any], tolerance: float) -> str:
-        """Returns the part of the error that names the first module whose output Flax lacks."""
+        """Returns the part of the error that names the first module that Flax does not compute."""
         partner = {pair.torch: pair for pair in self.pairs}
         calls = TorchCalls(module, self.args, self.kwargs, keep=set(partner))
         arrays = {k: jnp.asarray(a) for k, a in flatten("verify", variables).items()}

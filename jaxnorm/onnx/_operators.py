@@ -246,7 +246,7 @@ def _constant(epsilon: Any, *sizes: Any) -> bool:
 def _split(
     operator: Operator, layout: Layout, params: dict[str, jax.Array], x: jax.Array
 ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Returns scale and bias for the operator, and those to apply after it, or None."""
+    """Returns scale and bias for the operator, and those to apply after it; each may be None."""
     scale, bias = params.get("scale"), params.get("bias")
     if scale is not None and not _varies_along_channels(layout, scale, x):
         return (None, None), (scale, bias)
