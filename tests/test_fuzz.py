@@ -273,7 +273,7 @@ NORMS = ["batch_norm", "batch_renorm", "instance_norm", "group_norm", "layer_nor
 
 @pytest.mark.parametrize(
     "number",
-    [3, pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.exhaustive)],
+    [3, pytest.param(8, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.exhaustive)],
     ids=["few", "some", "many"],
 )
 @pytest.mark.parametrize("norm", NORMS)
