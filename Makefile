@@ -110,7 +110,6 @@ notebooks: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
 
 test-onnx: $(VENV_ONNX)/with-test-onnx
 	$(VENV_ONNX)/bin/pytest tests_onnx --numprocesses auto
-	$(VENV_ONNX)/bin/pytest --nbmake notebooks/from_pytorch.ipynb
 
 lint: $(VENV)/with-test $(VENV)/with-dev
 	$(BIN)/ruff format --check .
@@ -151,9 +150,10 @@ test-accelerators: $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerato
 	$(VENV_TPU)/bin/pytest tests_accelerators -m "not exhaustive"
 	$(VENV_GPU)/bin/pytest tests_accelerators -m "not exhaustive"
 
-test-exhaustive: $(VENV)/with-test $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
+test-exhaustive: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx $(VENV_TPU)/with-accelerators-tpu $(VENV_GPU)/with-accelerators-gpu
 	$(BIN)/pytest tests -m exhaustive --numprocesses auto
 	$(BIN)/pytest --nbmake $(LONG)
+	$(VENV_ONNX)/bin/pytest --nbmake notebooks/from_pytorch.ipynb
 	$(VENV_TPU)/bin/pytest tests_accelerators -m exhaustive
 	$(VENV_GPU)/bin/pytest tests_accelerators -m exhaustive
 
