@@ -145,7 +145,8 @@ def batch_renorm(
     params: Affine | None,
     batch_stats: BatchStats,
     **options: Unpack[_RenormOptions],
-) -> tuple[jax.Array, BatchStats]: ...
+) -> tuple[jax.Array, BatchStats]:
+    """Normalizes with a state that is given as the third argument; see the implementation."""
 
 
 @overload
@@ -155,7 +156,8 @@ def batch_renorm(
     *,
     batch_stats: BatchStats,
     **options: Unpack[_RenormOptions],
-) -> tuple[jax.Array, BatchStats]: ...
+) -> tuple[jax.Array, BatchStats]:
+    """Normalizes with a state that is given by name; see the implementation."""
 
 
 def batch_renorm(

@@ -22,6 +22,13 @@ def number(
     """Checks a real number, or an array of shape (); returns a float, or a traced float array.
 
     A traced value is not checked; any other value must be finite and within the bounds.
+
+    Args:
+      function: the name of the public function.
+      name: the name of the argument.
+      value: what was given for it.
+      least: the least number that is accepted.
+      most: the largest number that is accepted.
     """
     kinds = (int, float, np.number, np.ndarray, jax.Array)
     if isinstance(value, kinds) and not isinstance(value, bool) and jnp.ndim(value) == 0:
@@ -42,7 +49,14 @@ def number(
 
 
 def positive_int(function: str, name: str, value: Any, why: str) -> int:
-    """Checks a positive Python or NumPy integer."""
+    """Checks a positive Python or NumPy integer.
+
+    Args:
+      function: the name of the public function.
+      name: the name of the argument.
+      value: what was given for it.
+      why: the reason, which the error gives.
+    """
     try:
         if not isinstance(value, bool | np.bool_) and operator.index(value) >= 1:
             return operator.index(value)
@@ -54,7 +68,13 @@ def positive_int(function: str, name: str, value: Any, why: str) -> int:
 
 
 def boolean(function: str, name: str, value: Any) -> bool:
-    """Checks a Python or NumPy bool, which has to be known at trace time."""
+    """Checks a Python or NumPy bool, which has to be known at trace time.
+
+    Args:
+      function: the name of the public function.
+      name: the name of the argument.
+      value: what was given for it.
+    """
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise ValueError(
@@ -64,7 +84,13 @@ def boolean(function: str, name: str, value: Any) -> bool:
 
 
 def float_dtype(function: str, name: str, dtype: Any) -> Any:
-    """Checks a float dtype, or None."""
+    """Checks a float dtype, or None.
+
+    Args:
+      function: the name of the public function.
+      name: the name of the argument.
+      dtype: what was given for it.
+    """
     try:
         if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             return dtype if dtype is None else jnp.dtype(dtype)
@@ -98,7 +124,14 @@ def channels(function: str, num_features: Any) -> Shape:
 
 
 def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
-    """Checks axes; returns them as non-negative integers, in the given order."""
+    """Checks axes; returns them as non-negative integers, in the given order.
+
+    Args:
+      function: the name of the public function.
+      name: the name of the argument.
+      axis: the axis or axes, which may be negative.
+      ndim: the rank of x.
+    """
     try:
         given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
         found = tuple(operator.index(a) for a in given)
@@ -120,7 +153,14 @@ def axes(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shap
 
 
 def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> Shape:
-    """Checks the axes to reduce over, of which there is at least one."""
+    """Checks the axes to reduce over, of which there is at least one.
+
+    Args:
+      function: the name of the public function.
+      name: the name of the argument.
+      axis: the axis or axes, which may be negative.
+      ndim: the rank of x.
+    """
     found = axes(function, name, axis, ndim)
     if not found:
         raise ValueError(
@@ -131,7 +171,13 @@ def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> 
 
 
 def limits(function: str, r_max: Any, d_max: Any) -> None:
-    """Checks the limits of batch renorm; functions of the count are only checked when called."""
+    """Checks the limits of batch renorm; functions of the count are only checked when called.
+
+    Args:
+      function: the name of the public function.
+      r_max: a number of at least 1, or a function of the count.
+      d_max: a number of at least 0, or a function of the count.
+    """
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
         if not callable(value):
             number(function, name, value, least=least)

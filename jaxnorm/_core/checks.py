@@ -40,7 +40,15 @@ def layout(
     batch_axis: int | None = None,
     least: int = 2,
 ) -> Layout:
-    """Checks that the channel axes and the batch axis exist and differ."""
+    """Checks that the channel axes and the batch axis exist and differ.
+
+    Args:
+      function: the name of the public function.
+      ndim: the rank of x.
+      channel_axis: the channel axis or axes, which may be negative.
+      batch_axis: the batch axis, or None if there is none.
+      least: the least rank that is accepted.
+    """
     if ndim < least:
         example = "(N, C)" if batch_axis is None else "(N, *space, C)"
         wanted = f"at least {least} axes, such as {example}" if least > 1 else "at least 1 axis"
@@ -61,7 +69,14 @@ def layout(
 def group_layout(
     shape: Shape, channel_axis: int, batch_axis: int | Sequence[int] | None, num_groups: int
 ) -> tuple[Layout, Shape, int]:
-    """Checks that the groups divide the one channel axis, and that it is not a batch axis."""
+    """Checks that the groups divide the one channel axis, and that it is not a batch axis.
+
+    Args:
+      shape: the shape of x.
+      channel_axis: the channel axis, which may be negative.
+      batch_axis: the batch axis or axes, or None if there is none.
+      num_groups: the number of groups.
+    """
     num_groups = arguments.positive_int(
         "group_norm", "num_groups", num_groups, "it is the number of groups of channels"
     )
@@ -93,7 +108,13 @@ def group_layout(
 
 
 def mask(function: str, mask: ArrayLike | None, shape: Shape) -> jax.Array | None:
-    """Checks that the mask is bool, has the rank of x, and broadcasts against x."""
+    """Checks that the mask is bool, has the rank of x, and broadcasts against x.
+
+    Args:
+      function: the name of the public function.
+      mask: the mask, or None.
+      shape: the shape of x.
+    """
     if mask is None:
         return None
     mask = jnp.asarray(mask)
@@ -121,7 +142,14 @@ def mask(function: str, mask: ArrayLike | None, shape: Shape) -> jax.Array | Non
 def params(
     function: str, params: Mapping[str, Any] | None, shape: Shape, channels: Shape
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Checks that scale and bias are None, have the channels' shape, or broadcast in x's rank."""
+    """Checks that scale and bias are None, have the channels' shape, or broadcast in x's rank.
+
+    Args:
+      function: the name of the public function.
+      params: the parameters, or None.
+      shape: the shape of x.
+      channels: the shape of x over the channel axes.
+    """
     params = {} if params is None else params
     if not isinstance(params, Mapping) or not {"scale", "bias"}.issuperset(params):
         found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
@@ -150,7 +178,13 @@ def params(
 
 
 def other_axis(function: str, channels: Shape, shape: Shape) -> str:
-    """Returns a hint which axis of x has the size of the channels, for example with NCHW inputs."""
+    """Returns a hint which axis of x has the size of the channels, for example with NCHW inputs.
+
+    Args:
+      function: the name of the public function.
+      channels: the shape of what was given for the channels.
+      shape: the shape of x.
+    """
     sizes = enumerate(shape[1:], start=1)  # axis 0 is that of the samples
     axis = next((a for a, n in sizes if isinstance(n, int) and (n,) == channels), None)
     if axis is None:

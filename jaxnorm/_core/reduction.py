@@ -67,9 +67,9 @@ class Reduction:
     def sum(self, *xs: jax.Array) -> Sequence[jax.Array]:
         """Sums arrays over the entries on this device; the reduced axes are kept, with size 1.
 
-        The sum over each group, which all its entries get, follows the sum over x, because a sum
-        over a short part of an axis is slow. Small groups then cost no more than large ones, in the
-        forward and in the backward pass.
+        With groups, each entry of the kept axis gets the sum of its group. This sum follows the
+        sum over x, because a sum over a short part of an axis is slow. Small groups then cost no
+        more than large ones, in the forward and in the backward pass.
         """
         sums = [jnp.sum(x, self.axes, keepdims=True) for x in xs]
         if self.groups is None:

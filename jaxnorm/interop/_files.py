@@ -182,7 +182,7 @@ def shards_of(arrays: Mapping[str, Any], max_bytes: int) -> list[list[str]]:
 
 
 def _shard_files(single: Path, shards: Sequence[Sequence[str]]) -> dict[Path, Sequence[str]]:
-    """Returns the shards by file name, in the pattern of Hugging Face's libraries."""
+    """Returns the shards by file name, named as the transformers library names them."""
     stem = single.name.removesuffix(SUFFIX)
     return {
         single.with_name(f"{stem}-{i:05d}-of-{len(shards):05d}{SUFFIX}"): names
