@@ -166,9 +166,9 @@ TRAIN = {"linen": train_linen, "nnx": train_nnx}
     ],
 )
 def test_a_model_trains_the_same_after_changing_the_import(x64, frontend, network, kind):
-    theirs, ours = (TRAIN[frontend](norms, network, kind) for norms in FRONTENDS[frontend])
-    first, losses, last, evaluate = ours
-    flax_first, flax_losses, flax_last, flax_evaluate = theirs
+    flax_run, run = (TRAIN[frontend](norms, network, kind) for norms in FRONTENDS[frontend])
+    first, losses, last, evaluate = run
+    flax_first, flax_losses, flax_last, flax_evaluate = flax_run
 
     chex.assert_trees_all_equal(first["params"], flax_first["params"])
     np.testing.assert_allclose(losses, flax_losses, **SAME)
@@ -213,13 +213,15 @@ def test_a_model_trains_the_same_after_changing_the_import(x64, frontend, networ
     ],
 )
 def test_a_model_has_flax_s_variables_by_name_shape_and_dtype_and_counts(frontend, network, kind):
-    theirs, ours = (SHAPES[frontend](norms, network, kind) for norms in FRONTENDS[frontend])
-    stats, counts = without_count(ours.pop("batch_stats", {}))
+    flax_variables, variables = (
+        SHAPES[frontend](norms, network, kind) for norms in FRONTENDS[frontend]
+    )
+    stats, counts = without_count(variables.pop("batch_stats", {}))
     assert [(a.shape, a.dtype) for a in counts] == [((), jnp.int32)] * len(stats and counts)
     assert len(counts) == (20 if kind == "BatchNorm" else 0)
     described = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
-    assert described(stats) == described(theirs.pop("batch_stats", {}))
-    assert described(ours) == described(theirs)
+    assert described(stats) == described(flax_variables.pop("batch_stats", {}))
+    assert described(variables) == described(flax_variables)
 
 
 # ---- Every argument ----
@@ -306,14 +308,14 @@ def assert_same_outputs(y, y_flax):
     ("name", "options", "features"), [p for name in LINEN_OWN for p in linen_arguments(name)]
 )
 def test_linen_s_arguments_mean_what_they_mean_in_flax(name, options, features):
-    theirs, ours = (made(norms, name, options)() for norms in FRONTENDS["linen"])
-    variables = ours.init(KEY, X)
-    chex.assert_trees_all_equal(variables, theirs.init(KEY, X))
-    chex.assert_trees_all_equal_dtypes(variables, theirs.init(KEY, X))
+    flax_norm, norm = (made(norms, name, options)() for norms in FRONTENDS["linen"])
+    variables = norm.init(KEY, X)
+    chex.assert_trees_all_equal(variables, flax_norm.init(KEY, X))
+    chex.assert_trees_all_equal_dtypes(variables, flax_norm.init(KEY, X))
     # All entries differ, so that an exchange of two of them is detected.
     variables = jax.tree.map(lambda a: a + jnp.arange(a.size).reshape(a.shape) / 8, variables)
-    variables = jax.tree.map(lambda a: a.astype(ours.param_dtype), variables)
-    assert_same_outputs(ours.apply(variables, X), theirs.apply(variables, X))
+    variables = jax.tree.map(lambda a: a.astype(norm.param_dtype), variables)
+    assert_same_outputs(norm.apply(variables, X), flax_norm.apply(variables, X))
 
 
 @pytest.mark.parametrize(
@@ -325,27 +327,27 @@ def test_nnx_s_arguments_mean_what_they_mean_in_flax(name, options, features):
         rngs = nnx.Rngs(KEY)
         layers.append(made(norms, name, options)(features, rngs=rngs))
         draws.append(rngs.params())
-    theirs, ours = layers
+    flax_norm, norm = layers
     assert draws[0] == draws[1]  # both used the same number of keys
-    params = nnx.state(ours, nnx.Param)
-    chex.assert_trees_all_equal(params, nnx.state(theirs, nnx.Param))
-    chex.assert_trees_all_equal_dtypes(params, nnx.state(theirs, nnx.Param))
+    params = nnx.state(norm, nnx.Param)
+    chex.assert_trees_all_equal(params, nnx.state(flax_norm, nnx.Param))
+    chex.assert_trees_all_equal_dtypes(params, nnx.state(flax_norm, nnx.Param))
     for layer in layers:
         for variable in (layer.scale, getattr(layer, "bias", None)):
             if variable is not None:
                 variable[...] += (jnp.arange(variable.size) / 8).astype(variable.dtype)
-    assert_same_outputs(ours(X), theirs(X))
+    assert_same_outputs(norm(X), flax_norm(X))
     if name == "BatchNorm":
         n = X.size / features
-        biased = 0.75 + (ours.var[...] - 0.75) * (n - 1) / n
+        biased = 0.75 + (norm.var[...] - 0.75) * (n - 1) / n
         # The error of Flax's mean may be as large as its rounding of x.
-        tolerance = float(jnp.finfo(ours.dtype or X.dtype).eps) + 1e-5
-        np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=0, atol=tolerance)
-        np.testing.assert_allclose(biased, theirs.var[...], rtol=tolerance)
-        assert (ours.mean.dtype, ours.var.dtype) == (theirs.mean.dtype, theirs.var.dtype)
-        assert int(ours.count[...]) == 1
-        ours.var[...] = theirs.var[...]
-        assert_same_outputs(ours(X, True), theirs(X, True))
+        tolerance = float(jnp.finfo(norm.dtype or X.dtype).eps) + 1e-5
+        np.testing.assert_allclose(norm.mean[...], flax_norm.mean[...], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(biased, flax_norm.var[...], rtol=tolerance)
+        assert (norm.mean.dtype, norm.var.dtype) == (flax_norm.mean.dtype, flax_norm.var.dtype)
+        assert int(norm.count[...]) == 1
+        norm.var[...] = flax_norm.var[...]
+        assert_same_outputs(norm(X, True), flax_norm(X, True))
 
 
 @each_name
@@ -354,12 +356,14 @@ def test_nnx_s_parameters_carry_the_metadata(name):
     if name != "RMSNorm":
         options["bias_metadata"] = {"weight_decay": False}
     options |= {"num_groups": 3} if name == "GroupNorm" else {}
-    theirs, ours = (made(norms, name, options)(6, rngs=nnx.Rngs(0)) for norms in FRONTENDS["nnx"])
-    assert ours.scale.get_metadata() == theirs.scale.get_metadata()
-    assert ours.scale.group == "norms"
+    flax_norm, norm = (
+        made(norms, name, options)(6, rngs=nnx.Rngs(0)) for norms in FRONTENDS["nnx"]
+    )
+    assert norm.scale.get_metadata() == flax_norm.scale.get_metadata()
+    assert norm.scale.group == "norms"
     if name != "RMSNorm":
-        assert ours.bias.get_metadata() == theirs.bias.get_metadata()
-        assert ours.bias.weight_decay is False
+        assert norm.bias.get_metadata() == flax_norm.bias.get_metadata()
+        assert norm.bias.weight_decay is False
 
 
 def linen_call(layer):
@@ -379,12 +383,12 @@ CALL = {"linen": linen_call, "nnx": nnx_call}
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "InstanceNorm"])
 def test_an_axis_name_spreads_what_it_spreads_in_flax(frontend, name):
     options = {"axis_name": "d"} | ({"num_groups": 3} if name == "GroupNorm" else {})
-    theirs, ours = (
+    flax_norm, norm = (
         quick_jit(jax.vmap(CALL[frontend](made(norms, name, options)), axis_name="d"))
         for norms in FRONTENDS[frontend]
     )
-    assert_same_outputs(ours(X), theirs(X))
-    assert float(abs(ours(X[:1]) - ours(X)[:1]).max()) > 0.01  # the other samples have an effect
+    assert_same_outputs(norm(X), flax_norm(X))
+    assert float(abs(norm(X[:1]) - norm(X)[:1]).max()) > 0.01  # the other samples have an effect
 
 
 # ---- Names, order, defaults ----
@@ -394,26 +398,33 @@ def test_an_axis_name_spreads_what_it_spreads_in_flax(frontend, name):
 @each_name
 def test_the_constructor_has_flax_s_arguments_in_their_order_with_their_defaults(frontend, name):
     # The signature of the class is hidden by NNX's metaclass.
-    theirs, ours = (
+    flax_signature, signature = (
         inspect.signature(getattr(norms, name).__init__) for norms in FRONTENDS[frontend]
     )
-    theirs = [p for p in theirs.parameters.values() if p.name not in ("parent", "name")]
-    ours = list(ours.parameters.values())[: len(theirs)]
-    assert len(theirs) > 10
-    assert [p.name for p in ours] == [p.name for p in theirs]
-    assert [p.kind for p in ours] == [p.kind for p in theirs]
+    flax_parameters = [
+        p for p in flax_signature.parameters.values() if p.name not in ("parent", "name")
+    ]
+    parameters = list(signature.parameters.values())[: len(flax_parameters)]
+    assert len(flax_parameters) > 10
+    assert [p.name for p in parameters] == [p.name for p in flax_parameters]
+    assert [p.kind for p in parameters] == [p.kind for p in flax_parameters]
     # The weight of the new value is 0.1 in jaxnorm, and 0.01 in Flax.
-    defaults = [{p.name: p.default for p in ps if p.name != "momentum"} for ps in (ours, theirs)]
+    defaults = [
+        {p.name: p.default for p in ps if p.name != "momentum"}
+        for ps in (parameters, flax_parameters)
+    ]
     assert defaults[0] == defaults[1]
 
 
 @each_frontend
 @each_name
 def test_the_call_takes_flax_s_arguments(frontend, name):
-    theirs, ours = (
+    flax_parameters, parameters = (
         {p.name: (p.kind, p.default) for p in inspect.signature(c).parameters.values()}
         for c in (getattr(norms, name).__call__ for norms in FRONTENDS[frontend])
     )
-    assert theirs.items() <= ours.items()
+    assert flax_parameters.items() <= parameters.items()
     by_position = lambda ps: [n for n, (kind, _) in ps.items() if kind.name != "KEYWORD_ONLY"]  # noqa: E731
-    assert by_position(ours)[: len(by_position(theirs))] == by_position(theirs)
+    assert by_position(parameters)[: len(by_position(flax_parameters))] == by_position(
+        flax_parameters
+    )

@@ -42,39 +42,39 @@ def assert_agree(found, expected):
 def generator(examples):
     """Returns PyTorch's generator after a few passes, its variables, images and labels."""
     torch.manual_seed(0)
-    theirs = torch_models.Generator(features=32)  # the published 64 take four times as long
+    torch_model = torch_models.Generator(features=32)  # the published 64 take four times as long
     rng = np.random.default_rng(0)
     images = examples["stargan"].photographs()[:4]
     labels = np.eye(5, dtype=np.float32)[rng.integers(5, size=len(images))]
     with torch.no_grad():
-        for module in theirs.modules():  # the scales and biases are not 1 and 0
+        for module in torch_model.modules():  # the scales and biases are not 1 and 0
             if isinstance(module, torch.nn.InstanceNorm2d):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.5, 0.5)
         for _ in range(3):
-            theirs(channels_first(images), torch.from_numpy(labels))
-    return theirs, images[:2], labels[:2]
+            torch_model(channels_first(images), torch.from_numpy(labels))
+    return torch_model, images[:2], labels[:2]
 
 
 def test_the_generator_agrees_in_both_modes(examples, generator):
     stargan = examples["stargan"]
-    theirs, images, labels = generator
-    variables = stargan.from_pytorch(theirs.state_dict())
+    torch_model, images, labels = generator
+    variables = stargan.from_pytorch(torch_model.state_dict())
     model = stargan.Generator(features=32)
     assert images.shape[1:] == (128, 128, 3)
     like = jax.eval_shape(
         lambda: model.init(jax.random.key(0), images, labels, use_running_average=True)
     )
     checked = interop.from_torch(
-        theirs.state_dict(), names=stargan.module_names(), convert=stargan.kernels, like=like
+        torch_model.state_dict(), names=stargan.module_names(), convert=stargan.kernels, like=like
     )
     jax.tree.map(np.testing.assert_array_equal, checked, variables)
     given = channels_first(images), torch.from_numpy(labels)
     with torch.no_grad():
-        theirs.eval()
-        evaluated = channels_last(theirs(*given))
-        theirs.train()
-        trained = channels_last(theirs(*given))
+        torch_model.eval()
+        evaluated = channels_last(torch_model(*given))
+        torch_model.train()
+        trained = channels_last(torch_model(*given))
 
     @jax.jit
     def both(x, labels):
@@ -91,14 +91,14 @@ def test_the_generator_agrees_in_both_modes(examples, generator):
     back = interop.to_torch(
         {**variables, **updates}, names=stargan.module_names(), convert=stargan.kernels.inverse
     )
-    for key, expected in theirs.state_dict().items():
+    for key, expected in torch_model.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             assert_agree(back[key], expected.numpy())
 
 
 def test_the_generator_is_converted_back_bit_for_bit(examples, generator, tmp_path):
-    stargan, (theirs, _, _) = examples["stargan"], generator
-    state_dict = theirs.state_dict()
+    stargan, (torch_model, _, _) = examples["stargan"], generator
+    state_dict = torch_model.state_dict()
     path = tmp_path / "generator.safetensors"
     variables = stargan.from_pytorch(state_dict)
     interop.to_torch(
@@ -127,20 +127,20 @@ def test_the_generator_s_picture_is_drawn(examples, tmp_path, capsys):
 def test_a_resnet_agrees_in_both_modes(examples, tmp_path, capsys):
     resnet = examples["resnet"]
     torch.manual_seed(0)
-    theirs = torch_models.ResNet18(classes=10, features=16)
+    torch_model = torch_models.ResNet18(classes=10, features=16)
     x = np.random.default_rng(0).normal(0.5, 1, (4, 64, 64, 3)).astype(np.float32)
     with torch.no_grad():
         for _ in range(3):
-            theirs(channels_first(x))
+            torch_model(channels_first(x))
     model = resnet.ResNet18(classes=10, features=16)
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-    variables = resnet.from_pytorch(theirs.state_dict())
+    variables = resnet.from_pytorch(torch_model.state_dict())
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, like)
     with torch.no_grad():
-        theirs.eval()
-        evaluated = theirs(channels_first(x)).numpy()
-        theirs.train()
-        trained = theirs(channels_first(x)).numpy()
+        torch_model.eval()
+        evaluated = torch_model(channels_first(x)).numpy()
+        torch_model.train()
+        trained = torch_model(channels_first(x)).numpy()
     by_state = jax.jit(lambda x: model.apply(variables, x, train=False))(x)
     by_batch, updates = jax.jit(
         lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -148,9 +148,9 @@ def test_a_resnet_agrees_in_both_modes(examples, tmp_path, capsys):
     assert_agree(by_state, evaluated)
     assert_agree(by_batch, trained)
     back = interop.to_torch(
-        {**variables, **updates}, convert=interop.kernels().inverse, like=theirs.state_dict()
+        {**variables, **updates}, convert=interop.kernels().inverse, like=torch_model.state_dict()
     )
-    for key, expected in theirs.state_dict().items():
+    for key, expected in torch_model.state_dict().items():
         assert_agree(back[key], expected.numpy())
     path = tmp_path / "resnet18.safetensors"
     interop.to_torch(variables, convert=interop.kernels().inverse, file=path)

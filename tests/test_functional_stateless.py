@@ -122,17 +122,17 @@ LIKE_TORCH = {
 @pytest.mark.parametrize("name", LIKE_TORCH)
 def test_y_and_gradients_are_pytorch_s(x64, name):
     pytest.importorskip("torch")
-    ours, theirs, shape = LIKE_TORCH[name]
+    function, torch_function, shape = LIKE_TORCH[name]
     x, dy = RNG.standard_normal((2, 3, 6, 4, 5)) + 1
     params = {k: RNG.standard_normal(shape) for k in ("scale", "bias")}
-    y, vjp = jax.vjp(ours, jnp.asarray(x), jax.tree.map(jnp.asarray, params))
+    y, vjp = jax.vjp(function, jnp.asarray(x), jax.tree.map(jnp.asarray, params))
     tensors = [torch.tensor(a, requires_grad=True) for a in (x, *params.values())]
-    y_torch = theirs(*tensors)
+    y_torch = torch_function(*tensors)
     y_torch.backward(torch.from_numpy(dy))
     ASSERT(y, y_torch.detach())
     dx, dparams = vjp(jnp.asarray(dy))
-    ours_grads = (dx, dparams["scale"], dparams["bias"])
-    for found, tensor in zip(ours_grads, tensors, strict=True):
+    gradients = (dx, dparams["scale"], dparams["bias"])
+    for found, tensor in zip(gradients, tensors, strict=True):
         ASSERT(found, tensor.grad)
 
 

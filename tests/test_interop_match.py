@@ -359,14 +359,14 @@ def test_shared_weights_are_left_out_as_said():
         def forward(self, ids):
             return self.head(torch.tanh(self.wte(ids)))
 
-    class Ours(nn.Module):
+    class Model(nn.Module):
         @nn.compact
         def __call__(self, ids):
             embed = nn.Embed(11, 4)
             return embed.attend(jnp.tanh(embed(ids)))
 
     ids = np.array([[1, 2, 3]])
-    given = Ours(), ids, Tied(), torch.from_numpy(ids)
+    given = Model(), ids, Tied(), torch.from_numpy(ids)
     with pytest.raises(ValueError, match="'head' has that of 'wte'"):
         interop.match(*given)
     proposal = interop.match(*given, kinds={"head": None})
@@ -375,7 +375,7 @@ def test_shared_weights_are_left_out_as_said():
 
 
 def test_keyword_arguments_and_several_outputs():
-    class Theirs(torch.nn.Module):
+    class TorchModel(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.fc = torch.nn.Linear(4, 3)
@@ -383,7 +383,7 @@ def test_keyword_arguments_and_several_outputs():
         def forward(self, x, *, scale):
             return {"y": self.fc(x), "more": (self.fc(x) * scale, None)}
 
-    class Ours(nn.Module):
+    class Model(nn.Module):
         @nn.compact
         def __call__(self, x, *, train, scale):
             assert not train
@@ -392,16 +392,21 @@ def test_keyword_arguments_and_several_outputs():
 
     x, x_torch = rows(2, 4)
     proposal = interop.match(
-        Ours(),
+        Model(),
         (x,),
-        Theirs(),
+        TorchModel(),
         (x_torch,),
         kwargs={"train": False, "scale": 2.0},
         torch_kwargs={"scale": 2.0},
     )
     assert proposal.verify() < 1e-6
     proposal = interop.match(
-        Ours(), x, Theirs(), x_torch, kwargs={"train": 0, "scale": 3}, torch_kwargs={"scale": 2}
+        Model(),
+        x,
+        TorchModel(),
+        x_torch,
+        kwargs={"train": 0, "scale": 3},
+        torch_kwargs={"scale": 2},
     )
     with pytest.raises(ValueError, match=r"differ by 0\.5; compare"):
         proposal.verify()  # both modules are correct
@@ -497,7 +502,7 @@ def test_models_that_are_none():
 def test_outputs_that_cannot_be_compared():
     x, x_torch = rows(2, 4)
 
-    class Ours(nn.Module):
+    class Model(nn.Module):
         several: bool
 
         @nn.compact
@@ -507,13 +512,13 @@ def test_outputs_that_cannot_be_compared():
 
     module = torch.nn.Linear(4, 3)
     with pytest.raises(ValueError, match="returns 1 and the Flax model 2"):
-        interop.match(Ours(several=True), x, module, x_torch, names={"": "Dense_0"}).verify()
+        interop.match(Model(several=True), x, module, x_torch, names={"": "Dense_0"}).verify()
     with pytest.raises(ValueError, match=r"\(2, 3\), and that of Flax \(3, 2\)"):
-        interop.match(Ours(several=False), x, module, x_torch, names={"": "Dense_0"}).verify()
+        interop.match(Model(several=False), x, module, x_torch, names={"": "Dense_0"}).verify()
 
     class Words(torch.nn.Linear):
         def forward(self, x):
             return "words"
 
     with pytest.raises(TypeError, match="returns str"):
-        interop.match(Ours(several=False), x, Words(4, 3), x_torch).verify()
+        interop.match(Model(several=False), x, Words(4, 3), x_torch).verify()

@@ -59,15 +59,15 @@ def names(options):
 def test_flax_arguments_give_flax_parameters_state_and_outputs(name, axes, options):
     if name == "BatchNorm":
         options = {"axis": axes, **options}
-        ours = jnn.BatchNorm(use_running_average=False, decay=0.75, **options)
-        flaxs = nn.BatchNorm(use_running_average=False, momentum=0.75, **options)
+        norm = jnn.BatchNorm(use_running_average=False, decay=0.75, **options)
+        flax_norm = nn.BatchNorm(use_running_average=False, momentum=0.75, **options)
     else:
         options = {"feature_axes": axes, **options}
-        ours, flaxs = jnn.InstanceNorm(**options), nn.InstanceNorm(**options)
-    variables, expected = ours.init(KEY, X), flaxs.init(KEY, X)
+        norm, flax_norm = jnn.InstanceNorm(**options), nn.InstanceNorm(**options)
+    variables, expected = norm.init(KEY, X), flax_norm.init(KEY, X)
     chex.assert_trees_all_equal(variables.get("params"), expected.get("params"))
-    y, updates = ours.apply(variables, X, mutable=["batch_stats"])
-    y_flax, updates_flax = flaxs.apply(expected, X, mutable=["batch_stats"])
+    y, updates = norm.apply(variables, X, mutable=["batch_stats"])
+    y_flax, updates_flax = flax_norm.apply(expected, X, mutable=["batch_stats"])
     assert y.dtype == y_flax.dtype
     # Flax's variance loses a digit, and its output in bfloat16 another one.
     tolerance = float(4 * jnp.finfo(y.dtype).eps) + 1e-5
@@ -86,15 +86,17 @@ def test_flax_arguments_give_flax_parameters_state_and_outputs(name, axes, optio
 
 @pytest.mark.parametrize("name", ["BatchNorm", "InstanceNorm"])
 def test_the_constructor_has_flax_s_arguments_in_their_order(name):
-    ours, flaxs = ([f.name for f in dataclasses.fields(getattr(m, name))] for m in (jnn, nn))
-    flaxs = [field for field in flaxs if field not in ("parent", "name")]
-    assert ours[: len(flaxs)] == flaxs
+    fields, flax_fields = (
+        [f.name for f in dataclasses.fields(getattr(m, name))] for m in (jnn, nn)
+    )
+    flax_fields = [field for field in flax_fields if field not in ("parent", "name")]
+    assert fields[: len(flax_fields)] == flax_fields
     defaults = {
         field: (getattr(jnn, name)().__dict__[field], getattr(nn, name)().__dict__[field])
-        for field in flaxs
+        for field in flax_fields
         if field != "momentum"  # the weights of the new value are 0.1 and 0.01
     }
-    assert all(ours == theirs for ours, theirs in defaults.values()), defaults
+    assert all(default == flax_default for default, flax_default in defaults.values()), defaults
 
 
 # ---- Collections ----

@@ -86,12 +86,16 @@ def test_a_row_holds_the_defaults_and_says_what_becomes_of_them(row):
         found = {d for module in modules for d in defaults[module].values()} - {None}
         assert set(cell.replace("`", "").replace(ABSENT, "").split(", ")) == (found or {""})
     verdict = re.match(r"\*\*(same|different|no effect|new)\*\*", text)[1]
-    theirs = defaults[flax.linen], defaults[flax.nnx]
-    assert (verdict == "new") == (not any(d for frontend in theirs for d in frontend.values()))
+    flax_defaults = defaults[flax.linen], defaults[flax.nnx]
+    assert (verdict == "new") == (
+        not any(d for frontend in flax_defaults for d in frontend.values())
+    )
     if verdict in ("same", "no effect"):
-        ours = defaults[jaxnorm.linen], defaults[jaxnorm.nnx]
-        for here, there in zip(ours, theirs, strict=True):
-            assert all(here[layer] == d for layer, d in there.items() if d is not None)
+        jaxnorm_defaults = defaults[jaxnorm.linen], defaults[jaxnorm.nnx]
+        for defaults_of, flax_defaults_of in zip(jaxnorm_defaults, flax_defaults, strict=True):
+            assert all(
+                defaults_of[layer] == d for layer, d in flax_defaults_of.items() if d is not None
+            )
 
 
 # ---- Differences between Flax and jaxnorm; test_linen.py has the others ----
@@ -116,7 +120,7 @@ def run(layer, x=X, **call):
     return y, updates.get("batch_stats")
 
 
-def ours(module):
+def is_jaxnorm(module):
     return module.__name__.startswith("jaxnorm")
 
 
@@ -134,33 +138,33 @@ def test_dtype_none_is_x_s_and_promotes_in_flax(layer):
 @nnx
 def test_dtype_rounds_x_before_it_is_measured_in_flax_s_nnx(nnx):
     y = make_nnx(nnx, "LayerNorm", dtype=jnp.bfloat16)(1 + 1e-3 * X)  # all equal in bfloat16
-    assert bool(jnp.any(y)) == ours(nnx)
+    assert bool(jnp.any(y)) == is_jaxnorm(nnx)
 
 
 @linen
 def test_dtype_rounds_float64_before_it_is_measured_in_flax_s_linen(x64, linen):
     layer = make(linen, "LayerNorm", dtype=jnp.float32, use_fast_variance=False, epsilon=0.0)
     x = 1 + 1e-9 * X.astype(jnp.float64)  # all entries are equal in float32
-    assert bool(jnp.isfinite(run(layer, x)[0]).all()) == ours(linen)
+    assert bool(jnp.isfinite(run(layer, x)[0]).all()) == is_jaxnorm(linen)
 
 
 @linen
 def test_param_dtype_float64_is_the_state_s_too(x64, linen):
     _, state = run(make(linen, "BatchNorm", param_dtype=jnp.float64))
-    assert state["mean"].dtype == (jnp.float64 if ours(linen) else jnp.float32)
+    assert state["mean"].dtype == (jnp.float64 if is_jaxnorm(linen) else jnp.float32)
 
 
 @linen
 def test_the_state_keeps_its_dtype_for_float64_x(x64, linen):
     _, state = run(make(linen, "BatchNorm"), X.astype(jnp.float64))
-    assert state["mean"].dtype == (jnp.float32 if ours(linen) else jnp.float64)
+    assert state["mean"].dtype == (jnp.float32 if is_jaxnorm(linen) else jnp.float64)
 
 
 @nnx
 def test_several_channel_axes_in_nnx(nnx):
     axes = {"reduction_axes": (1, 2), "feature_axes": (1, 2)}
     shape, product = (5, 6), 30
-    if ours(nnx):
+    if is_jaxnorm(nnx):
         assert make_nnx(nnx, "LayerNorm", shape, **axes)(X).shape == X.shape
         assert make_nnx(nnx, "BatchNorm", shape, axis=(1, 2))(X).shape == X.shape
         with pytest.raises(ValueError, match=r"channels' shape \(5, 6\).* has shape \(30,\)"):
@@ -178,7 +182,7 @@ def test_several_channel_axes_in_nnx(nnx):
 @linen
 def test_an_axis_named_twice(linen):
     layer = make(linen, "BatchNorm", axis=(2, -1))
-    if ours(linen):
+    if is_jaxnorm(linen):
         with pytest.raises(ValueError, match="axis should name each axis once"):
             run(layer)
     else:
@@ -206,14 +210,14 @@ def test_axis_name_weighs_the_devices_by_what_their_masks_leave(linen):
     whole, _ = run(make(linen, "BatchNorm"), mask=mask)
     y = spread(layer, X, mask=mask)
     worst = np.abs(np.where(mask, y - whole, 0)).max()
-    assert (worst < 2e-6) == ours(linen)  # float32 sums in another order; otherwise 0.3
+    assert (worst < 2e-6) == is_jaxnorm(linen)  # float32 sums in another order; otherwise 0.3
 
 
 @linen
 def test_axis_name_need_not_be_bound_at_init(linen):
     make(linen, "BatchNorm", axis_name="devices").init(KEY, X)
     layer = make(linen, "LayerNorm", axis_name="devices")
-    if ours(linen):
+    if is_jaxnorm(linen):
         layer.init(KEY, X)
     else:
         with pytest.raises(NameError, match="unbound axis name: devices"):
@@ -225,14 +229,14 @@ def test_axis_name_of_instance_norm_spreads_samples_here_and_entries_in_flax(lin
     x = X.reshape(4, 1, 5, 6)
     y = spread(make(linen, "InstanceNorm", axis_name="devices"), x)
     alone, _ = run(make(linen, "InstanceNorm"), x)
-    assert np.allclose(y, alone, atol=1e-5) == ours(linen)
+    assert np.allclose(y, alone, atol=1e-5) == is_jaxnorm(linen)
 
 
 @linen
 def test_axis_index_groups_under_vmap(linen):
     groups = [[0], [1]]
     layer = make(linen, "BatchNorm", axis_name="devices", axis_index_groups=groups)
-    if ours(linen):
+    if is_jaxnorm(linen):
         alone, _ = run(make(linen, "BatchNorm"), X[:2])
         np.testing.assert_allclose(spread(layer, X)[:2], alone, rtol=0, atol=2e-6)
     else:
@@ -267,10 +271,10 @@ def test_what_is_masked_out_is_0_and_normalized_in_flax(linen):
     y, _ = run(layer, x, mask=MASK)
     gradient = jax.grad(lambda x: jnp.sum(run(layer, x, mask=MASK)[0][:3] ** 2))(x)
     assert bool(jnp.isfinite(y[:3]).all())
-    assert bool((y[3] == 0).all()) == ours(linen)
-    assert bool(jnp.isnan(y[3]).all()) != ours(linen)
-    assert bool(jnp.isfinite(gradient).all()) == ours(linen)
-    assert bool(jnp.any(run(layer, mask=MASK)[0][3])) != ours(linen)
+    assert bool((y[3] == 0).all()) == is_jaxnorm(linen)
+    assert bool(jnp.isnan(y[3]).all()) != is_jaxnorm(linen)
+    assert bool(jnp.isfinite(gradient).all()) == is_jaxnorm(linen)
+    assert bool(jnp.any(run(layer, mask=MASK)[0][3])) != is_jaxnorm(linen)
 
 
 def test_masks_that_flax_takes_and_that_are_refused():
@@ -280,16 +284,16 @@ def test_masks_that_flax_takes_and_that_are_refused():
         (mask, r"mask should have x's rank.* mask\[..., None\]"),
         (mask[:, None].astype(int), "mask should be bool"),
     ):
-        theirs, here = layers
-        theirs.init(KEY, x, mask=wrong)
+        flax_norm, norm = layers
+        flax_norm.init(KEY, x, mask=wrong)
         with pytest.raises(ValueError, match=message):
-            here.init(KEY, x, mask=wrong)
+            norm.init(KEY, x, mask=wrong)
 
 
 @linen
 def test_a_group_norm_s_mask_may_broadcast_along_the_channels(linen):
     layer = make(linen, "GroupNorm")
-    if ours(linen):
+    if is_jaxnorm(linen):
         run(layer, mask=MASK)
     else:
         with pytest.raises(TypeError, match="cannot reshape"):
@@ -306,8 +310,8 @@ def test_a_nan_or_no_values_at_all_leave_the_state(linen):
     ):
         _, state = run(layer, x, mask=mask)
         for key, first in (("mean", 0), ("var", 1)):
-            assert bool((state[key] == first).all()) == ours(linen)
-            assert bool(jnp.isnan(state[key]).all()) != ours(linen)
+            assert bool((state[key] == first).all()) == is_jaxnorm(linen)
+            assert bool(jnp.isnan(state[key]).all()) != is_jaxnorm(linen)
 
 
 @nnx
@@ -316,9 +320,9 @@ def test_group_norm_s_reduction_axes_in_nnx(nnx):
     layer = make(flax.linen, "GroupNorm", reduction_axes=(2, 3))
     expected = layer.apply({"params": jaxnorm.init_params(6)}, x)
     y = make_nnx(nnx, "GroupNorm", reduction_axes=(2, 3))(x)
-    assert np.allclose(y, expected, atol=1e-5) == ours(nnx)
+    assert np.allclose(y, expected, atol=1e-5) == is_jaxnorm(nnx)
     layer = make_nnx(nnx, "GroupNorm", reduction_axes=(1,))
-    if ours(nnx):
+    if is_jaxnorm(nnx):
         with pytest.raises(ValueError, match="reduction_axes should hold the last axis"):
             layer(X)
     else:
@@ -327,7 +331,7 @@ def test_group_norm_s_reduction_axes_in_nnx(nnx):
 
 @linen
 def test_both_num_groups_and_group_size(linen):
-    if ours(linen):
+    if is_jaxnorm(linen):
         with pytest.raises(ValueError, match="one of num_groups and group_size"):
             linen.GroupNorm(num_groups=2, group_size=3)
     else:
@@ -338,11 +342,11 @@ def test_both_num_groups_and_group_size(linen):
 @pytest.mark.parametrize("layer", ["BatchNorm", "InstanceNorm"])
 def test_one_value_per_channel(layer):
     x = X[:1, :1]
-    theirs, here = (make(module, layer) for module in (flax.linen, jaxnorm.linen))
-    assert not jnp.any(run(theirs, x)[0])
-    here.init(KEY, x)
+    flax_norm, norm = (make(module, layer) for module in (flax.linen, jaxnorm.linen))
+    assert not jnp.any(run(flax_norm, x)[0])
+    norm.init(KEY, x)
     with pytest.raises(ValueError, match="Expected more than 1"):
-        run(here, x)
+        run(norm, x)
 
 
 @linen
@@ -352,7 +356,7 @@ def test_data_far_from_0(linen, layer):
     expected, _ = run(make(flax.linen, layer), np.asarray(far) - np.float32(10_000))
     worst = np.abs(run(make(linen, layer), far)[0] - expected).max()
     # The reference also contains the rounding of `far`, so 1e-6 remains; Flax's error is above 0.1.
-    assert (worst < 1e-4) == ours(linen)
+    assert (worst < 1e-4) == is_jaxnorm(linen)
 
 
 def test_a_forgotten_state_is_an_error_in_flax_only_sometimes():

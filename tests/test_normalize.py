@@ -36,7 +36,7 @@ def plain(axes, x, scale, bias, epsilon, mask):
     return y, mean, var
 
 
-def ours(axes, x, scale, bias, epsilon, mask):
+def core(axes, x, scale, bias, epsilon, mask):
     reduction = Reduction(axes)
     shift, m = shifted_moments(reduction, x, mask)
     y = normalize(x.dtype, reduction, x, scale, bias, epsilon, mask, shift, m)
@@ -74,7 +74,7 @@ def test_y_and_moments_and_all_their_derivatives_are_those_of_the_plain_formula(
             jax.hessian(loss(f), every)(*a),
         )
 
-    found, wanted = (jax.jit(value_gradient_and_hessian(f))(*arguments) for f in (ours, plain))
+    found, wanted = (jax.jit(value_gradient_and_hessian(f))(*arguments) for f in (core, plain))
     # These are second derivatives of sums of a hundred terms of size 1, in float64: 1e-10.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), found, wanted
@@ -93,7 +93,7 @@ def test_no_axis_is_taken_for_another_of_its_size(axes, shape):
             lambda *a: jnp.sum(g * f(axes, *a, 0.3 + jnp.zeros(()), None)[0]), (0, 1, 2)
         )
 
-    found, wanted = (gradients(f)(x, scale, bias) for f in (ours, plain))
+    found, wanted = (gradients(f)(x, scale, bias) for f in (core, plain))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, wanted
     )

@@ -255,8 +255,8 @@ def test_half_precision_input_keeps_float32_statistics_and_half_precision_output
     for key in ("mean", "var"):
         assert new[key].dtype == state_of(module)[key].dtype == "float32"
         np.testing.assert_allclose(new[key], state_of(module)[key], rtol=1e-6)  # float32 rounding
-    # PyTorch's y has an error of several units in the last place, so NumPy is the reference. Ours
-    # has one rounding, half a unit, in addition to smaller float32 errors.
+    # PyTorch's y has an error of several units in the last place, so NumPy is the reference.
+    # jaxnorm's y has one rounding, half a unit, in addition to smaller float32 errors.
     wanted, _ = REFERENCES[norm](x)
     np.testing.assert_allclose(y.astype("float64"), wanted, rtol=1.01 * 2.0**-bits, atol=1e-6)
 

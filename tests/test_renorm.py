@@ -67,7 +67,7 @@ def test_the_corrections_are_constants_for_the_derivative(x64):
     r = np.clip(np.sqrt(X.var((0, 1)) + 1e-5) / sigma, 1 / 1.5, 1.5)
     d = np.clip((X.mean((0, 1)) - STATE["mean"]) / sigma, -0.5, 0.5)
 
-    def ours(x, params):
+    def renorm(x, params):
         return jnp.sum(
             weights * jaxnorm.batch_renorm(x, params, STATE, r_max=1.5, d_max=0.5)[0] ** 2
         )
@@ -78,7 +78,7 @@ def test_the_corrections_are_constants_for_the_derivative(x64):
         return jnp.sum(weights * (x_hat * params["scale"] + params["bias"]) ** 2)
 
     params = jax.tree.map(jnp.asarray, PARAMS)
-    found, expected = (jax.grad(f, (0, 1))(jnp.asarray(X), params) for f in (ours, plain))
+    found, expected = (jax.grad(f, (0, 1))(jnp.asarray(X), params) for f in (renorm, plain))
     chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-12)
 
 

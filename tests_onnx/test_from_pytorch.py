@@ -57,25 +57,25 @@ def initializers(exported):
 def test_the_generator_takes_its_running_statistics_along(models):
     _, stargan, torch_models = models
     torch.manual_seed(0)
-    theirs = torch_models.Generator(features=16)
+    torch_model = torch_models.Generator(features=16)
     images = stargan.photographs()[:3]
     labels = np.eye(5, dtype=np.float32)[:3]
     given = channels_first(images), torch.from_numpy(labels)
     with torch.no_grad():
         for _ in range(3):
-            theirs(*given)
-        expected = np.moveaxis(theirs.eval()(*given).numpy(), 1, -1)
-    variables = stargan.from_pytorch(theirs.state_dict())
+            torch_model(*given)
+        expected = np.moveaxis(torch_model.eval()(*given).numpy(), 1, -1)
+    variables = stargan.from_pytorch(torch_model.state_dict())
     model = stargan.Generator(features=16)
 
     def evaluate(x, labels):
         return model.apply(variables, x, labels, use_running_average=True)
 
     exported = jaxnorm.onnx.to_onnx(evaluate, [("B", 128, 128, 3), ("B", 5)])
-    norms = len([key for key in theirs.state_dict() if key.endswith("running_mean")])
+    norms = len([key for key in torch_model.state_dict() if key.endswith("running_mean")])
     assert operators(exported).count("BatchNormalization") == norms == 17
     held = initializers(exported)
-    for key, value in theirs.state_dict().items():
+    for key, value in torch_model.state_dict().items():
         if "running" in key:
             assert any(a.shape == value.shape and (a == value.numpy()).all() for a in held), key
     for some in (slice(0, 3), slice(1, 2)):  # "B" may be any number
@@ -88,14 +88,14 @@ def test_the_generator_takes_its_running_statistics_along(models):
 def test_the_generator_by_each_image_s_own_statistics(models, mutable):
     _, stargan, torch_models = models
     torch.manual_seed(0)
-    theirs = torch_models.Generator(features=8)
+    torch_model = torch_models.Generator(features=8)
     images, labels = stargan.photographs()[:3], np.eye(5, dtype=np.float32)[:3]
     given = channels_first(images), torch.from_numpy(labels)
     with torch.no_grad():
         for _ in range(3):
-            theirs(*given)
-        variables = stargan.from_pytorch(theirs.state_dict())
-        expected = np.moveaxis(theirs.train()(*given).numpy(), 1, -1)
+            torch_model(*given)
+        variables = stargan.from_pytorch(torch_model.state_dict())
+        expected = np.moveaxis(torch_model.train()(*given).numpy(), 1, -1)
     model = stargan.Generator(features=8)
 
     def evaluate(x, labels):
@@ -116,20 +116,20 @@ def test_the_generator_by_each_image_s_own_statistics(models, mutable):
 def test_a_resnet_keeps_a_norm_for_a_norm(models):
     resnet, _, torch_models = models
     torch.manual_seed(0)
-    theirs = torch_models.ResNet18(classes=10, features=16)
+    torch_model = torch_models.ResNet18(classes=10, features=16)
     x = np.random.default_rng(0).normal(0.5, 1, (4, 64, 64, 3)).astype(np.float32)
     with torch.no_grad():
         for _ in range(3):
-            theirs(channels_first(x))
-        expected = theirs.eval()(channels_first(x)).numpy()
-    variables = resnet.from_pytorch(theirs.state_dict())
+            torch_model(channels_first(x))
+        expected = torch_model.eval()(channels_first(x)).numpy()
+    variables = resnet.from_pytorch(torch_model.state_dict())
     model = resnet.ResNet18(classes=10, features=16)
 
     def evaluate(x):
         return model.apply(variables, x, train=False)
 
     exported = jaxnorm.onnx.to_onnx(evaluate, [("B", 64, 64, 3)])
-    norms = len([key for key in theirs.state_dict() if key.endswith("running_mean")])
+    norms = len([key for key in torch_model.state_dict() if key.endswith("running_mean")])
     assert operators(exported).count("BatchNormalization") == norms == 20
     for some in (x, x[:1]):
         found = run(exported, some)

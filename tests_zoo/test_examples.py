@@ -42,13 +42,13 @@ def a_resnet(name, dtype):
 
     x = np.random.default_rng(0).normal(0.5, 1, (4, 64, 64, 3)).astype(dtype)
     x_torch = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
-    theirs = dict(models.zoo())[f"torchvision {name}"]().to(x_torch.dtype)
-    theirs = torch_models.moved(theirs, x_torch)
-    variables = resnet.from_pytorch(theirs.state_dict())
+    torch_model = dict(models.zoo())[f"torchvision {name}"]().to(x_torch.dtype)
+    torch_model = torch_models.moved(torch_model, x_torch)
+    variables = resnet.from_pytorch(torch_model.state_dict())
     model = resnet.model_of(variables)
-    resnet.from_pytorch(theirs.state_dict(), model)  # this also checks the shapes
+    resnet.from_pytorch(torch_model.state_dict(), model)  # this also checks the shapes
     y = jax.jit(lambda x: model.apply(variables, x, train=False))(x)
-    return difference(y, theirs(x_torch))
+    return difference(y, torch_model(x_torch))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
@@ -72,10 +72,10 @@ def test_a_gpt2_of_transformers(head, tmp_path):
     sizes = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 100, "n_positions": 32}
     sizes["initializer_range"] = 0.2  # large enough that the activation is not almost linear
     ids = np.random.default_rng(0).integers(100, size=(2, 16), dtype=np.int32)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    torch_model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     ids_torch = torch.from_numpy(ids).long()
-    theirs = torch_models.moved(theirs, ids_torch)
-    (theirs if head else theirs.transformer).save_pretrained(tmp_path)
+    torch_model = torch_models.moved(torch_model, ids_torch)
+    (torch_model if head else torch_model.transformer).save_pretrained(tmp_path)
     variables = gpt2.from_pytorch(tmp_path / "model.safetensors")
     y = jax.jit(gpt2.model_of(variables, heads=4).apply)(variables, ids)
-    assert difference(y, theirs(ids_torch).logits) < MOST
+    assert difference(y, torch_model(ids_torch).logits) < MOST
