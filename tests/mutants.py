@@ -35,6 +35,7 @@ SEVERAL_ROWS = [
     "tests/test_virtual_batches.py::test_one_channel_is_enough",
     "tests/test_virtual_batches.py::test_a_sharded_batch_keeps_its_sharding",
     "tests/test_virtual_batches.py::test_the_variance_of_virtual_batches_on_devices_keeps_its_digits",
+    "tests/test_virtual_batches.py::test_micro_batches_of_one_entry_accumulate_over_devices",
     "tests/test_flags.py::test_channels_are_sharded_and_the_state_is_not",
 ]
 # Each module, and the tests that should detect every change of it.
@@ -74,7 +75,9 @@ EXPLAINED = {
     ),
     "shift = jnp.max(shifts, axis=0, where=rows.count > 0, initial=-jnp.inf)": BROADCAST,
     "shift = jnp.max(shifts, axis=0, keepdims=False, where=rows.count > 0, initial=-jnp.inf)": BROADCAST,  # noqa: E501
-    "n = jnp.maximum(count, 2)": "a sample of one entry does not update the state",
+    "return jnp.where((weight <= 0.5), a + weight * (b - a), b - (1 - weight) * (b - a))": (
+        "with a weight of 0.5, both steps have the same length"
+    ),
     "@dataclasses.dataclass()": "a private class, whose fields nothing assigns",
     "@dataclasses.dataclass(frozen=False)": "a private class, whose fields nothing assigns",
 }

@@ -182,6 +182,22 @@ def test_the_variance_of_virtual_batches_on_devices_keeps_its_digits(unit):
     np.testing.assert_allclose(found["var"], x.var(ddof=1), rtol=1e-6)
 
 
+def test_micro_batches_of_one_entry_accumulate_over_devices():
+    """A single entry has no variance, but it is a part of the accumulated batch."""
+    x = jnp.asarray([[[[3.0]], [[9.0]]], [[[5.0]], [[9.0]]]])  # (micro-batches, devices, N, C)
+    mask = jnp.asarray([[[[True]], [[False]]]] * 2)
+
+    def step(x, mask):
+        state = jaxnorm.begin_accumulation(jaxnorm.init_batch_stats(1))
+        options = {"axis_name": "d", "virtual_batch_size": 1, "momentum": 1.0}
+        for k in range(2):
+            _, state = jaxnorm.batch_norm(x[k], None, state, mask=mask[k], **options)
+        return state
+
+    state = jax.vmap(step, axis_name="d", in_axes=1, out_axes=None)(x, mask)
+    assert (state["mean"], state["var"], state["count"]) == (4, 2, 1)
+
+
 # ---- Layers ----
 
 
