@@ -12,9 +12,9 @@ from jaxnorm._core.variables import init_batch_stats as init_batch_stats
 from jaxnorm._core.variables import init_params as init_params
 from jaxnorm._stats.accumulate import begin_accumulation as begin_accumulation
 from jaxnorm._stats.accumulate import end_accumulation as end_accumulation
-from jaxnorm._stats.fuse import fold_into as fold_into
-from jaxnorm._stats.fuse import fold_scale_shift as fold_scale_shift
-from jaxnorm._stats.fuse import fold_variables as fold_variables
+from jaxnorm._stats.fold import fold_into as fold_into
+from jaxnorm._stats.fold import fold_scale_shift as fold_scale_shift
+from jaxnorm._stats.fold import fold_variables as fold_variables
 from jaxnorm._stats.recalibrate import recalibrate as recalibrate
 from jaxnorm._stats.update import merge_batch_stats as merge_batch_stats
 from jaxnorm._stats.update import update_batch_stats as update_batch_stats
@@ -37,7 +37,7 @@ if _typing.TYPE_CHECKING:
     from jaxnorm import linen as linen
     from jaxnorm import nnx as nnx
     from jaxnorm import onnx as onnx
-else:  # type checkers would take any attribute to exist
+else:  # with __getattr__, type checkers would assume that any attribute exists
 
     def __getattr__(name):
         if name in _MODULES:

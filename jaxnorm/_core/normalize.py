@@ -28,12 +28,12 @@ def infinite_for_zero(var: jax.Array, epsilon: jax.Array) -> jax.Array:
 
 
 def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
-    """Computes d * r * w, where r has the shape of the moments.
+    """Computes d * r * w: d is x - mean, r has the shape of the moments, and w is the scale.
 
     If r * w is smaller than x, it is computed first, so that only one product has the size of x.
-    In the transpose, the product with r separates the sum over the reduced axes, which is the
-    cotangent of r * w, from the sum over the other axes. If the sums were adjacent, XLA would
-    combine them and write out all products d * g.
+    Its transpose sums d * g over the reduced axes, where g is the cotangent of y, multiplies the
+    result by r, and sums over the remaining axes. Without the product between the two sums, XLA
+    would combine them and write out all products d * g.
     """
     if w is None:
         return d * r
@@ -60,9 +60,11 @@ def normalize(
 ) -> jax.Array:
     """Computes y in the given dtype; the shift and the moments are those of `shifted_moments`.
 
-    Scale and bias have the rank of x. If the reduction is None, shift and moments are constants;
-    otherwise it is the one of the moments, after its axis is split.
+    Scale and bias have the rank of x. If the reduction is None, the shift and the moments are
+    constants. Otherwise it is the reduction that the moments were computed with, after the split
+    (`Reduction.after_split`).
     """
+    # x_hat is d * r; `scaled` orders the products of d, r and scale.
     d, r = center(x, mask, shift, moments), rstd(moments.var, epsilon)
     y = scaled(d, r, None if scale is None else scale.astype(r.dtype))
     y = y if bias is None else y + bias.astype(y.dtype)
@@ -107,12 +109,12 @@ def _normalize_jvp(
         epsilon_dot: jax.Array | None,
     ) -> jax.Array:
         shift, moments = platforms.barrier_on_cpu(tuple(measured))
-        x_behind, r = platforms.barrier_on_cpu(x), rstd(moments.var, epsilon)
+        x_barrier, r = platforms.barrier_on_cpu(x), rstd(moments.var, epsilon)
         mean_dot = var_dot = None
         if x_dot is not None:
             x_dot = x_dot.astype(r.dtype)
         if x_dot is not None and reduction is not None:
-            moments_of = moments_dot(reduction, x_behind, mask, shift, moments, x_dot)
+            moments_of = moments_dot(reduction, x_barrier, mask, shift, moments, x_dot)
             mean_dot, var_dot = moments_of.mean if reduction.centered else None, moments_of.var
         one = jnp.ones((), r.dtype)
         w = one if scale is None else scale.astype(r.dtype)
@@ -120,7 +122,7 @@ def _normalize_jvp(
         a = _combine((one, scale_dot), (one, _along(w, wide_dot, x)))
         b = _combine((one, bias_dot), (one, _along(w, _combine((-r, mean_dot)), x)))
         if a is not None:  # otherwise x is not a residual
-            a = scaled(center(x_behind, mask, shift, moments), r, a)
+            a = scaled(center(x_barrier, mask, shift, moments), r, a)
         y_dot = _combine((w * r, x_dot), (one, a), (one, b))
         # None means that all tangents are zero.
         y_dot = jnp.zeros((), r.dtype) if y_dot is None else select(mask, y_dot)
@@ -149,7 +151,7 @@ def renormalize(
     epsilon: jax.Array,
     limits: tuple[ArrayLike, ArrayLike],
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the scale and bias with which y is that of the running statistics, within limits.
+    """Computes the scale and bias that make y, within the limits, equal to that of evaluation.
 
     (x - mean) / sigma = x_hat r + d, with r = sigma_batch / sigma and d = (mean_batch - mean) /
     sigma; both are constants for the derivative (Ioffe, Batch Renormalization, 2017).
