@@ -68,15 +68,17 @@ def batch_norm(
       epsilon: added to the variance, in units of x squared.
       channel_axis: the axis or axes that are not reduced over; "C" is the shape of x over them.
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
-        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+        The other entries, even if they are NaN or Inf, do not affect statistics or gradients, and y
+        is 0 there.
       axis_name: the mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
-        The statistics are those of the whole batch, exact for any split.
+        The statistics are those of the whole batch, however it is distributed.
       axis_index_groups: lists of indices along axis_name; each group is a batch.
       virtual_batch_size: the number of consecutive samples (axis 0) that are normalized together
-        (ghost batch norm). The state is updated once, by the moments of the whole batch, also over
-        axis_name. Ignored in evaluation.
-      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its state. Its y is still
-        NaN.
+        (ghost batch norm). The virtual batches of a device consist of its own samples. The state is
+        updated once, by the moments of the whole batch over all devices of axis_name. Ignored if
+        use_running_average is True.
+      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its state; with
+        momentum=None, all channels then keep it. The y of the channel is still NaN.
       dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
@@ -86,8 +88,10 @@ def batch_norm(
     Raises:
       ValueError: if the dtype of x is not a float dtype or x has fewer than two axes; if params,
         batch_stats or the mask do not match x; if a required state is missing; if batch statistics
-        are used and a channel has exactly one value; if virtual_batch_size does not divide the
-        number of samples of each device.
+        are used without a mask and a channel has exactly one value; if virtual_batch_size does not
+        divide the number of samples of each device; if axis_index_groups do not contain each index
+        of axis_name once, in groups of one size.
+      NameError: if statistics are summed over axis_name, and it is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,7 +142,7 @@ class _RenormOptions(TypedDict, total=False):
     dtype: DTypeLike | None
 
 
-# The state is needed, though params in front of it are not.
+# The state is required, although params, which come before it, are optional.
 @overload
 def batch_renorm(
     x: ArrayLike,
@@ -179,18 +183,18 @@ def batch_renorm(
     skip_nonfinite: bool = True,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, BatchStats]:
-    r"""Normalizes by the batch, corrected towards the running statistics, for small batches.
+    r"""Normalizes by the batch, with a correction towards the running statistics.
 
     .. math::
         y = scale \cdot (\hat x\, r + d) + bias, \quad
         r = \mathrm{clip}_{1/r_{max}}^{r_{max}} \frac{\sigma_{batch}}{\sigma}, \quad
         d = \mathrm{clip}_{-d_{max}}^{d_{max}} \frac{\mu_{batch} - \mu}{\sigma}
 
-    Within the limits, y equals the output of evaluation, whatever the other samples of the batch
-    are. The gradient is taken through the statistics of the batch; r and d are constants. With
-    r_max=1 and d_max=0 this is batch norm. Correcting towards the initial state (mean 0, variance
-    1) is not useful: start with these limits and relax them by schedules of the count, as in the
-    paper:
+    It is meant for small batches. Within the limits, y equals the output of evaluation, whatever
+    the other samples of the batch are. The gradient is taken through the statistics of the batch; r
+    and d are constants. With r_max=1 and d_max=0 this is batch norm. Correcting towards the initial
+    state (mean 0, variance 1) is not useful. The defaults are the final limits of the paper. Begin
+    with r_max=1 and d_max=0, and relax both by schedules of the count, as in the paper:
 
         r_max = optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)
         d_max = optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000)
@@ -203,8 +207,10 @@ def batch_renorm(
         and of any float dtype.
       params: {"scale", "bias"}, as in `batch_norm`.
       batch_stats: the state {"mean": (C,), "var": (C,), "count": ()}; it is required.
-      r_max: r is clipped to [1 / r_max, r_max]; a number of at least 1, or a function of the count.
-      d_max: d is clipped to [-d_max, d_max]; a number of at least 0, or a function of the count.
+      r_max: the limit of r, which is clipped to [1 / r_max, r_max]: a number of at least 1, or a
+        function of the count. Defaults to 3.0.
+      d_max: the limit of d, which is clipped to [-d_max, d_max]: a number of at least 0, or a
+        function of the count. Defaults to 5.0.
       use_running_average: whether to normalize by the state, as batch norm does in evaluation.
       update_stats: whether to update the state with the moments of the batch. None updates it if
         x is normalized by the batch.
@@ -216,8 +222,8 @@ def batch_renorm(
       axis_name: the mapped axes (of shard_map, pmap or vmap) over which the batch is distributed.
       axis_index_groups: lists of indices along axis_name; each group is a batch.
       virtual_batch_size: the number of consecutive samples that are normalized together.
-      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its state. Its y is still
-        NaN.
+      skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its state; with
+        momentum=None, all channels then keep it. The y of the channel is still NaN.
       dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
@@ -225,8 +231,10 @@ def batch_renorm(
       state if it was not updated.
 
     Raises:
-      ValueError: in the same cases as `batch_norm`; if batch_stats is missing, r_max is less than
-        1, or d_max is less than 0.
+      ValueError: in the same cases as `batch_norm`; if batch_stats is missing; if r_max is a number
+        less than 1, or d_max is a number less than 0. The results of functions of the count are not
+        compared with these bounds.
+      NameError: if statistics are summed over axis_name, and it is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -278,11 +286,11 @@ def instance_norm(
 
     .. math:: y_n = scale \cdot \frac{x_n - E[x_n]}{\sqrt{Var[x_n] + \epsilon}} + bias
 
-    y is that of `batch_norm` vmapped over the batch axis. The state is updated once, by the average
-    over the samples of their means and of their unbiased variances; the variance between the
-    samples is not included. This follows PyTorch with two exceptions: the count is incremented (in
-    PyTorch it stays 0), and momentum=None is a cumulative average (in PyTorch it leaves the state
-    at mean 0 and variance 1).
+    y equals the output of `batch_norm` under jax.vmap over the batch axis. The state is updated
+    once, by the average over the samples of their means and of their unbiased variances; the
+    variance between the samples is not included. This follows PyTorch with two exceptions: the
+    count is incremented (in PyTorch it stays 0), and momentum=None is a cumulative average (in
+    PyTorch it leaves the state at mean 0 and variance 1).
 
     Args:
       x: the input, of shape (N, \*space, C), or (\*space, C) with batch_axis=None, and of any float
@@ -301,7 +309,8 @@ def instance_norm(
       channel_axis: the axis or axes that are not reduced over; "C" is the shape of x over them.
       batch_axis: the axis of the samples. None means that x is one sample without a batch axis.
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
-        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+        The other entries, even if they are NaN or Inf, do not affect statistics or gradients, and y
+        is 0 there.
       axis_name: the mapped axes (of shard_map, pmap or vmap) over which the samples are
         distributed. They are only needed to update the state; y does not depend on other samples.
       axis_index_groups: lists of indices along axis_name; each group updates one state.
@@ -315,6 +324,7 @@ def instance_norm(
     Raises:
       ValueError: in the same cases as `batch_norm`; if batch_axis is a channel axis; if instance
         statistics are used and a sample has exactly one spatial element.
+      NameError: if statistics are summed over axis_name, and it is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -374,9 +384,11 @@ def group_norm(
       batch_axis: the axis or axes of the samples. None means that x is one sample without a batch
         axis.
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
-        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+        The other entries, even if they are NaN or Inf, do not affect statistics or gradients, and y
+        is 0 there.
       axis_name: the mapped axes (of shard_map, pmap or vmap) over which each sample is distributed.
-      axis_index_groups: lists of indices along axis_name; each group holds one sample.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same samples.
       dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
@@ -386,6 +398,7 @@ def group_norm(
       ValueError: if the dtype of x is not a float dtype; if params or the mask do not match x; if
         an axis does not exist or is used twice; if num_groups does not divide the number of
         channels.
+      NameError: if statistics are summed over axis_name, and it is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -433,10 +446,12 @@ def layer_norm(
         to the last axis.
       epsilon: added to the variance, in units of x squared.
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
-        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+        The other entries, even if they are NaN or Inf, do not affect statistics or gradients, and y
+        is 0 there.
       axis_name: the mapped axes (of shard_map, pmap or vmap) over which the features are
         distributed.
-      axis_index_groups: lists of indices along axis_name; each group holds one row of features.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same features.
       dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
@@ -445,6 +460,7 @@ def layer_norm(
     Raises:
       ValueError: if the dtype of x is not a float dtype; if params or the mask do not match x; if
         an axis does not exist or is repeated.
+      NameError: if statistics are summed over axis_name, and it is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -491,10 +507,12 @@ def rms_norm(
         to the last axis.
       epsilon: added to the mean square, in units of x squared.
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
-        Masked entries, even NaN or Inf, do not affect statistics or gradients, and y is 0 there.
+        The other entries, even if they are NaN or Inf, do not affect statistics or gradients, and y
+        is 0 there.
       axis_name: the mapped axes (of shard_map, pmap or vmap) over which the features are
         distributed.
-      axis_index_groups: lists of indices along axis_name; each group holds one row of features.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same features.
       dtype: the dtype of y. Defaults to the dtype of x.
 
     Returns:
@@ -503,6 +521,7 @@ def rms_norm(
     Raises:
       ValueError: if the dtype of x is not a float dtype; if params or the mask do not match x; if
         an axis does not exist or is repeated.
+      NameError: if statistics are summed over axis_name, and it is not bound.
 
     Example:
       >>> import jax.numpy as jnp

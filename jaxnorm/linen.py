@@ -31,8 +31,8 @@ class BatchNorm(linen_base.Tracked):
     the running statistics.
 
     Attributes:
-      use_running_average: whether to normalize by the running statistics instead of the batch's
-        (training); here or in the call.
+      use_running_average: whether to normalize by the running statistics, as in evaluation, or by
+        those of the batch, as in training. Give it either here or in the call.
       axis: the channel axis or axes of x.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
@@ -55,9 +55,11 @@ class BatchNorm(linen_base.Tracked):
         batch norm). The running statistics are updated once, by the whole batch.
 
     Raises:
-      ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0; in
-        the call, as `jaxnorm.batch_norm`, or if the running statistics are missing, or
-        cannot be updated because `batch_stats` is not mutable.
+      ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0. The
+        call raises it in the same cases as `jaxnorm.batch_norm`; if use_running_average is given
+        neither as an attribute nor in the call, or in both; if the running statistics are missing;
+        if they cannot be updated because `batch_stats` is not mutable.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,19 +104,21 @@ class BatchNorm(linen_base.Tracked):
 class BatchRenorm(BatchNorm):
     """Batch norm, corrected towards the running statistics: `jaxnorm.batch_renorm` as a layer.
 
-    It is meant for small batches. Within the limits, y in training is y in evaluation. Begin with
-    r_max=1 and d_max=0, which is batch norm, and relax the limits as training proceeds, for example
-    by a schedule of the count, such as one of optax.
+    It is meant for small batches. Within the limits, y in training equals y in evaluation. Begin
+    with r_max=1 and d_max=0, which is batch norm, and relax the limits as training proceeds, for
+    example by a schedule of the count, such as one of optax.
 
     Attributes:
       r_max: the largest correction of the scale, at least 1; a number, or a function of the count.
       d_max: the largest correction of the mean, in running standard deviations, at least 0; a
         number, or a function of the count.
 
-    The others are those of `BatchNorm`; `track_running_stats` is True.
+    The other attributes are those of `BatchNorm`; `track_running_stats` must be True.
 
     Raises:
-      ValueError: as `BatchNorm`, and if a limit is less than 1 or 0, or nothing is tracked.
+      ValueError: in the same cases as `BatchNorm`; if r_max is a number less than 1, or d_max is a
+        number less than 0; if track_running_stats is False.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -149,10 +153,10 @@ class InstanceNorm(linen_base.Tracked):
     offset; `axis_name` distributes samples, not the entries of one sample.
 
     With `track_running_stats=True` the layer has running statistics in `batch_stats`, as in
-    PyTorch, and is called as `BatchNorm`. Without them it always normalizes by the statistics of
+    PyTorch, and is called like `BatchNorm`. Without them it always normalizes by the statistics of
     each sample, and `use_running_average` has no effect. Evaluation by running statistics computes
-    a different function than training, because differences between the samples are not removed;
-    compare both.
+    a different function than training, because differences between the samples are not removed.
+    Compare the results of both ways to evaluate.
 
     Attributes:
       epsilon: added to the variance, in units of x squared.
@@ -167,18 +171,22 @@ class InstanceNorm(linen_base.Tracked):
       axis_index_groups: lists of indices along axis_name; each group updates one state.
       use_fast_variance: accepted without effect; the variance is always accurate.
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
-      use_running_average: whether to normalize by the running statistics, if the layer tracks
-        them, as in evaluation, or by those of the samples. Give it here or in the call.
+      use_running_average: whether to normalize by the running statistics, as in evaluation, or by
+        those of each sample, as in training. Give it either here or in the call. It has no effect
+        if the layer has no running statistics.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: whether the layer has running statistics.
-      skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its running statistics.
+      skip_nonfinite: whether a channel with NaN or Inf in any sample keeps its running statistics.
 
     Raises:
-      ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0; in
-        the call, as `jaxnorm.instance_norm`, or if the running statistics are missing, or
-        cannot be updated because `batch_stats` is not mutable.
+      ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0. The
+        call raises it in the same cases as `jaxnorm.instance_norm`. With running statistics also:
+        if use_running_average is given neither as an attribute nor in the call, or in both; if the
+        running statistics are missing; if they cannot be updated because `batch_stats` is not
+        mutable.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -237,13 +245,15 @@ class GroupNorm(linen_base.Untracked):
       scale_init: initializer of the scale.
       reduction_axes: the axes to reduce over, including the last. None means all but the first.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is distributed.
-      axis_index_groups: lists of indices along axis_name that hold one sample together.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same samples.
       use_fast_variance: accepted without effect; the variance is always accurate.
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
 
     Raises:
-      ValueError: unless exactly one of num_groups and group_size is given; in the call, as
-        `jaxnorm.group_norm`.
+      ValueError: unless exactly one of num_groups and group_size is given. The call raises it in
+        the same cases as `jaxnorm.group_norm`.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -293,15 +303,17 @@ class LayerNorm(linen_base.Untracked):
       use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that share one mean and variance.
+      reduction_axes: the axes that the mean and the variance are computed over.
       feature_axes: the axes of the parameters.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
-      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same features.
       use_fast_variance: accepted without effect; the variance is always accurate.
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
 
     Raises:
-      ValueError: in the call, as `jaxnorm.layer_norm`.
+      ValueError: from the call, in the same cases as `jaxnorm.layer_norm`.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -348,15 +360,17 @@ class RMSNorm(linen_base.Untracked):
       param_dtype: the dtype of the scale.
       use_scale: whether the layer has a scale.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that share one mean square.
+      reduction_axes: the axes that the mean square is computed over.
       feature_axes: the axes of the scale.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
-      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same features.
       use_fast_variance: accepted without effect; there is only one way.
       force_float32_reductions: accepted without effect; statistics are float32 or wider.
 
     Raises:
-      ValueError: in the call, as `jaxnorm.rms_norm`.
+      ValueError: from the call, in the same cases as `jaxnorm.rms_norm`.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -435,8 +449,8 @@ def recalibrate(
     Args:
       model: a model with layers of `jaxnorm.linen`.
       variables: its variables; they are left as they are.
-      batches: the data, each batch as the model's first argument: for pairs with labels, write
-        `(x for x, _ in loader)`.
+      batches: the data. Each batch is the first argument of the model; for pairs of inputs and
+        labels, write `(x for x, _ in loader)`.
       progress: called after each batch with the number of batches done.
       **call: the other arguments of model.apply, such as train=True (training mode is needed)
         or rngs.

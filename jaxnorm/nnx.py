@@ -36,8 +36,9 @@ class BatchNorm(nnx_base.Tracked):
 
     Args:
       num_features: the number of channels, or the shape of x over the channel axes.
-      use_running_average: whether to normalize by the running statistics instead of the batch's
-        (training); train() and eval() set it, and the call overrides it.
+      use_running_average: whether to normalize by the running statistics, as in evaluation, or by
+        those of the batch, as in training. train() and eval() set it, and the argument of the call
+        overrides it.
       axis: the channel axis or axes of x.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
@@ -52,8 +53,8 @@ class BatchNorm(nnx_base.Tracked):
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted without effect; nothing needs to be promoted.
       rngs: the source of the keys for the initializers.
-      bias_metadata: metadata of the bias, an nnx.Param.
-      scale_metadata: metadata of the scale, an nnx.Param.
+      bias_metadata: metadata for the nnx.Param of the bias.
+      scale_metadata: metadata for the nnx.Param of the scale.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: whether the layer has running statistics. Without them it always
@@ -63,7 +64,10 @@ class BatchNorm(nnx_base.Tracked):
         batch norm). The running statistics are updated once, by the whole batch.
 
     Raises:
-      ValueError: as `jaxnorm.linen.BatchNorm`.
+      ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0. The
+        call raises it in the same cases as `jaxnorm.batch_norm`, and if use_running_average is None
+        both in the layer and in the call.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,8 +128,9 @@ class BatchRenorm(BatchNorm):
       r_max: the largest correction of the scale, at least 1; a number, or a function of the count.
       d_max: the largest correction of the mean, in running standard deviations, at least 0; a
         number, or a function of the count.
-      use_running_average: whether to normalize by the running statistics instead of the batch's
-        (training); train() and eval() set it, and the call overrides it.
+      use_running_average: whether to normalize by the running statistics, as in evaluation, or by
+        those of the batch, as in training. train() and eval() set it, and the argument of the call
+        overrides it.
       axis: the channel axis or axes of x.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       epsilon: added to the variance, in units of x squared.
@@ -140,17 +145,19 @@ class BatchRenorm(BatchNorm):
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted without effect; nothing needs to be promoted.
       rngs: the source of the keys for the initializers.
-      bias_metadata: metadata of the bias, an nnx.Param.
-      scale_metadata: metadata of the scale, an nnx.Param.
+      bias_metadata: metadata for the nnx.Param of the bias.
+      scale_metadata: metadata for the nnx.Param of the scale.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
-      track_running_stats: always True: there is no correction without running statistics.
+      track_running_stats: must be True, because there is no correction without running statistics.
       skip_nonfinite: whether a channel with NaN or Inf in the batch keeps its running statistics.
       virtual_batch_size: the number of consecutive samples that are normalized together (ghost
         batch norm). The running statistics are updated once, by the whole batch.
 
     Raises:
-      ValueError: as `jaxnorm.linen.BatchRenorm`.
+      ValueError: in the same cases as `BatchNorm`; if r_max is a number less than 1, or d_max is a
+        number less than 0; if track_running_stats is False.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -225,19 +232,22 @@ class InstanceNorm(nnx_base.Tracked):
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted without effect; nothing needs to be promoted.
       rngs: the source of the keys for the initializers.
-      bias_metadata: metadata of the bias, an nnx.Param.
-      scale_metadata: metadata of the scale, an nnx.Param.
-      use_running_average: whether to normalize by the running statistics, if the layer tracks
-        them, as in evaluation, or by those of the samples. train() and eval() set it, and the
-        call overrides it.
+      bias_metadata: metadata for the nnx.Param of the bias.
+      scale_metadata: metadata for the nnx.Param of the scale.
+      use_running_average: whether to normalize by the running statistics, as in evaluation, or by
+        those of each sample, as in training. train() and eval() set it, and the argument of the
+        call overrides it. It has no effect if the layer has no running statistics.
       momentum: weight of the new batch in the running average; None weighs all batches equally.
       decay: 1 - momentum, the momentum of Flax, Haiku and Keras; give only one of the two.
       update_stats: whether to update the running statistics. None updates them in training.
       track_running_stats: whether the layer has running statistics.
-      skip_nonfinite: a channel that holds NaN or Inf in any sample keeps its running statistics.
+      skip_nonfinite: whether a channel with NaN or Inf in any sample keeps its running statistics.
 
     Raises:
-      ValueError: as `jaxnorm.linen.InstanceNorm`.
+      ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0. The
+        call raises it in the same cases as `jaxnorm.instance_norm` and, with running statistics, if
+        use_running_average is None both in the layer and in the call.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -306,15 +316,18 @@ class GroupNorm(nnx_base.Untracked):
       scale_init: initializer of the scale.
       reduction_axes: the axes to reduce over, including the last. None means all but the first.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which each sample is distributed.
-      axis_index_groups: lists of indices along axis_name that hold one sample together.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same samples.
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted without effect; nothing needs to be promoted.
       rngs: the source of the keys for the initializers.
-      bias_metadata: metadata of the bias, an nnx.Param.
-      scale_metadata: metadata of the scale, an nnx.Param.
+      bias_metadata: metadata for the nnx.Param of the bias.
+      scale_metadata: metadata for the nnx.Param of the scale.
 
     Raises:
-      ValueError: as `jaxnorm.linen.GroupNorm`, and if the groups do not divide the channels.
+      ValueError: unless exactly one of num_groups and group_size is given; if the groups do not
+        divide the channels. The call raises it in the same cases as `jaxnorm.group_norm`.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -379,18 +392,20 @@ class LayerNorm(nnx_base.Untracked):
       use_scale: whether the layer has a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that share one mean and variance.
+      reduction_axes: the axes that the mean and the variance are computed over.
       feature_axes: the axes of the parameters.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
-      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same features.
       use_fast_variance: accepted without effect; the variance is always accurate.
       promote_dtype: accepted without effect; nothing needs to be promoted.
       rngs: the source of the keys for the initializers.
-      bias_metadata: metadata of the bias, an nnx.Param.
-      scale_metadata: metadata of the scale, an nnx.Param.
+      bias_metadata: metadata for the nnx.Param of the bias.
+      scale_metadata: metadata for the nnx.Param of the scale.
 
     Raises:
-      ValueError: as `jaxnorm.linen.LayerNorm`.
+      ValueError: from the call, in the same cases as `jaxnorm.layer_norm`.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -450,17 +465,19 @@ class RMSNorm(nnx_base.Untracked):
       param_dtype: the dtype of the scale.
       use_scale: whether the layer has a scale.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that share one mean square.
+      reduction_axes: the axes that the mean square is computed over.
       feature_axes: the axes of the scale.
       axis_name: mapped axes (of shard_map, pmap or vmap) over which the features are distributed.
-      axis_index_groups: lists of indices along axis_name that hold one row of features together.
+      axis_index_groups: lists of indices along axis_name; the devices of a group hold parts of the
+        same features.
       use_fast_variance: accepted without effect; there is only one way.
       promote_dtype: accepted without effect; nothing needs to be promoted.
       rngs: the source of the keys for the initializers.
-      scale_metadata: metadata of the scale, an nnx.Param.
+      scale_metadata: metadata for the nnx.Param of the scale.
 
     Raises:
-      ValueError: as `jaxnorm.linen.RMSNorm`.
+      ValueError: from the call, in the same cases as `jaxnorm.rms_norm`.
+      TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:
       >>> import jax.numpy as jnp

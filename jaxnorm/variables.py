@@ -1,4 +1,4 @@
-"""The types of parameters and running statistics, and functions that create initial ones."""
+"""The types of parameters and running statistics, their initial values, and their dtype."""
 
 from jaxnorm._core.variables import Affine as Affine
 from jaxnorm._core.variables import BatchStats as BatchStats

@@ -120,7 +120,7 @@ def test_dtype_is_a_float_dtype(name, bad):
 @pytest.mark.parametrize("bad", [np.ones(8, complex), np.ones(8, bool)], ids=["complex", "bool"])
 @pytest.mark.parametrize("name", NORMS)
 def test_parameters_are_numbers(name, bad):
-    message = rf"^{name}: params\['scale'\] should have a float dtype, because y is real"
+    message = rf"^{name}: params\['scale'\] should have a float or an integer dtype"
     refused(message, call, name, params={"scale": bad})
 
 
@@ -264,7 +264,7 @@ def test_a_traced_momentum_and_epsilon_stay_allowed():
 )
 def test_channels_on_another_axis_are_named(function, axis):
     x = jnp.ones((2, 8, 5, 5))
-    message = re.escape(f"axis 1 of x has that size: if it is that of the channels, write {axis}=1")
+    message = re.escape(f"axis 1 of x has that size; if it is the channel axis, write {axis}=1")
     refused(message, function, x, jaxnorm.init_params(8))
     refused(message, function, x, None, STATE)
     refused(message.replace("channel_axis", "axis"), jaxnorm.layer_norm, x, jaxnorm.init_params(8))

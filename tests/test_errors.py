@@ -268,5 +268,5 @@ def test_the_parameter_of_another_shape_is_the_one_that_is_named(box):
 def test_the_hint_of_another_axis_has_the_arguments_of_the_layer(kind, write):
     layer = getattr(jaxnorm.linen, kind)(**{"use_running_average": True} if "B" in kind else {})
     variables = layer.init(jax.random.key(0), X)
-    with pytest.raises(ValueError, match=f"axis 1 of x has that size: .* {write}"):
+    with pytest.raises(ValueError, match=f"axis 1 of x has that size; .* {write}"):
         layer.apply(variables, X.transpose(0, 3, 1, 2))

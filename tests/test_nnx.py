@@ -141,8 +141,8 @@ def run(frontend, name, options):
         ),
         (
             {"num_groups": 4, "reduction_axes": (0, 1)},
-            "GroupNorm: reduction_axes should hold the last axis, because it is that of the "
-            "channels, but is (0, 1)",
+            "GroupNorm: reduction_axes should hold the last axis, because it is the channel "
+            "axis, but is (0, 1)",
         ),
     ],
 )

@@ -167,7 +167,7 @@ def tracks(peer):
         layer = torch.nn.InstanceNorm1d(1, track_running_stats=True)
         layer(torch.ones(2, 1, 3))
         assert layer.running_mean != 0
-        return "yes" if layer.num_batches_tracked else "yes, not counted"
+        return "yes" if layer.num_batches_tracked else "yes, but `num_batches_tracked` stays 0"
     has = {
         "jaxnorm": lambda: "batch_stats" in jaxnorm.instance_norm.__code__.co_varnames,
         "flax.linen": lambda: hasattr(nn.InstanceNorm, "use_running_average"),
@@ -207,10 +207,10 @@ def measured(norm, mode):
 @pytest.mark.parametrize("norm", ["batch", "layer", "rms"])
 def test_the_benchmark_s_numbers(norm):
     answers = measured(norm, "forward+backward")
-    ours = answers["jaxnorm"]["minimum"]
+    own_time = answers["jaxnorm"]["minimum"]
     said = row(f"{norm} norm, forward and backward, time".replace("rms", "RMS"))
     kept = row(f"{norm} norm, kept for the backward pass".replace("rms", "RMS"))
     for peer, answer in answers.items():
-        time = f"{answer['minimum'] / ours:.1f}" if "minimum" in answer else "–"  # noqa: RUF001
+        time = f"{answer['minimum'] / own_time:.1f}" if "minimum" in answer else "–"  # noqa: RUF001
         share = f"{answer['kept'] / answer['x_bytes']:.1f}" if "kept" in answer else "–"  # noqa: RUF001
         assert (peer, said[peer], kept[peer]) == (peer, time, share)

@@ -171,7 +171,10 @@ def features(function: str, name: str, axis: int | Sequence[int], ndim: int) -> 
 
 
 def limits(function: str, r_max: Any, d_max: Any) -> None:
-    """Checks the limits of batch renorm; functions of the count are only checked when called.
+    """Checks the limits of batch renorm.
+
+    A function of the count is called later. Its result must be a number, but it is not compared
+    with the bounds.
 
     Args:
       function: the name of the public function.

@@ -1,5 +1,8 @@
 """Checks x and the arrays that are given with it: dtypes, ranks and shapes.
 
+The other checks are those of single arguments (`_core/arguments.py`), of running statistics
+(`_stats/state_checks.py`) and of the attributes of layers (`_layers/attributes.py`).
+
 All checks run at trace time and raise a ValueError. In each, `function` is the name of the public
 function, with which errors begin, and `shape` and `ndim` are those of x. A symbolic size (of
 jax.export) passes every check that cannot be decided.
@@ -163,8 +166,8 @@ def params(
             continue
         if not any(jnp.issubdtype(a.dtype, kind) for kind in (jnp.floating, jnp.integer)):
             raise ValueError(
-                f"{function}: params[{name!r}] should have a float dtype, because y is real, but "
-                f"has {a.dtype}"
+                f"{function}: params[{name!r}] should have a float or an integer dtype, because y "
+                f"is computed from it, but has {a.dtype}"
             )
         if agrees(a.shape, channels):
             continue
@@ -178,7 +181,7 @@ def params(
 
 
 def other_axis(function: str, channels: Shape, shape: Shape) -> str:
-    """Returns a hint which axis of x has the size of the channels, for example with NCHW inputs.
+    """Returns a hint about which axis of x has the size of the channels, such as for NCHW inputs.
 
     Args:
       function: the name of the public function.
@@ -195,7 +198,7 @@ def other_axis(function: str, channels: Shape, shape: Shape) -> str:
         write = f"feature_axes={axis} and reduction_axes={axis}"
     else:
         write = f"channel_axis={axis}, or in a layer axis={axis} or feature_axes={axis}"
-    return f"; axis {axis} of x has that size: if it is that of the channels, write {write}"
+    return f"; axis {axis} of x has that size; if it is the channel axis, write {write}"
 
 
 def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: int) -> None:
@@ -214,8 +217,8 @@ def same_moments(function: str, a: Shape, b: Shape) -> None:
     """Checks that two moments have the same shape."""
     if not agrees(a, b):
         raise ValueError(
-            f"{function}: a and b should be of one shape, because each entry is one channel's, but "
-            f"have shapes {a} and {b}"
+            f"{function}: a and b should be of one shape, because each entry belongs to one "
+            f"channel, but have shapes {a} and {b}"
         )
 
 

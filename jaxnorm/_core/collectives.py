@@ -40,7 +40,8 @@ class MappedAxes:
     def max(self, numbers: jax.Array) -> jax.Array:
         """Returns the largest number on any device of the axis, over all groups.
 
-        The numbers are equal within a group, so without groups no collective is needed.
+        A loop that contains a collective has to run equally often on all devices. The numbers are
+        equal within a group, so without groups no collective is needed.
         """
         if self.groups is None:
             return numbers
@@ -51,8 +52,8 @@ class MappedAxes:
     def _psum(self, x: jax.Array) -> jax.Array:
         """Sums x over the devices of this group.
 
-        With groups, each device writes x to its row of a table with one row per group, and the
-        table is summed, because psum does not support groups under shard_map and vmap.
+        With groups, each device writes x to the row of its group in a table of zeros, and the table
+        is summed, because psum does not support groups under shard_map and vmap.
         """
         total: jax.Array
         size = self._number_of_devices()
@@ -123,7 +124,7 @@ def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def number_of_shards(x: jax.Array, axis: int) -> int:
-    """Returns the number of shards of an axis of x, as far as the type of x has its sharding."""
+    """Returns the number of shards of an axis of x; 1 if the type of x has no sharding."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
     names = () if names is None else names if isinstance(names, tuple) else (names,)

@@ -19,8 +19,9 @@ from jaxnorm._core.reduction import Reduction, select, widen
 class Moments:
     """The number of entries that share one mean, their mean, and their biased variance.
 
-    The three fields have the same shape, such as (C,), and the same float dtype, float32 or wider;
-    a count in int32 could overflow. Without entries, count, mean and variance are 0.
+    The three fields have the same shape, such as (C,), and the same float dtype, float32 or wider.
+    The count is a float as well, because a count in int32 could overflow. Without entries, count,
+    mean and variance are 0.
 
     Attributes:
       count: the number of entries, or of those where the mask is True.
@@ -61,20 +62,23 @@ def moments(
     .. math::
         d = x - s, \quad e = E[d], \quad mean = s + e, \quad var = E[d^2] - e^2
 
-    The shift s is near the mean, so the difference loses few bits. On GPU, s is the mean of a part
-    of x. On other platforms, the moments are computed about 0, and again about the mean if it is
-    large compared to the standard deviation. The result is as accurate for temperatures in kelvin,
-    or at an offset of 1e6, as for data around zero. The variance of constants is exactly 0. The
-    function is differentiable to any order.
+    The shift s is near the mean, or 0 where the mean is small compared to the standard deviation,
+    so that E[d^2] - e^2 loses few bits. On GPU, s is the mean of a part of x. On other platforms, s
+    is 0 at first. Where the mean then is large compared to the standard deviation, the moments are
+    computed again with the mean as s. The result is as accurate for temperatures in kelvin, or at
+    an offset of 1e6, as for data around zero. The variance of constants is exactly 0. The function
+    is differentiable to any order.
 
     Args:
       x: the data, of any shape and any float dtype.
       axis: the axes to reduce over.
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
-        Masked entries, even NaN or Inf, do not affect the moments or their gradients.
-      axis_name: the mapped axes (of shard_map, pmap or vmap) over which x is distributed.
-        The sums of the devices are added, in one collective (two on GPU) of the size of the
-        moments.
+        The other entries, even if they are NaN or Inf, do not affect the moments or their
+        gradients.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which x is distributed. The sums
+        of the devices are added in one collective of the size of the moments (two on GPU). On other
+        platforms, each recomputation about the mean, of which there are at most two, needs one
+        more.
       axis_index_groups: lists of indices along axis_name; each group has moments of its own.
 
     Returns:
@@ -82,7 +86,9 @@ def moments(
 
     Raises:
       ValueError: if the dtype of x is not a float dtype; if an axis does not exist or is repeated;
-        if the mask is not bool, has another rank than x, or does not broadcast.
+        if the mask is not bool, has another rank than x, or does not broadcast; if
+        axis_index_groups do not contain each index of axis_name once, in groups of one size.
+      NameError: if axis_name is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -119,10 +125,12 @@ def shifted_moments(
 ) -> tuple[jax.Array, Moments]:
     """Computes a shift near the mean of x, and the moments of x - shift.
 
-    A guess of the mean, such as the running mean, can save a second pass; it affects the result
-    only by rounding. The mean is shift + moments.mean, and the two are kept as a pair: rounded to
-    one number, y would lose precision where the mean is large compared to the standard deviation.
-    The derivative rule passes `differentiated`, because on GPU another formulation is faster then.
+    A guess of the mean, such as the running mean, is the first shift on TPU; other platforms do not
+    use it. It can save a second pass, and affects the result only by rounding. The mean is shift +
+    moments.mean. The two are kept as a pair, because y would lose precision if they were rounded to
+    one number and the mean is large compared to the standard deviation. Norms over the last axis in
+    half precision may use one number (`platforms._with_mean_as_shift`). The derivative rule passes
+    `differentiated`, because on GPU another formulation is faster then.
     """
     if not reduction.centered:
         wide = widen(x)
@@ -161,8 +169,8 @@ def moments_dot(
 ) -> Moments:
     """Computes the tangent of the moments: E[x_dot] and 2 E[(x - mean) x_dot].
 
-    The shift is a constant, because the mean and the variance do not depend on it. The arrays of
-    the size of x have the axis of `Reduction.split` split.
+    The shift is a constant, because the mean and the variance do not depend on it. In the arrays of
+    the size of x, the axis of `Reduction.split` is already split.
     """
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
@@ -202,7 +210,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       The moments of all entries together, of the same shape.
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if a or b is not Moments, if a field does not have a float dtype, or if the shapes
+        differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -264,10 +273,14 @@ def about_mean(moments: Moments) -> Moments:
 
 
 def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax.Array, Moments]:
-    """Pools moments, one row of the leading axis for each set of entries, into those of the union.
+    """Pools the moments of disjoint sets of entries.
+
+    Each row of the leading axis has the shift of one set, and its moments about this shift. The
+    result is a common shift, and the moments of the union about it.
 
     The variance is that within the sets plus that between them (Chan, Golub & LeVeque, 1979).
-    Without `between`, it is the mean of the variances of the rows. A row of count 0 has weight 0.
+    Without `between`, it is the mean of the variances of the rows, weighted by count. A row of
+    count 0 has weight 0.
     """
     rows = dataclasses.replace(rows, count=sharded_like(rows.count, shifts))
     count = jnp.sum(rows.count, axis=0, keepdims=True)

@@ -45,8 +45,8 @@ def formulated_for(platform: str | None) -> Iterator[None]:
 def choose(default: Callable[..., Any], **platforms: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that calls the one for the platform that the program is compiled for.
 
-    Call the result only inside a custom derivative rule, where JAX does not differentiate it.
-    Otherwise JAX would keep the residuals of every branch.
+    Call the result only where JAX does not linearize it: in a function with a custom derivative
+    rule, or in the rule itself. Otherwise JAX would keep the residuals of every branch.
     """
     forced = _FORCED.get()
     if forced is not None:
@@ -66,12 +66,13 @@ def moments_formulation(
 
     The function returns a shift near the mean, and the count, mean and variance of x - shift.
 
-    On a GPU, the shift is computed from a part of x. On other platforms, the shift does not depend
-    on x, and the moments are computed again if it was far from the mean, because computing a shift
-    from x needs another pass over x that the compiler cannot fuse. On a TPU, the forward pass of
-    batch norm takes 1.00 times flax.linen's cycles this way; in bfloat16, a shift from a part of x
-    took 1.9 times. On a GPU, each layer's loop would ask the host whether to continue. Convolutions
-    are library calls there, so that sums cannot be fused with the operation that writes x.
+    On a GPU, the shift is computed from a part of x. On other platforms, the first shift does not
+    depend on x, because computing it from x would need another pass over x that the compiler cannot
+    fuse. If this shift is far from the mean, a loop computes the moments again. On a TPU, the
+    forward pass of batch norm takes 1.00 times flax.linen's cycles this way; in bfloat16, a shift
+    from a part of x took 1.9 times. This loop is not used on a GPU, because the host would have to
+    check its condition in each layer. Convolutions are library calls on a GPU, so that sums cannot
+    be fused with the operation that writes x.
 
     The guess, such as the running mean, is the first shift on TPU only: on a CPU, sums about a
     number per channel other than 0 take twice the time.
@@ -95,7 +96,7 @@ def moments_formulation(
 
 
 def _order_on_tpu(reduction: Reduction, x: jax.Array) -> tuple[int, ...] | None:
-    """Returns the order of axes in which a loop on a TPU takes a convolution's result as it is.
+    """Returns the order of axes in which a loop on a TPU reads a convolution's result uncopied.
 
     The operand of a loop has the default layout of a TPU for its shape. The result of a convolution
     over images has another layout, with samples and channels in the tiles of 8 by 128, and would be
@@ -120,7 +121,7 @@ def _order_on_tpu(reduction: Reduction, x: jax.Array) -> tuple[int, ...] | None:
     n //= number_of_shards(x, 0)
     if n < 8:
         return (0, *reversed(space), channels) if len(space) == 2 else None
-    # The axis that needs less padding has the 128 lanes.
+    # The axis that needs less padding comes last, where a tile has 128 entries.
     by_channels, by_samples = (-(-c // 128) * -(-n // 8), -(-n // 128) * -(-c // 8))
     return (*space, 0, channels) if by_channels <= by_samples else (*space, channels, 0)
 
@@ -135,7 +136,7 @@ def _moments_about_guess(
     order: tuple[int, ...] | None = None,
     mean_as_shift: bool = False,
 ) -> ShiftedMoments:
-    """Computes the moments about the guess or 0, and about the mean if that is far from it.
+    """Computes the moments about the guess or 0, and again about the mean if it is far away.
 
     While the mean is far from the shift, at most twice, the moments are computed again about the
     mean, with the axes of x in the given order.
@@ -169,11 +170,11 @@ def _with_mean_as_shift(
 ) -> ShiftedMoments:
     """Replaces the shift by the mean of x as one float32 number.
 
-    This is for norms over the last axis in half precision, where y has few digits to lose. These
-    norms have a mean for every pixel or token, which is read and broadcast over the channels
-    wherever it is used. With one number instead of two, layer norm's step of three convolutions
-    takes 1.03 times flax.linen's cycles on a TPU instead of 1.22 times, and 1.00 times its bytes on
-    an H100 instead of 1.12 times.
+    This is for norms over the last axis in half precision, where y has few digits. These norms have
+    a mean for every pixel or token, which is read and broadcast over the channels wherever it is
+    used. With one number instead of two, layer norm's step of three convolutions takes 1.03 times
+    flax.linen's cycles on a TPU instead of 1.22 times, and 1.00 times its bytes on an H100 instead
+    of 1.12 times.
     """
     return shift + mean, count, jnp.zeros_like(mean), var
 
@@ -192,7 +193,7 @@ def _recomputation(
 
     The loop closes over x in its own dtype and layout, and widens it inside; otherwise a TPU would
     write out the widened x before the loop. The number of rounds has the rank of x, because JAX
-    0.10.2 cannot vmap a loop that carries a scalar over an axis that is sharded explicitly.
+    0.10.2 cannot vmap, over an explicitly sharded axis, a loop that carries a scalar.
     """
     shift, count, mean, var = measured
     limit = 15.0 if x.dtype.itemsize < 4 else 1.0
@@ -236,14 +237,17 @@ def _moments_about_part(
     whole_rows: bool,
     mean_as_shift: bool,
 ) -> ShiftedMoments:
-    """Computes moments about the mean of a part of x: one entry in 16, or 4096 in half precision.
+    """Computes moments about the mean of a part of x.
+
+    The part is one entry in 16, or one in 4096 in half precision.
 
     For a share p of the entries, (mean - shift)^2 <= var (1 - p) / p for any x, as the variance
-    between the part and the rest is (mean - shift)^2 p / (1 - p). The variance therefore loses at
-    most four bits, or twelve of 24 in half precision, where y has eleven or eight. In half
-    precision, one entry in 16 would need 1 % more bytes for a ResNet's step on an H100, and one
-    more kernel for each norm. In float32, the part has at least 16 entries, if there are as many:
-    with one entry of 15, the error of y was 2.05e-6.
+    between the part and the rest is (mean - shift)^2 p / (1 - p). In float32, the variance
+    therefore loses at most four bits. In half precision, it loses at most twelve of its 24 bits,
+    and y has only eleven (float16) or eight (bfloat16). In half precision, one entry in 16 would
+    need 1 % more bytes for a ResNet's step on an H100, and one more kernel for each norm. In
+    float32, the part has at least 16 entries, if there are as many: with one entry of 15, the error
+    of y was 2.05e-6.
 
     With `whole_rows`, norms over the last axis use the mean of all entries. XLA for GPU then
     compiles the forward pass to one kernel that reads x once (2.0 times the bytes of x; flax.linen:
@@ -321,10 +325,11 @@ def _barrier_on_cpu_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
-    """Computes w * t. If t has size 1 on an axis of x and w has not, the transpose sums along it.
+    """Computes w * t, whose transpose sums along an axis of x if t has size 1 there, and w has not.
 
-    On CPU this is a matrix product. Otherwise XLA fuses the arithmetic around such a sum with it
-    and does not vectorize it: a layer norm's backward pass takes two to thirty times as long.
+    On CPU, w * t is then computed as a matrix product. Otherwise XLA for CPU would fuse the sum
+    with the arithmetic around it and not vectorize the result: a layer norm's backward pass takes
+    two to thirty times as long.
     """
     summed = [a for a in range(t.ndim) if t.shape[a] != x.shape[a]]
     if len(summed) != 1 or (w.ndim and w.shape[summed[0]] != w.size):

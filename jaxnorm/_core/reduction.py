@@ -33,8 +33,8 @@ class Reduction:
       groups: an axis, and the number of groups that its neighboring entries form. The axis is not
         reduced: each of its entries gets the sum of its group.
       split: an axis of x, and the number of groups that it is split into before the sums. It
-        becomes two axes, and `axes` counts both. `shifted_moments` takes x before the split, and
-        all arrays of `normalize` are split (`split_axis`).
+        becomes two axes, and `axes` are numbered after the split. `shifted_moments` takes x before
+        the split, and all arrays of `normalize` are split (`split_axis`).
       centered: whether the mean is subtracted; otherwise the mean is 0, and var is E[x^2].
       mapped_axes: the mapped axes over which the entries are distributed.
     """
@@ -85,7 +85,7 @@ class Reduction:
     def count(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Counts the entries on this device, in the dtype of x and in the shape of their sum."""
         given = (1,) * x.ndim if mask is None else mask.shape
-        # Axes along which the mask broadcasts are a factor.
+        # The sizes of the axes along which the mask broadcasts are factors of the count.
         factor = math.prod(x.shape[a] for a in self.axes if given[a] == 1)
         if self.groups is not None and given[self.groups[0]] == 1:
             axis, number = self.groups
@@ -112,6 +112,7 @@ class Reduction:
         by `factor`, so that a sum of finite entries does not overflow. The axes in `first` are
         summed over before the others, and XLA does not fuse the two sums.
         """
+        # mean = E[d] and var = E[d^2] - mean^2, which are those of x - shift.
         d = select(mask, x if shift is None else x - shift)
         terms = (d if factor is None else d * factor, d * d) if self.centered else (d * d,)
         if first:
@@ -135,10 +136,11 @@ class Reduction:
     def part(self, x: jax.Array, one_in: int, at_least: int) -> jax.Array:
         """Returns a part of the entries: at least one in `one_in`, and about `at_least` or more.
 
-        The entries are strided along the inner axes, or else along the first axis, which may be
-        distributed over devices. Along the last axis, whose entries are contiguous, the part
-        consists of the first entries, at least a sixteenth. Axes that are known to be sharded, or
-        whose size is symbolic (jax.export), are not reduced in size.
+        The entries are taken with a stride along the inner axes. If there are none, they are taken
+        along the first axis, which comes last because it may be distributed over devices. Along the
+        last axis, whose entries are contiguous, the part consists of the first entries, at least a
+        sixteenth. Axes that are known to be sharded, or whose size is symbolic (jax.export), are
+        not reduced in size.
         """
         axes = [a for a in self.axes if isinstance(x.shape[a], int) and number_of_shards(x, a) == 1]
         last = x.ndim - 1

@@ -88,6 +88,10 @@ def init_params(
     Returns:
       A dict with the keys "scale" and "bias", or those that are used.
 
+    Raises:
+      ValueError: if num_features is not a number of channels or a shape, or if dtype is not a float
+        dtype.
+
     Example:
       >>> import jaxnorm
       >>> print(jaxnorm.init_params(3, use_bias=False)["scale"])
@@ -118,6 +122,10 @@ def init_batch_stats(
 
     Returns:
       A dict with the keys "mean", "var" and "count".
+
+    Raises:
+      ValueError: if num_features is not a number of channels or a shape, or if dtype is not a float
+        dtype.
 
     Example:
       >>> import jaxnorm

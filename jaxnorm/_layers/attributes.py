@@ -51,9 +51,9 @@ JAXNORM_NAMES = {
 
 
 def check_names(layer: type[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises an error for an argument's name in another library, with its name in the layer.
+    """Raises an error, which says what to write, if a keyword has its name in another library.
 
-    Python's own error for any other name comes from the constructor.
+    Other unknown names raise Python's own error in the constructor.
     """
     name, accepted = layer.__name__, _accepted(layer.__init__)
     if accepted is None:
@@ -154,8 +154,8 @@ def _check_limits(layer: Any) -> None:
     arguments.limits(type(layer).__name__, layer.r_max, layer.d_max)
     if not layer.track_running_stats:
         raise ValueError(
-            f"{type(layer).__name__}: track_running_stats should be True, because it corrects "
-            f"towards the running statistics, but is False; without them, write BatchNorm"
+            f"{type(layer).__name__}: track_running_stats should be True, because batch renorm "
+            f"corrects towards the running statistics, but is False; without them, write BatchNorm"
         )
 
 
@@ -171,7 +171,7 @@ def _check_groups(layer: Any) -> None:
 
 
 def number_of_groups(layer: Any, channels: int) -> int:
-    """Returns the number of groups, into which the channels have to divide."""
+    """Returns the number of groups, which has to divide the number of channels."""
     _check_groups(layer)
     said = "num_groups" if layer.group_size is None else "group_size"
     divisor = arguments.positive_int(
@@ -196,7 +196,7 @@ def batch_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
 
 
 def instance_norm_axes(layer: Any, ndim: int) -> tuple[int, ...]:
-    """Returns the channel axes, which are given for a batch; one sample has no axis before them."""
+    """Returns the channel axes of x; `feature_axes` counts a batch axis even for one sample."""
     _check_rank(layer, ndim)
     missing = 1 if is_one_sample(layer, ndim) else 0
     axes = _sorted_axes(layer, "feature_axes", ndim + missing)
@@ -229,7 +229,7 @@ def _sorted_axes(layer: Any, attribute: str, ndim: int) -> tuple[int, ...]:
 
 
 def _check_rank(layer: Any, ndim: int) -> None:
-    """Checks the rank of the input of a layer for 1, 2 or 3 space axes."""
+    """Checks the rank of the input of a layer for 1, 2 or 3 spatial axes."""
     if layer.ranks is not None and ndim not in layer.ranks:
         ranks = " or ".join(str(rank) for rank in layer.ranks)
         raise ValueError(

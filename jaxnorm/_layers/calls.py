@@ -72,8 +72,8 @@ def group_norm(layer: Any, x: ArrayLike, params: Affine, **call: Any) -> jax.Arr
         reduced = arguments.axes(name, "reduction_axes", layer.reduction_axes, ndim)
         if ndim - 1 not in reduced:
             raise ValueError(
-                f"{name}: reduction_axes should hold the last axis, because it is that of the "
-                f"channels, but is {layer.reduction_axes}"
+                f"{name}: reduction_axes should hold the last axis, because it is the channel "
+                f"axis, but is {layer.reduction_axes}"
             )
         kept = tuple(a for a in range(ndim) if a not in reduced)
     return functional.group_norm(
@@ -120,8 +120,9 @@ def _tracked_options(
 ) -> dict[str, Any]:
     """Returns the arguments of a norm that may have a state.
 
-    A layer can be initialized with any input, even with one value per channel: with a mask, the
-    number of values is not known. Initialization does not update the state.
+    A layer can be initialized with any input, even with one value per channel. A mask is passed for
+    this purpose, because the number of values is not checked with a mask. Initialization does not
+    update the state.
     """
     if update_stats is None:
         update_stats = layer.update_stats
@@ -140,7 +141,7 @@ def _tracked_options(
 def _batch_options(
     layer: Any, x: ArrayLike, *, initializing: bool = False, **call: Any
 ) -> dict[str, Any]:
-    """Returns the arguments of batch norm, which is initialized with any number of samples."""
+    """Returns the arguments of batch norm; initialization ignores virtual_batch_size."""
     return {
         "channel_axis": attributes.batch_norm_axes(layer, jnp.ndim(x)),
         "virtual_batch_size": None if initializing else layer.virtual_batch_size,

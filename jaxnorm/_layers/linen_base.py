@@ -16,7 +16,7 @@ from jaxnorm._layers.linen_frozen import FROZEN
 
 
 class Norm(nn.Module):
-    """The checks of all layers without an input."""
+    """The checks of all layers that do not need an input."""
 
     # The axes of x that the parameters have, from the layer and the rank of x.
     _param_axes: ClassVar[Callable[..., tuple[int, ...]]]
@@ -110,9 +110,9 @@ def _one_of(module: Norm, held: bool | None, given: bool | None) -> bool:
         )
     if held is not None and given is not None:
         raise ValueError(
-            f"{_where(module)}: use_running_average should be given once, because neither of two "
-            f"overrides the other, but is {held} as an attribute and {given} in the call; leave it "
-            f"out of one of them [use-running-average-twice]"
+            f"{_where(module)}: use_running_average should be given once, because neither of the "
+            f"two overrides the other, but is {held} as an attribute and {given} in the call; "
+            f"leave it out of one of them [use-running-average-twice]"
         )
     return cast(bool, given if held is None else held)
 

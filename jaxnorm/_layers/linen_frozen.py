@@ -8,7 +8,7 @@ import jax
 
 from jaxnorm._stats import trees
 
-# Part of the keys of JAX's caches, so that a jitted function is traced again where it differs.
+# The flag is part of the keys of JAX's caches, so that jit traces again if it changes.
 FROZEN = jax.make_user_context(False)
 
 
@@ -21,9 +21,9 @@ def frozen() -> Iterator[None]:
     have gradient 0. The layers without running statistics, such as `LayerNorm`, are not
     affected.
 
-    Use it as a context, around the calls of a model or of a part of it, or as a decorator, of
-    `model.apply` or of a training step. It also has its effect inside jit, nn.scan and nn.remat.
-    An optimizer with weight decay changes a scale whose gradient is 0: use `trainable_mask`.
+    Use it as a context manager around the calls of a model or of a part of it, or as a decorator of
+    `model.apply` or of a training step. It also takes effect inside jit, nn.scan and nn.remat. An
+    optimizer with weight decay changes a scale whose gradient is 0: use `trainable_mask`.
 
     Returns:
       A context manager, which is a decorator as well.

@@ -173,4 +173,4 @@ def read_batch_stats(module: Tracked) -> BatchStats:
 def write_back(module: Tracked, batch_stats: BatchStats) -> None:
     """Stores the updated statistics in the layer's variables."""
     for key, value in batch_stats.items():
-        getattr(module, key).set_value(value)  # not [...] =, which keeps a half's dtype
+        getattr(module, key).set_value(value)  # [...] = would keep a half-precision dtype

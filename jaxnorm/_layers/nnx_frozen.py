@@ -9,10 +9,10 @@ from jaxnorm._layers.nnx_models import tracking
 
 
 class FrozenParam(nnx.BatchStat[Any]):
-    """The scale or the bias of a frozen norm: a constant, which is no nnx.Param.
+    """The scale or the bias of a frozen norm: a constant that is not an nnx.Param.
 
-    It is an nnx.BatchStat, so that it goes where the running statistics go in the filters of
-    nnx.split, nnx.state and the transformations of NNX. See `freeze`.
+    It is an nnx.BatchStat, so that the filters of nnx.split, nnx.state and the transformations of
+    NNX select it together with the running statistics. See `freeze`.
 
     Example:
       >>> from flax import nnx
@@ -33,7 +33,8 @@ def freeze(model: nnx.Module) -> None:
     These layers then normalize by the running statistics and do not update them, also after
     `model.train()` and whatever the call says. Their scale and bias become `FrozenParam`, which
     nnx.grad and nnx.Optimizer with wrt=nnx.Param leave out: they have no gradients and no weight
-    decay. The paths in nnx.state(model) stay the same, and so does a checkpoint of all of it.
+    decay. The paths in nnx.state(model) stay the same, and so does the structure of a checkpoint of
+    the whole state.
 
     Create the optimizer after the call, because its state has the structure of the parameters. The
     layers without running statistics, such as `LayerNorm`, are not changed. `recalibrate` needs
@@ -80,6 +81,9 @@ def unfreeze(model: nnx.Module) -> None:
     Args:
       model: a model, or the part of it to unfreeze, which is changed in place.
 
+    Raises:
+      ValueError: if another module of the model shares the scale or the bias of a frozen layer.
+
     Example:
       >>> from flax import nnx
       >>> import jaxnorm.nnx
@@ -105,9 +109,10 @@ def _set_frozen(model: nnx.Module, layers: list[Tracked], frozen: bool) -> None:
         held_by_node = map(id, getattr(node, "__dict__", {}).values())
         if id(node) not in owners and variables & set(held_by_node):
             raise ValueError(
-                f"{'freeze' if frozen else 'unfreeze'}: scale and bias of a frozen norm should be "
-                f"its own, because their type changes, but the {type(node).__name__} at "
-                f"{'.'.join(map(str, path)) or 'the root'} shares one; give each its own"
+                f"{'freeze' if frozen else 'unfreeze'}: a frozen norm should not share its scale "
+                f"or bias with another module, because their type changes, but the "
+                f"{type(node).__name__} at {'.'.join(map(str, path)) or 'the root'} shares one; "
+                f"give each module separate parameters"
             )
     new = {id(old): kind.from_metadata(old.get_raw_value(), old.get_metadata()) for *_, old in held}
     for layer, name, old in held:

@@ -16,11 +16,11 @@ def begin_accumulation(model: nnx.Module, when: ArrayLike = True) -> None:
 
     Args:
       model: a model with layers of `jaxnorm.nnx`, which are changed in place.
-      when: a bool, traced or not: whether to restart; layers that do not accumulate yet begin
-        in any case.
+      when: a bool, which may be traced. If it is False, layers that already accumulate are not
+        restarted; layers that do not accumulate begin in any case. Defaults to True.
 
     Raises:
-      ValueError: if no layer of the model has running statistics.
+      ValueError: if no layer of the model has running statistics, or if `when` is not a bool.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,8 +78,8 @@ def recalibrate(
 
     Args:
       model: a model with layers of `jaxnorm.nnx`, whose running statistics are set at the end.
-      batches: the data, each batch as the model's first argument: for pairs with labels, write
-        `(x for x, _ in loader)`.
+      batches: the data. Each batch is the first argument of the model; for pairs of inputs and
+        labels, write `(x for x, _ in loader)`.
       progress: called after each batch with the number of batches done.
       **call: the other arguments of the model.
 

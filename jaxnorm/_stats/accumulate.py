@@ -28,8 +28,8 @@ def begin_accumulation(batch_stats: Tree, when: ArrayLike = True) -> Tree:
         restarted; states that do not accumulate start in any case. Defaults to True.
 
     Returns:
-      The same tree with an entry "accumulation" in each state, which norms and layers update. It
-      contains the state at the "start" and the "moments" since.
+      The same tree with an entry "accumulation" in each state, which norms and layers update. The
+      entry contains the initial state, under "start", and the moments since then, under "moments".
 
     Raises:
       ValueError: if there are no states, a state lacks a key, or `when` is not a bool.

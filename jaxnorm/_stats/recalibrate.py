@@ -17,7 +17,7 @@ def recalibrate(
     *args: Any,
     progress: Callable[[int], Any] | None = None,
 ) -> Tree:
-    """Computes the running statistics of fixed weights over batches of data, pooled exactly.
+    """Recomputes the running statistics for fixed weights, exactly, over all batches of data.
 
     After the weights were averaged (stochastic weight averaging, an exponential moving average),
     pruned or quantized, the running statistics still describe the old weights. This function
@@ -68,15 +68,16 @@ def recalibrate(
         given: Any = jax.tree.structure(state)
         if jax.tree.structure(new) != given:
             raise ValueError(
-                f"recalibrate: step should return the new batch_stats, of the structure of the "
-                f"given, but returned {jax.tree.structure(new)} for {given} [recalibrate-structure]"
+                f"recalibrate: step should return the new batch_stats, with the same structure as "
+                f"its input, but returned {jax.tree.structure(new)} for {given} "
+                f"[recalibrate-structure]"
             )
         return new, {path: _finite(s["accumulation"]["moments"]) for path, s in states(new)}
 
     number = 0
     for number, batch in enumerate(batches, 1):
         state, finite = run(state, batch, args)
-        bad = [path or "it" for path, good in finite.items() if not good]
+        bad = [path or "the state" for path, good in finite.items() if not good]
         if bad:
             raise ValueError(
                 f"recalibrate: batches should be finite, because a statistic of NaN or Inf is of "
@@ -99,8 +100,8 @@ def _check_updated(tree: Any) -> None:
     if missed:
         raise ValueError(
             f"recalibrate: step should update every channel of every state, but did not update "
-            f"{', '.join(missed)}; run the model in training mode, on two values or more "
-            f"[recalibrate-unmoved]"
+            f"{', '.join(missed)}; run the model in training mode, on two or more values per "
+            f"channel [recalibrate-unmoved]"
         )
 
 
@@ -109,7 +110,7 @@ def _finite(moments: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def _updated_everywhere(state: Mapping[str, Any]) -> bool:
-    """Returns whether each channel has the measured mean; one with a single value does not."""
+    """Returns whether each channel was updated; a channel with a single value is not."""
     seen = state["accumulation"]["moments"]
     return bool(jnp.all((seen["count"] > 0) & (state["mean"] == seen["mean"])))
 

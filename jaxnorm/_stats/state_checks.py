@@ -26,14 +26,14 @@ def batch_stats(
     counts: Shape | None = (),
     x_shape: Shape = (),
 ) -> BatchStats:
-    """Checks a state, and the state from which it accumulates, if it does.
+    """Checks a state and, if it accumulates, the state that it started from.
 
     Args:
       function: the name of the public function, which errors begin with.
       stats: the state.
       channels: the shape of mean and var. None accepts any shape that both have.
       counts: the shape of the count. None accepts any shape, as stacked states have it.
-      x_shape: the shape of x, for a hint in which axis the channels may be.
+      x_shape: the shape of x, for a hint about which axis the channels may be on.
 
     Returns:
       The state as arrays, with an integer count.
@@ -57,8 +57,8 @@ def batch_stats(
         found = sorted(accumulation) if isinstance(accumulation, Mapping) else accumulation
         raise ValueError(
             f"{function}: batch_stats['accumulation'] should hold 'start' and 'moments', as "
-            f"begin_accumulation makes them, but is {found!r}; write begin_accumulation(state) to "
-            f"start again, or end_accumulation(state) [accumulation-malformed]"
+            f"begin_accumulation makes them, but is {found!r}; write end_accumulation(state), and "
+            f"then begin_accumulation to start again [accumulation-malformed]"
         )
     start = _leaves(function, start, state["mean"].shape, counts, x_shape)
     return cast(BatchStats, {**state, "accumulation": {**accumulation, "start": start}})
@@ -157,16 +157,16 @@ def weights(function: str, counts: ArrayLike, shape: Shape) -> jax.Array:
         )
     if not agrees(counts.shape, shape):
         raise ValueError(
-            f"{function}: counts should have shape {shape}, one for each state, but has shape "
+            f"{function}: counts should have shape {shape}, one for each state, but have shape "
             f"{counts.shape}"
         )
     return counts
 
 
 def moments_shape(function: str, shape: Shape, channels: Shape) -> None:
-    """Checks that moments have the shape of the channels, or a leading axis of samples and it."""
+    """Checks that moments have the shape of the channels, or one leading axis more."""
     if not agrees(shape, channels) and not agrees(shape[1:], channels):
         raise ValueError(
             f"{function}: moments should have the shape {channels} of the running statistics, or "
-            f"one row of it for each sample, but have shape {shape}"
+            f"that shape after a leading axis of samples, but have shape {shape}"
         )

@@ -150,7 +150,7 @@ def _is_mapping(node: Any) -> bool:
 
 
 def _parts(node: Any) -> dict[Any, Any]:
-    """Returns the stored values of a mapping; `nnx.State` wraps its dicts when they are read."""
+    """Returns the stored values of a mapping, without the wrappers of `nnx.State` around dicts."""
     if jax.tree_util.all_leaves([node]):
         return dict(node)
     below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)

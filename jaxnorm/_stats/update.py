@@ -40,11 +40,13 @@ def update_batch_stats(
         var \\leftarrow (1 - m)\\, var + m\\, var_{batch} \\tfrac{n}{n - 1}
 
     The momentum m is the weight of the new value, as in PyTorch, and the stored variance is
-    unbiased. A channel keeps its state if its sample has fewer than two entries, or, by default, if
-    its moments are not finite. The count is incremented if at least one channel is updated.
+    unbiased. A channel keeps its state if it has fewer than two entries in the batch or, by
+    default, if its moments are not finite. The count is incremented if at least one channel is
+    updated.
 
-    With momentum=None, all batches have the same weight, m = 1 / count. If any channel would be
-    skipped, no channel is updated, because the single count would be wrong for some channels.
+    With momentum=None, all batches have the same weight: m = 1 / (count + 1), where count is the
+    count of the input state. If any channel would be skipped, no channel is updated, because the
+    single count would be wrong for some channels.
 
     The result has no gradient.
 
@@ -61,7 +63,8 @@ def update_batch_stats(
       precision is widened to float32.
 
     Raises:
-      ValueError: if batch_stats lacks a key, or its shapes do not match those of the moments.
+      ValueError: if batch_stats lacks a key; if moments is not Moments, or a field does not have a
+        float dtype; if the shapes do not match; if momentum is not a finite number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,7 +116,8 @@ def merge_batch_stats(
       One state. Its count is the sum of the counts, and at most the largest int32.
 
     Raises:
-      ValueError: if stacked lacks a key, its shapes disagree, or the shape of counts is not (K,).
+      ValueError: if stacked lacks a key, its shapes disagree, the shape of counts is not (K,), or a
+        count is negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -175,9 +179,10 @@ def update_running_stats(
 ) -> BatchStats:
     """Updates the state once, by rows of moments; other devices may hold more rows.
 
-    With `between` (batch norm), the rows are parts of one batch and are pooled, including the
-    variance between them. Without it (instance norm), the rows are those of the samples and are
-    averaged. A state that accumulates is updated from its start, by all batches since then.
+    Each row has the moments of a part of the batch, or of a sample. With `between` (batch norm),
+    the rows are parts of one batch and are pooled, including the variance between them. Without it
+    (instance norm), the rows are those of the samples and are averaged. A state that accumulates is
+    updated from its start, by all batches since then.
     """
     stats, rows = lax.stop_gradient((batch_stats, rows))
     batch = _pooled(rows, mapped_axes) if between else _averaged(rows, mapped_axes)
@@ -226,6 +231,7 @@ def _pooled(rows: Moments, mapped_axes: MappedAxes) -> Moments:
     if rows.mean.shape[0] == 1 and mapped_axes.axis_name is None:
         one: Moments = jax.tree.map(functools.partial(lax.squeeze, dimensions=(0,)), rows)
         return one
+    # The means of the rows serve as their shifts.
     return unshift(*pool_devices(mapped_axes, *pool(rows.mean, about_mean(rows))))
 
 

@@ -1,4 +1,4 @@
-"""Finds errors in the running statistics of a whole model, such as after a checkpoint is loaded."""
+"""Finds errors in the running statistics of a whole model, for example of a loaded checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -54,11 +54,12 @@ def check_batch_stats(variables: Any, like: Any = None) -> list[Finding]:
         None, which skips the comparison.
 
     Returns:
-      A list of findings. The function finds: no state at all; a missing key; a state that was never
-      trained (count 0), which evaluation would use unchanged; NaN or Inf; a negative variance or
-      count; shapes that disagree; statistics in half precision, in which an average stalls, or in a
-      dtype that is not a float dtype; a count that is not an integer; NaN or Inf in accumulated
-      batches; and, given `like`, any difference in shape, dtype or structure.
+      A list of findings. The function finds: no state at all; a missing key; a state with its
+      initial values (count 0, mean 0 and variance 1), which evaluation would use unchanged; NaN or
+      Inf; a negative variance or count; shapes that disagree; statistics in half precision, in
+      which an average stalls, or in a dtype that is not a float dtype; a count that is not an
+      integer; NaN or Inf in accumulated batches; and, given `like`, any difference in shape, dtype
+      or structure.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,7 +147,7 @@ def _accumulation(accumulation: Any, find: Find) -> None:
         for key, a in found.items():
             if not np.all(np.isfinite(np.asarray(a, np.float64))):
                 what = {
-                    "start": "the update would begin there",
+                    "start": "the next update would start from it",
                     "moments": "the update that these batches make skips those channels",
                 }
                 find("accumulation", f"is not finite: {what[part]}", f"[{part!r}][{key!r}]")
@@ -176,7 +177,8 @@ def _count(count: np.ndarray, leaves: Mapping[str, Any], shape: Sequence[int], f
     if np.any(count == 0) and all(
         np.all(np.asarray(leaves[key]) == value) for key, value in first if key in leaves
     ):
-        find("count", "is 0: never trained, evaluation would use a mean of 0 and a variance of 1")
+        use = "evaluation would use a mean of 0 and a variance of 1"
+        find("count", f"is 0: never trained, so {use}")
 
 
 def _differences(found: Any, expected: Any) -> list[Finding]:

@@ -158,7 +158,7 @@ def norms(function: str, tree: Any) -> dict[str, Any]:
     if not found:
         raise ValueError(
             f"{function}: batch_stats should hold running statistics, a dict with the keys 'mean' "
-            f"and 'var', but holds none; of an NNX model, write nnx.state(model)"
+            f"and 'var', but holds none; for an NNX model, write nnx.state(model)"
         )
     return found
 

@@ -45,9 +45,9 @@ def plot_layers(
         which draws the running statistics alone.
       names: the names of the two in the legend.
       worst: the largest number of panels. If there are more norms, the worst norms are drawn, with
-        the worst one first: those with the largest sum of the two numbers of `drift`, or without
-        batch those that `summary` lists first. An overview of all norms above the panels marks
-        them. None draws a panel for every norm.
+        the worst one first: those with the largest sum of the two numbers of `drift` or, if batch
+        is None, those that `summary` lists first with `worst`. An overview above the panels shows
+        all norms, and marks these. None draws a panel for every norm.
 
     Returns:
       A matplotlib figure. The channels of each panel are sorted by their running means, and the

@@ -31,8 +31,8 @@ class NormSummary:
       std_min: the smallest standard deviation of the channels, in units of x.
       std_max: the largest standard deviation.
       nonfinite: the number of channels whose mean or standard deviation is not finite, which
-        includes those with a negative variance. The other numbers leave these channels out, and are
-        NaN if there are no others.
+        includes those with a negative variance. The extremes and `dead` leave these channels out.
+        The extremes are NaN if no channel remains.
       dead: the number of channels whose variance is at most epsilon.
 
     Example:

@@ -1,7 +1,8 @@
-"""Converts the variables of whole models from and to PyTorch, Flax, Haiku and NNX.
+"""Converts the variables of whole models from and to PyTorch, Flax and NNX, and from Haiku.
 
-The variables of a model are {"params": ..., "batch_stats": ...}, as in Linen. PyTorch, Flax and
-Haiku are not imported: the functions read mappings of arrays.
+The variables of a model are {"params": ..., "batch_stats": ...}, as in Linen. The conversions read
+mappings of arrays, and import neither PyTorch nor Flax nor Haiku. Only `tensors`, `match` and files
+of torch.save need PyTorch, and only `match` needs Flax.
 """
 
 from jaxnorm.interop._describe import NormRows as NormRows

@@ -32,8 +32,8 @@ def describe_torch(module: Any) -> NormRows:
     """Lists the norms of a PyTorch model, with the arguments of the corresponding jaxnorm layers.
 
     A state dict does not contain epsilon and momentum, nor whether a layer tracks running
-    statistics. The defaults of epsilon differ: 1e-5 in PyTorch; in jaxnorm, as in Flax, 1e-6 in all
-    layers except BatchNorm.
+    statistics. The defaults of epsilon differ. In PyTorch, epsilon is 1e-5, or None in RMSNorm. In
+    jaxnorm, it is 1e-5 in BatchNorm and BatchRenorm and, as in Flax, 1e-6 in all other layers.
 
     A module is recognized by the name of its class or of a base class. A module that looks like a
     norm but is not recognized is listed as "unknown". A call of torch.nn.functional.layer_norm in a

@@ -20,9 +20,9 @@ def from_flax(variables: Mapping[str, Any], *, count: ArrayLike | None = None) -
     Args:
       variables: {"params": ..., "batch_stats": ...} of a Flax model.
       count: the number of batches that the statistics represent. For layers under nn.scan or
-        nn.vmap, an array of shape (L,) with one number each. None means 0, with a warning unless
-        the statistics are the initial ones: with momentum=None and count 0, the next batch replaces
-        the statistics.
+        nn.vmap, an array of shape (L,) with one number each. None means 0. Unless the statistics
+        are the initial ones, there is a warning, because with momentum=None and count 0 the next
+        batch replaces the statistics.
 
     Returns:
       The variables with a count in every state. States that have a count keep it.

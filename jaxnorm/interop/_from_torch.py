@@ -58,14 +58,14 @@ def from_torch(
 
     For each norm, `weight` and `bias` become scale and bias in "params", and `running_mean`,
     `running_var` and `num_batches_tracked` become mean, var and count in "batch_stats". A norm is a
-    module with a `running_mean`, or with a `weight` of one axis. Names are split at the dots:
-    `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. All other arrays are
-    copied to "params" unchanged, under their own names, unless `convert` changes them.
+    module with any of the three running statistics, or with a `weight` of one axis. Names are split
+    at the dots: `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. All other
+    arrays are copied to "params" unchanged, under their own names, unless `convert` changes them.
 
     Running statistics in half precision are widened to float32. A count that exceeds int32 becomes
     the largest int32, with a warning. Nothing else changes, so `to_torch` restores every bit. The
-    arrays are copies, except those of a file: further training of the PyTorch model does not change
-    them.
+    arrays are copies, so that further training of the PyTorch model does not change them. Arrays of
+    a file may be views of the file.
 
     A state dict does not contain epsilon, whose defaults differ between PyTorch and Flax.
 
@@ -82,18 +82,21 @@ def from_torch(
         not belong to a norm. It returns the new dotted name and array, such as a kernel in Flax's
         order, or None to leave the array out.
       track_running_stats: None keeps the running statistics of the state dict. False leaves them
-        out. True adds initial ones to norms without: mean 0, variance 1, count 0.
-      count: the count of norms without `num_batches_tracked`, as before PyTorch 0.4.1: the number
-        of batches that the statistics represent. None means 0, as in PyTorch, with a warning: with
-        momentum=None and count 0, the next batch replaces the statistics.
+        out. True adds initial running statistics (mean 0, variance 1, count 0) to norms that have
+        none.
+      count: the number of batches that the statistics represent, for norms without
+        `num_batches_tracked` (state dicts from before PyTorch 0.4.1). None means 0, as in PyTorch,
+        with a warning, because with momentum=None and count 0 the next batch replaces the
+        statistics.
       like: the variables of the new model, or their `jax.eval_shape`. The result must have the same
         names and shapes.
       key: the key of the state dict in a checkpoint that contains more, such as "state_dict" or
         "ema.model". None means that the checkpoint is the state dict.
       prefix: a prefix that is removed from every name, such as "module." of DistributedDataParallel
         or "_orig_mod." of torch.compile. A name without it is an error.
-      leave_out: names in the state dict to leave out, including the prefix, such as "n_averaged" or
-        "*_extra_state". * matches any text. A pattern that matches nothing is an error.
+      leave_out: the names, written with their prefix, of the arrays to leave out, such as
+        "n_averaged" or "*_extra_state". * matches any text. A pattern that matches nothing is an
+        error.
 
     Returns:
       {"params": ..., "batch_stats": ...}, nested dicts of NumPy arrays. Arrays of a file that did

@@ -127,7 +127,8 @@ def kernels(
 
     Raises:
       ValueError: if a kind does not exist, or a key is not a name in PyTorch. The `convert` raises
-        it if an array does not have the axes of its kind, or its name could not be restored.
+        it if an array does not have the number of axes of its kind, or if its `inverse` could not
+        restore the name of the array.
 
     Example:
       >>> import numpy as np
@@ -157,7 +158,7 @@ def kernels(
 def check_names_of_kernels(
     function: str, convert: Convert | None, names: Mapping[str, str] | None
 ) -> None:
-    """Checks that kernels with kinds have the same map, which they need to find the kinds."""
+    """Checks that `Kernels` with kinds were given the same map, by which they find the kinds."""
     convert = getattr(convert, "__self__", convert)  # an inverse is a bound method
     if isinstance(convert, Kernels) and convert.kinds and dict(convert.names) != dict(names or {}):
         raise ValueError(

@@ -166,6 +166,6 @@ def _warn_of_flattened(modules: Mapping[str, Any], given: Mapping[str, Kind]) ->
                 f"kernels_of: {name!r} has {m.in_features} inputs, {entries} for each of the "
                 f"{channels} channels of {previous!r}, as if these were flattened; write "
                 f"kinds={{{name!r}: Flattened({channels}, {space})}}, with the shape before the "
-                f"flatten, or kinds={{{name!r}: 'linear'}} if it is not",
+                f"flatten, or kinds={{{name!r}: 'linear'}} if there is no flatten",
                 stacklevel=3,
             )

@@ -44,8 +44,8 @@ class _Shape:
 class Flattened(_Shape):
     """The kind of a Linear after a flatten, whose inputs are reordered for channels last.
 
-    PyTorch flattens `(C, *space)`, a model with channels last `(*space, C)`. The inputs
-    of the Linear are reordered accordingly.
+    PyTorch flattens `(C, *space)`, and a model with channels last flattens `(*space, C)`. The
+    inputs of the Linear are reordered accordingly.
 
     Args:
       *shape: the shape that PyTorch flattens, without the batch axis: channels, then spatial sizes.
@@ -203,7 +203,7 @@ def _check_shape(function: str, shape: tuple[Any, ...]) -> None:
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in shape)
     if len(shape) < 2 or not whole or min(shape) < 1:
         raise ValueError(
-            f"{function}: shape should be the number of channels and the sizes in space, but is "
+            f"{function}: shape should be the number of channels and the spatial sizes, but is "
             f"{shape}; write {function}(channels, height, width)"
         )
 
@@ -213,5 +213,5 @@ def _check_size(name: str, value: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"kernels: {name!r} should have an axis of {math.prod(shape)} features, because the "
             f"shape that was given is {shape}, but has {value.shape[-1]}; write the "
-            f"channels first, and then the sizes in space"
+            f"channels first, and then the spatial sizes"
         )

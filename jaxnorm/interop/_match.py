@@ -107,6 +107,7 @@ class Proposal:
           ValueError: if the difference exceeds the tolerance; the error names the first module of
             the PyTorch model whose output the Flax model does not compute. Also if the shapes of
             the outputs differ, or a module is unmatched.
+          TypeError: if the PyTorch model does not return tensors.
         """
         return self._complete().verify(variables, tolerance=tolerance)
 
@@ -195,7 +196,7 @@ def match(
       `variables()` returns the variables of the model, and `verify()` compares the outputs.
 
     Raises:
-      TypeError: if the model is not a Flax model, or the PyTorch model does not return tensors.
+      TypeError: if the model is not a Flax model.
       ValueError: if module is not a PyTorch model; if `names` contains modules that do not exist,
         or pairs modules of different shapes; in the same cases as `kernels_of`.
 
@@ -241,9 +242,9 @@ def match_variables(
 ) -> Proposal:
     """Proposes the `names` for `from_torch` from arrays only, without the models.
 
-    Modules are paired as by `match`, but by the natural order of their names, in which 2 comes
-    before 10, because the order of the calls is not known. The outputs cannot be compared either.
-    Prefer `match` if you have both models.
+    Modules are paired by the same criteria as in `match`. Because the order of the calls is not
+    known, the natural order of the names is used instead, in which 2 comes before 10. The outputs
+    cannot be compared either. Prefer `match` if you have both models.
 
     Args:
       variables: variables of the new model, or their `jax.eval_shape`.

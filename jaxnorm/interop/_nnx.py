@@ -22,7 +22,8 @@ def to_nnx(variables: Mapping[str, Any]) -> Tree:
       indices of lists as strings.
 
     Raises:
-      ValueError: if both collections contain an array of the same name.
+      ValueError: if both collections contain an array of the same name; if the name of a module or
+        of an array is empty or contains a dot.
 
     Example:
       >>> import jaxnorm

@@ -49,7 +49,7 @@ def _mapping_at(function: str, given: Any, key: str | None) -> Mapping[str, Any]
     if not isinstance(node, Mapping):
         raise ValueError(
             f"{function}: {'the state dict' if key is None else repr(key)} should be a mapping of "
-            f"arrays, but is {type(node).__name__}; of a module, write model.state_dict()"
+            f"arrays, but is {type(node).__name__}; for a module, write model.state_dict()"
         )
     return node
 

@@ -58,12 +58,12 @@ def to_torch(
         not belong to a norm. It returns the dotted name in PyTorch and the array, or None to leave
         the array out.
       track_running_stats: None keeps the running statistics. False leaves them out. True adds
-        initial ones to norms without.
+        initial running statistics to norms that have none.
       like: the state dict of the PyTorch model. The result must have its names and shapes, and is
         cast to its dtypes; this restores half-precision statistics, which `from_torch` widens. If a
         norm has no count there, as FrozenBatchNorm2d, the count is left out.
-      file: the path of a .safetensors file to write, or to replace. With .safetensors.index.json,
-        it is written in shards of at most 5 GB.
+      file: the path of a .safetensors file to write, or to replace. If the path ends in
+        .safetensors.index.json, the arrays are written in shards of at most 5 GB.
 
     Returns:
       A dict of NumPy arrays by dotted names, which are writable copies. Counts are int64.

@@ -73,8 +73,8 @@ class ModelPair:
         found = [np.asarray(a) for a in jax.tree.leaves(jax.jit(self.model.call)(variables))]
         if len(found) != len(expected):
             raise ValueError(
-                f"verify: both models should return as many arrays, but module returns "
-                f"{len(expected)} and the Flax model {len(found)}; wrap one of them"
+                f"verify: both models should return the same number of arrays, but module "
+                f"returns {len(expected)} and the Flax model {len(found)}; wrap one of them"
             )
         differences = [_difference(a, b) for a, b in zip(found, expected, strict=True)]
         worst = max(differences, default=0.0)

@@ -31,8 +31,9 @@ def to_onnx(
     A norm with running statistics becomes BatchNormalization, with the statistics in the graph; a
     mask on it becomes a Where. Parameters with the rank of x that vary over more axes than the
     channels become Mul and Add after the operator, and so does the bias of an RMS norm. Ordinary
-    operators are used for any other mask, for batch renorm and virtual batches that normalize by
-    the batch, for a computed epsilon, and for a symbolic number of features.
+    operators are used for a mask on a norm that does not use running statistics, for batch renorm
+    and virtual batches that normalize by the batch, for a traced epsilon, and for a symbolic number
+    of features.
 
     The accuracy of an operator depends on the runtime: see docs/onnx.md for data far from zero.
 

@@ -118,7 +118,7 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> jax.Array:
         _check_one_device(options.function, reduction.mapped_axes)
         groups = reduction.groups or reduction.split
-        # With split, sample.axes are those of an array in which the split axis is two axes.
+        # With split, reduction.axes are numbered after the split, and not as the axes of x are.
         reduced = () if reduction.split else reduction.axes
         kept = tuple(a for a in range(x.ndim) if a not in (*reduced, *layout.channels))
         operator = None

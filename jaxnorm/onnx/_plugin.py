@@ -37,7 +37,7 @@ class NormPlugin(PrimitiveLeafPlugin):
 
     @classmethod
     def binding_specs(cls) -> list[AssignSpec | MonkeyPatchSpec]:
-        """Returns what replaces the two functions of the norms, and jax.numpy and jax.lax here."""
+        """Returns the replacements of the two norm functions and of this package's jnp and lax."""
         files = [m for name, m in list(sys.modules.items()) if name.startswith("jaxnorm.")]
         return [
             *(AssignSpec(file, "jnp", JNP) for file in files if hasattr(file, "jnp")),
