@@ -10,28 +10,28 @@ import matplotlib.patches
 from report import COLORS
 
 DASH = "–"  # noqa: RUF001
-OURS, NONE = "jaxnorm", "none"
+JAXNORM, NONE = "jaxnorm", "none"
 Row = dict[str, Any]
 Answer = dict[str, Any]
 
 INTRODUCTION = """\
-These numbers are estimates and counts of the compilers. Nothing was run, and none of the numbers is
-a measured time.
+These numbers are estimates and counts of the compilers. No program was run. Only the compile times
+are measured.
 
 - **Cycles** (TPU) are the sum of the estimates that XLA's TPU compiler attaches to its
   instructions. A program with an instruction without an estimate cannot be compared (n/c).
 - **Bytes** are those of the operands and results of the instructions: on a GPU, the bytes that its
   kernels read and write.
 - **Kernels** (GPU) are listed in addition to bytes, because even a small kernel takes microseconds.
-  Kernels per norm are the difference to the same model without norms, divided by the number of
-  norms.
+  The number of kernels per norm is the number of kernels minus that of the same model without
+  norms, divided by the number of norms.
 - **Temporaries** are the peak memory that the program allocates in addition to its arguments and
   results.
 - **Compile time** is the time to trace, lower and compile. It is the only number that depends on
   the load of the compiling machine.
-- jaxnorm computes the moments a second time if the first result is not accurate enough. The
-  compiler does not know how many rounds this loop runs, and counts none; the cost with one round of
-  every such loop is in square brackets.
+- On a TPU, jaxnorm computes the moments again in a loop, of at most two rounds, if the first result
+  is not accurate enough. The compiler does not know the number of rounds, and counts none. The cost
+  with one round of every such loop is in square brackets. On a GPU there is no loop.
 - A ratio is jaxnorm's number divided by the other library's: below 1, jaxnorm is better. A dash
   means that the library has no such norm, or not in this layout. An empty cell means that the
   program was not compiled. "Out of memory" means that the program needs more than the 16 GB of a
@@ -81,9 +81,9 @@ def figure(answer: Answer | None, target: str) -> float | None:
     return (answer or {}).get("cycles" if is_tpu(target) else "bytes")
 
 
-def ratio(ours: float | None, other: float | None) -> float | None:
+def ratio(jaxnorm: float | None, other: float | None) -> float | None:
     """Returns jaxnorm's number divided by the other one, or None if one of them is unknown."""
-    return ours / other if ours is not None and other else None
+    return jaxnorm / other if jaxnorm is not None and other else None
 
 
 def written(number: float | None, form: str = ".2f") -> str:
@@ -147,12 +147,12 @@ def summary(cells: list[Row], steps: list[Row], targets: list[str]) -> str:
 def ratio_to(row: Row, target: str, library: str) -> float | None:
     """Returns jaxnorm's number divided by that of a library."""
     answers = row["targets"].get(target, {})
-    return ratio(figure(answers.get(OURS), target), figure(answers.get(library), target))
+    return ratio(figure(answers.get(JAXNORM), target), figure(answers.get(library), target))
 
 
 def ratio_to_best(row: Row, target: str) -> float | None:
     """Returns jaxnorm's number divided by that of the best other library."""
-    others = [library for library in row["targets"].get(target, {}) if library != OURS]
+    others = [library for library in row["targets"].get(target, {}) if library != JAXNORM]
     ratios = [ratio_to(row, target, library) for library in others]
     return max((value for value in ratios if value is not None), default=None)
 
@@ -215,10 +215,14 @@ def cell_table(cells: list[Row], target: str) -> str:
     libraries = list(
         dict.fromkeys(library for row in cells for library in row["targets"].get(target, {}))
     )
-    unit = (
-        "Million cycles" if is_tpu(target) else "Bytes as multiples of x's bytes; number of kernels"
-    )
-    lines = [f"{unit}; jaxnorm's number as a ratio to it is in brackets.", ""]
+    numbers = "Each cell has the bytes, as a multiple of the bytes of x, and the number of kernels."
+    if is_tpu(target):
+        numbers = (
+            "Each cell has the cycles in millions and, in square brackets, those with one round of "
+            "every loop."
+        )
+    ratios = "jaxnorm's number divided by the number in the cell is in parentheses."
+    lines = [f"{numbers} {ratios}", ""]
     lines += ["| norm | x | dtype | mode | " + " | ".join(libraries) + " |"]
     lines.append("|---" * (4 + len(libraries)) + "|")
     for row in cells:
@@ -242,7 +246,7 @@ def cell_text(row: Row, target: str, library: str) -> str:
     if answer["once"] and answer["once"][key] is not None:
         text += f" [{answer['once'][key] / unit:.2f}]"
     text += "" if is_tpu(target) else f"; {answer['kernels']}"
-    value = None if library == OURS else ratio_to(row, target, library)
+    value = None if library == JAXNORM else ratio_to(row, target, library)
     return text if value is None else f"{text} ({value:.2f})"
 
 
@@ -335,8 +339,8 @@ def plot_ratios(steps: list[Row], targets: list[str], path: Path) -> None:
 def ratio_of_temporaries(row: Row, target: str) -> float | None:
     """jaxnorm's peak of temporary memory divided by Flax's."""
     answers = row["targets"].get(target, {})
-    ours, other = (answers.get(name, {}) for name in (OURS, twin(row["job"])))
-    return ratio(ours.get("temporaries"), other.get("temporaries"))
+    jaxnorm, other = (answers.get(name, {}) for name in (JAXNORM, twin(row["job"])))
+    return ratio(jaxnorm.get("temporaries"), other.get("temporaries"))
 
 
 def draw_panel(axes: Any, answers: dict[str, Answer], target: str, libraries: list[str]) -> None:

@@ -195,13 +195,7 @@ def make_by_name(norm: str, shape: tuple[int, ...], layout: str) -> Any:
 def main():
     """Prints both tables, or the table of a TPU topology."""
     if sys.argv[1:2] == ["--pod"]:
-        head = [
-            "the batch is spread by",
-            "batch norms",
-            "collectives",
-            "bytes",
-            "of these, gradients",
-        ]
+        head = ["norm", "devices", "collectives", "bytes", "norms"]
         print(table(head, pod(sys.argv[2])))
         return
     rows = []

@@ -53,9 +53,10 @@ def about(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{results['machine']['processor']}, {results['machine']['cores']} cores. {versions}.\n\n"
-        "Times are minima, in milliseconds. jaxnorm's time as a ratio to each is in brackets. The "
-        "column scaling is y = 1.0001 x, which is the limit. A dash means that the library has no "
-        "such norm, or not in this layout."
+        "Times are minima, in milliseconds. jaxnorm's time divided by the time in the cell is in "
+        "parentheses. The column scaling is the time of y = 1.0001 x, which reads x and writes y "
+        "once; no norm can be faster. A dash means that the library has no such norm, or not in "
+        "this layout."
     )
 
 
@@ -77,20 +78,22 @@ def norm_table(cells: list[dict[str, Any]]) -> str:
     lines.append("|---" * (3 + len(libraries)) + "|")
     for cell in cells:
         row = [f"| {name_of(cell['job'])}"]
-        ours = cell["libraries"].get("jaxnorm", {}).get("minimum")
+        jaxnorm = cell["libraries"].get("jaxnorm", {}).get("minimum")
         row += [
-            time_cell(cell["libraries"].get(library, {}), library, ours) for library in libraries
+            time_cell(cell["libraries"].get(library, {}), library, jaxnorm) for library in libraries
         ]
         lines.append(" | ".join(row) + " |")
     return "\n".join(lines)
 
 
-def time_cell(answer: dict[str, Any], library: str, ours: float | None) -> str:
+def time_cell(answer: dict[str, Any], library: str, jaxnorm: float | None) -> str:
     """Returns the time of a library, and jaxnorm's as a ratio to it."""
     if "minimum" not in answer:
         return "–"  # noqa: RUF001
     text = f"{answer['minimum'] * 1e3:.2f}"
-    return text if library == "jaxnorm" or not ours else f"{text} ({ours / answer['minimum']:.2f})"
+    if library == "jaxnorm" or not jaxnorm:
+        return text
+    return f"{text} ({jaxnorm / answer['minimum']:.2f})"
 
 
 def step_table(cells: list[dict[str, Any]]) -> str:
@@ -103,8 +106,8 @@ def step_table(cells: list[dict[str, Any]]) -> str:
     lines = ["| model | " + " | ".join(libraries) + " |", "|---" * (1 + len(libraries)) + "|"]
     for cell in cells:
         answers = cell["libraries"]
-        ours = answers.get("jaxnorm", {}).get("minimum")
-        row = [time_cell(answers[library], library, ours) for library in libraries]
+        jaxnorm = answers.get("jaxnorm", {}).get("minimum")
+        row = [time_cell(answers[library], library, jaxnorm) for library in libraries]
         lines.append(f"| {cell['job']['model']} | " + " | ".join(row) + " |")
         compiled = compile_cells(answers, libraries)
         lines.append(f"| {cell['job']['model']}, compile time | {compiled} |")
@@ -113,10 +116,12 @@ def step_table(cells: list[dict[str, Any]]) -> str:
 
 def compile_cells(answers: dict[str, Any], libraries: list[str]) -> str:
     """Returns the seconds to trace, lower and compile, and jaxnorm's as a ratio to them."""
-    ours, row = answers.get("jaxnorm", {}).get("compile_seconds"), []
+    jaxnorm, row = answers.get("jaxnorm", {}).get("compile_seconds"), []
     for library in libraries:
         seconds = answers[library].get("compile_seconds")
-        ratio = f" ({ours / seconds:.2f})" if seconds and ours and library != "jaxnorm" else ""
+        ratio = (
+            f" ({jaxnorm / seconds:.2f})" if seconds and jaxnorm and library != "jaxnorm" else ""
+        )
         row.append(f"{seconds:.1f} s{ratio}" if seconds else "–")  # noqa: RUF001
     return " | ".join(row)
 
@@ -124,7 +129,11 @@ def compile_cells(answers: dict[str, Any], libraries: list[str]) -> str:
 def memory_table(cells: list[dict[str, Any]]) -> str:
     """Returns a table of residuals, temporaries and bytes accessed, as multiples of x."""
     libraries = [k for k in cells[0]["libraries"] if k != LIMIT and not k.startswith("torch")]
-    lines = ["Bytes kept for the backward pass / temporaries / accessed, as multiples of x's.", ""]
+    lines = [
+        "Each cell has the bytes kept for the backward pass, the bytes of temporaries, and the "
+        "bytes accessed, as multiples of the bytes of x.",
+        "",
+    ]
     lines += ["| norm | x | dtype | " + " | ".join(libraries) + " |"]
     lines.append("|---" * (3 + len(libraries)) + "|")
     for cell in cells:
