@@ -264,9 +264,9 @@ def table(runs: dict[str, Run], test: Images) -> str:
 
 
 NOTES = """\
-What to see: which statistics keep the accuracy when the images change.
+Accuracy on clean and on changed test images, with different statistics.
 changed: images with half the contrast and more brightness, 0.5 x + 0.4 for x in [0, 1].
-as evaluated: by the running statistics if the model has them, else by its own statistics.
+as evaluated: by the running statistics if the model has them, else by those of the images.
 own statistics: those of each image for InstanceNorm, of all test images for BatchNorm.
 seconds: for all epochs, including compilation and a test after each epoch."""
 
@@ -290,7 +290,7 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     right.legend(title="after the last epoch", frameon=False)
-    figure.suptitle("What to see: how fast each network learns, and how well it reads new images")
+    figure.suptitle("Loss and test accuracy of each network")
     figure.savefig(path, dpi=150)
 
 
@@ -299,7 +299,7 @@ def draw_mistakes(runs: dict[str, Run], test: Images, path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(12, 0.4 + 1.45 * len(runs)))
     heights = [0.4, *[1.45] * len(runs)]
     panels = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    title = "What to see: which digits each network misreads, and whether you read them right"
+    title = "Test images that each network misclassifies"
     panels[0].suptitle(title, y=0.8)
     for row, (name, run), (color, _) in zip(panels[1:], runs.items(), STYLES, strict=True):
         predicted = np.asarray(predict(run.state, test.images))

@@ -91,7 +91,7 @@ INSIDE = {
 
 
 def module_names(layers: int = 12) -> dict[str, str]:
-    """Returns a map from the names in this file to Hugging Face's names in a GPT2Model."""
+    """Returns a map from Hugging Face's names in a GPT2Model to the names in this file."""
     names = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "norm"}
     for k in range(layers):
         names |= {f"h.{k}.{torch_name}": f"block_{k}.{name}" for torch_name, name in INSIDE.items()}
@@ -127,7 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, metavar="model.safetensors")
     parser.add_argument("ids", type=int, nargs="+", metavar="ID", help="ids of tokens, in a row")
-    parser.add_argument("--heads", type=int, help="of the attention; default: of 64 channels each")
+    parser.add_argument(
+        "--heads", type=int, help="heads of the attention; default: one per 64 channels"
+    )
     options = parser.parse_args(arguments)
     try:
         variables = from_pytorch(options.weights)

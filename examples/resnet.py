@@ -1,4 +1,4 @@
-"""Converts a ResNet from PyTorch to Flax, with torchvision's names and exactly its weights.
+"""Converts a ResNet from PyTorch to Flax, with torchvision's names and unchanged weights.
 
     python examples/resnet.py resnet50.safetensors
 
@@ -35,7 +35,7 @@ def conv(features: int, size: int, strides: int, name: str) -> nn.Conv:
     )
 
 
-class Norms(nn.Module):
+class Projection(nn.Module):
     """The projection of a shortcut: in PyTorch, an nn.Sequential of a convolution and a norm."""
 
     features: int
@@ -62,12 +62,12 @@ class BasicBlock(nn.Module):
         y = conv(self.features, 3, 1, "conv2")(y)
         y = BatchNorm(use_running_average=not train, name="bn2")(y)
         if y.shape != x.shape:
-            x = Norms(self.features, self.strides, name="downsample")(x, train)
+            x = Projection(self.features, self.strides, name="downsample")(x, train)
         return nn.relu(x + y)
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions, the second of which has a quarter of the features, and a shortcut."""
+    """Three convolutions, the last with four times the features of the others, and a shortcut."""
 
     features: int
     strides: int
@@ -82,7 +82,7 @@ class Bottleneck(nn.Module):
         y = conv(4 * self.features, 1, 1, "conv3")(y)
         y = BatchNorm(use_running_average=not train, name="bn3")(y)
         if y.shape != x.shape:
-            x = Norms(4 * self.features, self.strides, name="downsample")(x, train)
+            x = Projection(4 * self.features, self.strides, name="downsample")(x, train)
         return nn.relu(x + y)
 
 

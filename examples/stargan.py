@@ -87,7 +87,7 @@ def norm(name: str, use_running_average: bool) -> InstanceNorm:
 
 
 def module_names() -> dict[str, str]:
-    """Returns a map from the names in this file to those in the original nn.Sequential."""
+    """Returns a map from the names in the original nn.Sequential to those in this file."""
     names = {"main.0": "enter", "main.1": "enter_norm"}
     for k in range(2):
         names |= {f"main.{3 + 3 * k}": f"down_{k}", f"main.{4 + 3 * k}": f"down_{k}_norm"}
@@ -198,8 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Loads or trains the weights, and draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, nargs="?", metavar="G.safetensors")
-    parser.add_argument("--features", type=int, default=16, help="to train; published: 64")
-    parser.add_argument("--steps", type=int, default=200, help="to train")
+    parser.add_argument("--features", type=int, default=16, help="channels of the first layer")
+    parser.add_argument("--steps", type=int, default=200, help="steps of training")
     parser.add_argument("--out", type=Path, default=Path("stargan.png"), help="the picture")
     options = parser.parse_args(arguments)
     images = photographs()

@@ -93,7 +93,7 @@ class Generator(nnx.Module):
 
 
 def module_names(blocks: int = 6) -> dict[str, str]:
-    """Returns a map from the names in this file to those in the original nn.Sequential."""
+    """Returns a map from the names in the original nn.Sequential to those in this file."""
     names = {"main.0": "enter.conv", "main.1": "enter.norm"}
     for side, first in (("down", 3), ("up", 9 + blocks)):
         for k in range(2):
