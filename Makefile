@@ -89,7 +89,7 @@ test-colab: $(VENV)/with-test
 test-zoo: $(VENV_ZOO)/with-zoo
 	$(VENV_ZOO)/bin/pytest tests_zoo -rsf $(ARGS)
 
-# The lowest share of the statements, in percent. The tests of ONNX add theirs to what is measured.
+# The lowest share of the statements, in percent. The tests of ONNX add what they run.
 COVERED ?= 95
 coverage: $(VENV)/with-test $(VENV_ONNX)/with-test-onnx
 	$(BIN)/coverage erase
