@@ -97,7 +97,7 @@ class BatchNorm(linen_base.Tracked):
     skip_nonfinite: bool = True
     virtual_batch_size: int | None = None
 
-    _norm: ClassVar[calls.Norm] = staticmethod(calls.batch_norm)
+    _norm: ClassVar[calls.TrackedNorm] = staticmethod(calls.batch_norm)
     _param_axes = staticmethod(attributes.batch_norm_axes)
 
 

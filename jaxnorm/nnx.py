@@ -85,7 +85,7 @@ class BatchNorm(nnx_base.Tracked):
       flax.nnx.BatchNorm, flax 0.12; torch.nn.BatchNorm2d, PyTorch 2.13.
     """
 
-    _norm: ClassVar[calls.Norm] = staticmethod(calls.batch_norm)
+    _norm: ClassVar[calls.TrackedNorm] = staticmethod(calls.batch_norm)
 
     axis: int | Sequence[int]
     virtual_batch_size: int | None

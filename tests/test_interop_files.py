@@ -142,7 +142,7 @@ def test_a_pickled_module_is_an_error_that_says_how_to_save_its_state_dict(tmp_p
         interop.from_torch(path)
     assert "write torch.save(model.state_dict(), 'net.pt')" in str(error.value)
     assert "weights_only" not in str(error.value)
-    with pytest.raises(ValueError, match=r"but is Sequential; for a module, write model.state_dict"):
+    with pytest.raises(ValueError, match="but is Sequential; for a module, write model"):
         interop.from_torch({"model": torch.nn.Sequential()}, key="model")
 
 

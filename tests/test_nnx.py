@@ -86,6 +86,14 @@ def test_a_half_precision_state_is_widened_in_place(kind):
     chex.assert_trees_all_close(state_of(layer), expected, rtol=1e-6)
 
 
+@both
+def test_a_clone_keeps_the_state_from_before_a_step(kind):
+    layer = TRACKING[kind]()
+    before = nnx.clone(layer)
+    layer(X)
+    assert (int(before.count[...]), int(layer.count[...])) == (0, 1)
+
+
 def test_the_variables_are_params_and_batch_stats():
     layer = TRACKING["batch"]()
     assert set(nnx.to_pure_dict(nnx.state(layer, nnx.Param))) == {"scale", "bias"}

@@ -13,7 +13,7 @@ from jaxnorm._core.layout import Layout
 from jaxnorm._core.variables import Affine, BatchStats
 from jaxnorm._layers import attributes
 
-Norm = Callable[..., tuple[jax.Array, BatchStats | None]]
+TrackedNorm = Callable[..., tuple[jax.Array, BatchStats | None]]
 
 
 def normalize_and_update(
@@ -25,7 +25,7 @@ def normalize_and_update(
     **call: Any,
 ) -> jax.Array:
     """Calls the norm of the layer, and writes the running statistics back if they were updated."""
-    norm: Norm = layer._norm
+    norm: TrackedNorm = layer._norm
     y, new_batch_stats = norm(layer, x, params, batch_stats, **call)
     if new_batch_stats is not None and new_batch_stats is not batch_stats:
         write_back(layer, new_batch_stats)

@@ -35,7 +35,7 @@ class Norm(nn.Module):
 class Tracked(Norm):
     """The call of the layers that may have running statistics."""
 
-    _norm: ClassVar[calls.Norm]
+    _norm: ClassVar[calls.TrackedNorm]
     ranks: ClassVar[tuple[int, ...] | None] = None
 
     @nn.compact

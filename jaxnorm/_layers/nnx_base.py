@@ -51,7 +51,7 @@ class Tracked(Norm):
     count: nnx.BatchStat[jax.Array]
     accumulation: nnx.BatchStat[Any] | None
 
-    _norm: ClassVar[calls.Norm]
+    _norm: ClassVar[calls.TrackedNorm]
     _frozen: bool = False  # freeze() and unfreeze() set it
     ranks: ClassVar[tuple[int, ...] | None] = None
 

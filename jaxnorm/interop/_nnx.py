@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxnorm.interop._trees import Tree, flatten, join, nest, split, without_accumulation
 
-STATE = ("mean", "var", "count")
+STATISTICS = ("mean", "var", "count")
 
 
 def to_nnx(variables: Mapping[str, Any]) -> Tree:
@@ -79,7 +79,7 @@ def from_nnx(tree: Mapping[Any, Any]) -> Tree:
 
     def is_statistic(name: str) -> bool:
         module, leaf = split(name)
-        return module in norms and leaf in STATE
+        return module in norms and leaf in STATISTICS
 
     return {
         "params": nest("from_nnx", {k: v for k, v in flat.items() if not is_statistic(k)}),

@@ -76,7 +76,7 @@ def _known(name: str, module: Any, create: Callable[[str, Any], NormRow]) -> Nor
         if _contains_norms(module):
             return None
         return _unknown(name, module, str(error))
-    others = sorted(own_arrays(module).keys() - LEAVES.get(row.layer, AFFINE))
+    others = sorted(own_arrays(module).keys() - ARRAYS_OF.get(row.layer, AFFINE))
     if others:
         return _unknown(name, module, f"also has {', '.join(others)}")
     return row.with_note(_lazy_note(module)).with_note(_forward_note(module))
@@ -232,7 +232,7 @@ def _axes(module: Any) -> dict[str, Any]:
 
 AFFINE = {"weight", "bias"}
 TRACKED = AFFINE | {"running_mean", "running_var", "num_batches_tracked"}
-LEAVES = {"BatchNorm": TRACKED, "InstanceNorm": TRACKED, "RMSNorm": {"weight"}}
+ARRAYS_OF = {"BatchNorm": TRACKED, "InstanceNorm": TRACKED, "RMSNorm": {"weight"}}
 # Norms of weights, such as those of torch.nn.utils.parametrizations.
 WEIGHT_NORMS = re.compile(r"(weight|spectral)_?norm", re.IGNORECASE)
 NORM_NAMES = re.compile(r"(?i:norm)|Abn|ABN|LRN")

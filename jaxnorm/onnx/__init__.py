@@ -9,7 +9,7 @@ import onnx
 
 from jaxnorm._core import arguments, platforms
 from jaxnorm.onnx import _plugin as _plugin  # registers the norms with jax2onnx
-from jaxnorm.onnx._operators import OPTIONS, Options
+from jaxnorm.onnx._operators import OPTIONS, ExportOptions
 
 
 def to_onnx(
@@ -74,7 +74,7 @@ def to_onnx(
       ONNX operators, opset 23. https://onnx.ai/onnx/operators
       jax2onnx 0.17.1. https://github.com/enpasos/jax2onnx
     """
-    token = OPTIONS.set(Options(native, _checked(update_stats)))
+    token = OPTIONS.set(ExportOptions(native, _checked(update_stats)))
     try:
         # The formulation for GPU has no loop and no choice of platforms. This clears the caches.
         with platforms.formulated_for("cuda"):

@@ -22,14 +22,13 @@ from jaxnorm._core.layout import Layout
 from jaxnorm._core.normalize import affine
 from jaxnorm._core.reduction import Reduction, select
 from jaxnorm._core.variables import statistics_dtype
-from jaxnorm._norm import Options as NormOptions
-from jaxnorm._norm import Tracking
+from jaxnorm._norm import Options, Tracking
 from jaxnorm._stats import state_checks
 from jaxnorm.onnx._primitive import norm_p
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """The arguments of `to_onnx` that the norms need at trace time."""
 
     native: bool = True
@@ -37,7 +36,7 @@ class Options:
 
 
 # The default, which is immutable, applies to direct calls of `jax2onnx.to_onnx`.
-OPTIONS = contextvars.ContextVar("options", default=Options())  # noqa: B039
+OPTIONS = contextvars.ContextVar("options", default=ExportOptions())  # noqa: B039
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
         params: Any,
         batch_stats: Any,
         layout: Layout,
-        options: NormOptions,
+        options: Options,
         tracking: Tracking,
     ) -> tuple[jax.Array, Any]:
         function = options.function
@@ -114,7 +113,7 @@ def untracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def norm(
-        x: jax.Array, params: Any, layout: Layout, reduction: Reduction, options: NormOptions
+        x: jax.Array, params: Any, layout: Layout, reduction: Reduction, options: Options
     ) -> jax.Array:
         _check_one_device(options.function, reduction.mapped_axes)
         groups = reduction.groups or reduction.split
@@ -176,7 +175,7 @@ def _instance_operator(
     layout: Layout,
     batch_axes: Sequence[int],
     x: jax.Array,
-    options: NormOptions,
+    options: Options,
     tracking: Tracking,
 ) -> Operator | None:
     """Returns the operator that normalizes by the statistics of x; None if there is none."""
@@ -193,7 +192,7 @@ def _instance_operator(
 
 
 def _by_operator(
-    options: NormOptions,
+    options: Options,
     operator: Operator | None,
     fallback: Callable[[jax.Array, Any, Any], jax.Array],
     layout: Layout,
