@@ -107,9 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     pictures = (
         entitle("the {}", photographs)
         | entitle("the {} in the {}'s colors", adain(photographs, exchange(own)))
-        | entitle(
-            "the {}, gradually in the {}'s colors", adain(photographs, sliding)
-        )
+        | entitle("the {}, gradually in the {}'s colors", adain(photographs, sliding))
     )
     print(f"{table(pictures)}\n")
     draw(pictures, options.out / "adain.png")

@@ -115,7 +115,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x, train, update_stats=None):
-        """Normalizes by the images' own statistics in training, and else by running statistics."""
+        """Returns the logits; in evaluation, batch norm normalizes by its running statistics."""
 
         def normalize(x):
             if self.norm is None:
@@ -196,8 +196,9 @@ def fit_all(model, batch_size, orders, variables):
 
 # %% [markdown]
 # After training, each network classifies the validation images, the test images, and the test
-# images with half the contrast and more brightness. The "own" logits normalize by the statistics of
-# the images that are given, and do not update the running statistics (`update_stats=False`).
+# images with half the contrast and more brightness. For the "own" logits, batch norm normalizes by
+# the statistics of the given images, and does not update the running statistics
+# (`update_stats=False`).
 
 
 # %%
@@ -309,7 +310,7 @@ assert min(c.max() for c in correct) >= max(c.min() for c in correct) - 0.01  # 
 # %% [markdown]
 # Every norm is better than none: without a norm, the final loss is the highest. These curves do not
 # show which norm is best. The training losses differ, but the bands of the test accuracies of all
-# four norms overlap after the last epoch, or lie within a percent of each other.
+# four norms overlap after the last epoch, or lie within one percentage point of each other.
 
 # %% [markdown]
 # ## Batch size

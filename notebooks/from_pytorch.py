@@ -74,7 +74,8 @@ def apart(a, b):
 # ## The photographs
 #
 # The images are square parts of the two photographs that come with scikit-learn, a temple and a
-# flower. They have 64 x 64 pixels, at half the original size, with values from -1 to 1.
+# flower. They have 64 x 64 pixels, from photographs at half the original size, with values from
+# -1 to 1.
 
 # %%
 photographs = stargan.photographs(size=64)
@@ -91,23 +92,23 @@ print(photographs.shape, photographs.dtype, photographs.min(), photographs.max()
 # %%
 FEATURES, STEPS = 8, 400
 torch.manual_seed(0)
-theirs = torch_models.Generator(features=FEATURES)
-optimizer = torch.optim.Adam(theirs.parameters())
+torch_model = torch_models.Generator(features=FEATURES)
+optimizer = torch.optim.Adam(torch_model.parameters())
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=STEPS)
 rng = np.random.default_rng(0)
 for step in range(STEPS):
     chosen, label = rng.integers(len(photographs), size=4), rng.integers(stargan.LABELS, size=4)
     x = to_torch_layout(photographs[chosen])
-    loss = (theirs(x, torch.eye(stargan.LABELS)[label]) - x).abs().mean()
+    loss = (torch_model(x, torch.eye(stargan.LABELS)[label]) - x).abs().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     schedule.step()
     if step in (0, STEPS - 1):
         print(f"step {step:3}: mean error {loss.item():.3f}")
-theirs.eval()
+torch_model.eval()
 
-state_dict = theirs.state_dict()
+state_dict = torch_model.state_dict()
 for key in ("main.1.weight", "main.1.bias", "main.1.running_mean", "main.1.running_var"):
     print(f"{key:28} {tuple(state_dict[key].shape)}")
 print(f"{'main.1.num_batches_tracked':28} {state_dict['main.1.num_batches_tracked'].item()}")
@@ -166,9 +167,9 @@ def by_own(x, label):
 
 with torch.no_grad():
     given = to_torch_layout(images), torch.from_numpy(label)
-    expected = from_torch_layout(theirs.eval()(*given))
-    expected_own = from_torch_layout(theirs.train()(*given))
-    theirs.eval()
+    expected = from_torch_layout(torch_model.eval()(*given))
+    expected_own = from_torch_layout(torch_model.train()(*given))
+    torch_model.eval()
 y, y_own = np.asarray(evaluate(images, label)), np.asarray(by_own(images, label))
 print(f"largest difference from PyTorch: running statistics {apart(y, expected):.0e},", end=" ")
 print(f"own {apart(y_own, expected_own):.0e}, of values from -1 to 1")
@@ -243,7 +244,7 @@ assert apart(y_onnx, expected) < 1e-4
 # ## ResNet-18
 #
 # This model has torchvision's layout and names, so that no map of names is needed. Its weights are
-# random, since only equal outputs are to be shown, and its running statistics are those of a few
+# random, because the notebook only compares outputs, and its running statistics are those of a few
 # batches of photographs.
 
 # %%

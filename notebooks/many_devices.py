@@ -102,7 +102,7 @@ print(spread.shape, "as", [shard.data.shape for shard in spread.addressable_shar
 # ## Under jit
 #
 # Under `jit`, no change is needed. The array is distributed and the program is the same: it
-# normalizes by the whole batch on however many devices.
+# normalizes by the whole batch on any number of devices.
 
 # %%
 train = jax.jit(jaxnorm.batch_norm)

@@ -254,8 +254,8 @@ assert np.abs(flax_losses - losses).max() < 1e-3  # each step multiplies the rou
 # variance of each batch, which divides by the number of values $n$. jaxnorm averages the unbiased
 # variance, which divides by $n - 1$ and which PyTorch uses. So the running variance becomes larger
 # by up to a factor of $n / (n - 1)$, where $n$ is the number of images times the number of pixels.
-# After
-# 10 steps from the checkpoint with a decay of 0.9, $1 - 0.9^{10}$ = 65 % of the difference is there.
+# After 10 steps from the checkpoint with a decay of 0.9, $1 - 0.9^{10}$ = 65 % of the difference
+# is there.
 
 # %%
 PIXELS = {"bn_init": 64, "Block_0": 64, "Block_1": 16, "Block_2": 4}
@@ -269,10 +269,10 @@ def states(batch_stats):
             yield path, BATCH * PIXELS[name], leaf
 
 
-theirs = {path: leaf for path, _, leaf in states(flax_state.batch_stats)}
+flax_stats = {path: leaf for path, _, leaf in states(flax_state.batch_stats)}
 ratios = {
-    path: (n, np.asarray(ours["var"] / theirs[path]["var"]) - 1)
-    for path, n, ours in states(state.batch_stats)
+    path: (n, np.asarray(stats["var"] / flax_stats[path]["var"]) - 1)
+    for path, n, stats in states(state.batch_stats)
 }
 for n, ratio in ratios.values():
     np.testing.assert_allclose(np.median(ratio), (1 - 0.9**10) / (n - 1), rtol=0.2)

@@ -210,10 +210,11 @@ for name in ("jaxnorm", "flax, default", TWO_PASS):
 # %% [markdown]
 # ## bfloat16
 #
-# Activations in bfloat16 have about three digits, and no more is lost: the moments are computed in
-# float32, and y is rounded once, at the end. Running statistics, however, must not be stored in
-# bfloat16. An update of a tenth or a hundredth of the difference soon is less than half of the last
-# digit and is rounded away, so that the average stops far from the correct value.
+# Activations in bfloat16 have about three digits, and the norm loses no further digits: the moments
+# are computed in float32, and y is rounded once, at the end. Running statistics, however, must not
+# be stored in bfloat16. An update of a tenth or a hundredth of the difference soon becomes less
+# than half a unit in the last place and is rounded away, so that the average stops far from the
+# correct value.
 
 # %%
 steps, target = 600, 3.0

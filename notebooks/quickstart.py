@@ -197,8 +197,8 @@ plt.show()
 # %% [markdown]
 # ## Errors for common mistakes
 #
-# The state cannot be lost by accident: each of these mistakes raises an error at trace time, before
-# anything is computed.
+# The state cannot be lost by accident. Each mistake below, except the last, raises an error at
+# trace time, before anything is computed.
 
 
 # %%
@@ -241,7 +241,8 @@ norm = jaxnorm.linen.BatchNorm()
 error_of(lambda: norm.init(jax.random.key(0), train_x[:8]))
 
 # %% [markdown]
-# **One value per channel:** a batch of one, as at the end of an epoch, has no variance.
+# **One value per channel:** a batch of one sample without spatial axes, as can occur at the end of
+# an epoch, has no variance.
 
 # %%
 error_of(lambda: jaxnorm.batch_norm(jnp.ones((1, 16))))
