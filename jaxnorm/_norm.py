@@ -159,19 +159,13 @@ def tracked_norm(
     if batch_stats is not None:
         state = state_checks.batch_stats(function, batch_stats, layout.shape(x), x_shape=x.shape)
     operands = _operands(x, params, layout, options, state)
-    split_layout, shape, stats_axes, update_axes = (
-        layout,
-        x.shape,
-        tracking.stats_axes,
-        tracking.update_axes,
-    )
+    split_layout, shape = layout, x.shape
     if tracking.virtual_batch_size is not None and not use_running_average:
-        size = tracking.virtual_batch_size
-        operands, shape = _in_virtual_batches(function, size, operands, layout)
-        split_layout, stats_axes, update_axes = layout.with_batch_axis, LOCAL, stats_axes
+        operands, tracking = _in_virtual_batches(function, operands, layout, tracking)
+        split_layout, shape = layout.with_batch_axis, operands.x.shape[1:]
     if not use_running_average and options.mask is None:
-        checks.more_than_one_value(function, shape, layout, stats_axes.size())
-    reduction = Reduction(split_layout.reduced, mapped_axes=stats_axes)
+        checks.more_than_one_value(function, shape, layout, tracking.stats_axes.size())
+    reduction = Reduction(split_layout.reduced, mapped_axes=tracking.stats_axes)
     shifted: Any = None
     if tracking.update_stats or not use_running_average:
         shifted = _shifted_moments_jit(reduction, operands.x, operands.mask, operands.mean)
@@ -188,7 +182,7 @@ def tracked_norm(
         rows = jax.tree.map(split_layout.squeeze_to_channels, unshift(*shifted))
         update = Update(tracking.momentum, tracking.skip_nonfinite)
         batch_stats = update_running_stats(
-            state, rows, update, between=layout.batch is None, mapped_axes=update_axes
+            state, rows, update, between=layout.batch is None, mapped_axes=tracking.update_axes
         )
     return y.reshape(x.shape), batch_stats
 
@@ -261,12 +255,14 @@ def _zero_where_masked(mask: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def _in_virtual_batches(
-    function: str, size: int, operands: _Operands, layout: Layout
-) -> tuple[_Operands, tuple[int, ...]]:
-    """Returns the operands with a first axis of virtual batches, and the shape of one of them."""
-    x = operands.x
+    function: str, operands: _Operands, layout: Layout, tracking: Tracking
+) -> tuple[_Operands, Tracking]:
+    """Splits the samples into virtual batches, whose moments are only summed over devices later."""
+    x, size = operands.x, cast(int, tracking.virtual_batch_size)
     size = checks.virtual_batches(function, size, x.shape, layout, number_of_shards(x, 0))
-    return operands.map(functools.partial(_split_virtual_batches, size=size)), (size, *x.shape[1:])
+    operands = operands.map(functools.partial(_split_virtual_batches, size=size))
+    update_axes = tracking.stats_axes
+    return operands, dataclasses.replace(tracking, stats_axes=LOCAL, update_axes=update_axes)
 
 
 def _split_virtual_batches(a: jax.Array, *, size: int) -> jax.Array:

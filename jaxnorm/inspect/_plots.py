@@ -87,10 +87,8 @@ def plot_layers(
     columns = math.ceil(len(chosen) / lines)
     figure = _figure((1 + 2.8 * columns, 0.5 + 2.2 * lines + 2.6 * above))
     grid = figure.add_gridspec(lines + above, columns, height_ratios=[1.2] * above + [1] * lines)
-    titles = [
-        f"{number}. {title}" if above else title
-        for number, title in enumerate(_abbreviated(chosen, order, 34).values(), 1)
-    ]
+    numbered = enumerate(_abbreviated(chosen, order, 34).values(), 1)
+    titles = [f"{number}. {title}" if above else title for number, title in numbered]
 
     def draw(axes: Any, i: int) -> None:
         state, other = states[chosen[i]], others and others[chosen[i]]
@@ -99,12 +97,10 @@ def plot_layers(
     places = [grid[above + i // columns, i % columns] for i in range(len(chosen))]
     _draw_panels(figure, places, titles, draw)
     if above:
-        chart, title = _axes(figure, grid[0, :]), _overview_title(names, alone=others is None)
-        title += f"; numbered: the worst {len(chosen)} of {len(order)} norms"
-        chart.set_title(title, size=9)
-        low = np.array([rows[name].std_min if others is None else 0.0 for name in order])
-        high = np.array([drifts.get(name, rows[name].std_max) for name in order])
-        _draw_overview(chart, low, high, [order.index(name) for name in chosen])
+        chart = _axes(figure, grid[0, :])
+        title = _overview_title(names, alone=others is None)
+        chart.set_title(f"{title}; numbered: the worst {len(chosen)} of {len(order)} norms", size=9)
+        _draw_overview(chart, list(rows.values()), drifts, [order.index(name) for name in chosen])
     return figure
 
 
@@ -290,8 +286,15 @@ def _draw_layer(
     axes.locator_params(axis="x", integer=True)
 
 
-def _draw_overview(axes: Axes, low: np.ndarray, high: np.ndarray, chosen: list[int]) -> None:
-    """Draws one bar per norm in the order of the model, and numbers the chosen ones."""
+def _draw_overview(
+    axes: Axes, rows: Sequence[NormSummary], drifts: Mapping[str, float], chosen: list[int]
+) -> None:
+    """Draws one bar per norm in the order of the model, and numbers the chosen ones.
+
+    Each bar is the drift of the norm or, without drifts, the range of its standard deviations.
+    """
+    low = np.array([0.0 if drifts else row.std_min for row in rows])
+    high = np.array([drifts.get(row.path, row.std_max) for row in rows])
     # Bars that are not finite are the longest.
     most = np.max(high, initial=0, where=high <= MOST) or 1.0
     high = np.where(high <= most, high, 1.2 * most)
