@@ -36,7 +36,7 @@ OPTIMIZED = $(addprefix tests/test_, moments.py extremes.py compiled.py)
 .PHONY: help demo test test-slow test-onnx lint notebooks docs test-site package bench bench-full \
   test-accelerators test-exhaustive bench-accelerators test-colab test-versions test-zoo coverage mutants
 help:
-	@echo "make demo   train a small network with each norm on scanned digits; writes digits/*.png"
+	@echo "make demo   train a small network on scanned digits without a norm, with batch and with instance norm; writes digits/*.png"
 	@echo "make test   run the tests except the slow ones"
 	@echo "make test-slow   run the slow tests and the notebooks, and some others with the formulations for TPU and GPU and with optimized programs"
 	@echo "make test-onnx   run the tests of the export to ONNX"

@@ -64,6 +64,7 @@ def write_report(path: Path) -> str:
     path.with_suffix(".md").write_text(text)
     if steps:
         plot(steps, found, path.with_suffix(".png"))
+    if steps and not any(row["job"]["full"] for row in steps):  # the figure of the README
         plot_ratios(steps, found, path.with_name(f"{path.stem}-ratios.png"))
     return text
 
@@ -215,13 +216,14 @@ def cell_table(cells: list[Row], target: str) -> str:
     libraries = list(
         dict.fromkeys(library for row in cells for library in row["targets"].get(target, {}))
     )
+    unit = "cycles" if is_tpu(target) else "bytes"
     numbers = "Each cell has the bytes, as a multiple of the bytes of x, and the number of kernels."
     if is_tpu(target):
         numbers = (
-            "Each cell has the cycles in millions and, in square brackets, those with one round of "
-            "every loop."
+            "Each cell has the cycles in millions. If the program has a loop, the cycles with one "
+            "round of every loop are in square brackets."
         )
-    ratios = "jaxnorm's number divided by the number in the cell is in parentheses."
+    ratios = f"jaxnorm's {unit} divided by those of the library are in parentheses."
     lines = [f"{numbers} {ratios}", ""]
     lines += ["| norm | x | dtype | mode | " + " | ".join(libraries) + " |"]
     lines.append("|---" * (4 + len(libraries)) + "|")

@@ -198,8 +198,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Loads or trains the weights, and draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, nargs="?", metavar="G.safetensors")
-    parser.add_argument("--features", type=int, default=16, help="channels of the first layer")
-    parser.add_argument("--steps", type=int, default=200, help="steps of training")
+    parser.add_argument(
+        "--features",
+        type=int,
+        default=16,
+        help="channels of the first layer, without weights; published: 64",
+    )
+    parser.add_argument("--steps", type=int, default=200, help="steps of training, without weights")
     parser.add_argument("--out", type=Path, default=Path("stargan.png"), help="the picture")
     options = parser.parse_args(arguments)
     images = photographs()

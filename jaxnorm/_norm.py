@@ -1,7 +1,7 @@
 """The steps of every norm: check the arguments, normalize, update the running statistics.
 
-`untracked_norm` and `tracked_norm` call three functions: `shifted_moments` in `_core/moments.py`
-computes the moments of x, `normalize` in `_core/normalize.py` computes y, and
+`tracked_norm` calls three functions, and `untracked_norm` the first two of them: `shifted_moments`
+in `_core/moments.py` computes the moments of x, `normalize` in `_core/normalize.py` computes y, and
 `update_running_stats` in `_stats/update.py` updates the state. The sums over x are in
 `_core/reduction.py`.
 """
@@ -100,7 +100,7 @@ class Tracking:
     limits: tuple[Any, Any] | None = None
 
     def checked(self, function: str, tracked: bool) -> "Tracking":
-        """Returns the checked options, with bools for the first two; `tracked`: with a state."""
+        """Returns the checked options; the first two become bools. `tracked`: there is a state."""
         use_running_average, update_stats = (
             None if value is None else arguments.boolean(function, name, value)
             for name, value in (

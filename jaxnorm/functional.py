@@ -323,7 +323,7 @@ def instance_norm(
 
     Raises:
       ValueError: in the same cases as `batch_norm`; if batch_axis is a channel axis; if instance
-        statistics are used and a sample has exactly one spatial element.
+        statistics are used without a mask and a sample has exactly one spatial element.
       NameError: if statistics are summed over axis_name, and it is not bound.
 
     Example:

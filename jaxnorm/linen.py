@@ -56,9 +56,10 @@ class BatchNorm(linen_base.Tracked):
 
     Raises:
       ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0. The
-        call raises it in the same cases as `jaxnorm.batch_norm`; if use_running_average is given
-        neither as an attribute nor in the call, or in both; if the running statistics are missing;
-        if they cannot be updated because `batch_stats` is not mutable.
+        call raises it in the same cases as `jaxnorm.batch_norm`. With running statistics also: if
+        use_running_average is given neither as an attribute nor in the call, or in both; if the
+        running statistics are missing; if they cannot be updated because `batch_stats` is not
+        mutable.
       TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:

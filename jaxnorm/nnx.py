@@ -65,8 +65,8 @@ class BatchNorm(nnx_base.Tracked):
 
     Raises:
       ValueError: if momentum and decay are both given; if momentum lies between 0.5 and 1.0. The
-        call raises it in the same cases as `jaxnorm.batch_norm`, and if use_running_average is None
-        both in the layer and in the call.
+        call raises it in the same cases as `jaxnorm.batch_norm` and, with running statistics, if
+        use_running_average is None both in the layer and in the call.
       TypeError: if an argument is given by its name in another library, such as `eps`.
 
     Example:

@@ -197,8 +197,7 @@ plt.show()
 # %% [markdown]
 # ## Errors for common mistakes
 #
-# The state cannot be lost by accident. Each mistake below, except the last, raises an error at
-# trace time, before anything is computed.
+# Each mistake below, except the last, raises an error at trace time, before anything is computed.
 
 
 # %%

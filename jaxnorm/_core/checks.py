@@ -3,9 +3,9 @@
 The other checks are those of single arguments (`_core/arguments.py`), of running statistics
 (`_stats/state_checks.py`) and of the attributes of layers (`_layers/attributes.py`).
 
-All checks run at trace time and raise a ValueError. In each, `function` is the name of the public
-function, with which errors begin, and `shape` and `ndim` are those of x. A symbolic size (of
-jax.export) passes every check that cannot be decided.
+The checks in this file run at trace time and raise a ValueError. In each, `function` is the name of
+the public function, with which errors begin, and `shape` and `ndim` are those of x. A symbolic size
+(of jax.export) passes every check that cannot be decided.
 """
 
 import math

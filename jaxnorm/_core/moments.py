@@ -78,7 +78,8 @@ def moments(
       axis_name: the mapped axes (of shard_map, pmap or vmap) over which x is distributed. The sums
         of the devices are added in one collective of the size of the moments (two on GPU). On other
         platforms, each recomputation about the mean, of which there are at most two, needs one
-        more.
+        more. With axis_index_groups, each collective has one row per group, and except on GPU one
+        more number is reduced before each recomputation.
       axis_index_groups: lists of indices along axis_name; each group has moments of its own.
 
     Returns:

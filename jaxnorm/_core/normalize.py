@@ -28,7 +28,7 @@ def infinite_for_zero(var: jax.Array, epsilon: jax.Array) -> jax.Array:
 
 
 def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
-    """Computes d * r * w: d is x - mean, r has the shape of the moments, and w is the scale.
+    """Computes d * r * w: d is x - mean, r has the shape of the moments, and w that of the scale.
 
     If r * w is smaller than x, it is computed first, so that only one product has the size of x.
     Its transpose sums d * g over the reduced axes, where g is the cotangent of y, multiplies the

@@ -40,9 +40,9 @@ def update_batch_stats(
         var \\leftarrow (1 - m)\\, var + m\\, var_{batch} \\tfrac{n}{n - 1}
 
     The momentum m is the weight of the new value, as in PyTorch, and the stored variance is
-    unbiased. A channel keeps its state if it has fewer than two entries in the batch or, by
-    default, if its moments are not finite. The count is incremented if at least one channel is
-    updated.
+    unbiased. A channel keeps its state if it has fewer than two entries in the batch (with one row
+    per sample: in every sample) or, by default, if its moments are not finite. The count is
+    incremented if at least one channel is updated.
 
     With momentum=None, all batches have the same weight: m = 1 / (count + 1), where count is the
     count of the input state. If any channel would be skipped, no channel is updated, because the
@@ -116,8 +116,8 @@ def merge_batch_stats(
       One state. Its count is the sum of the counts, and at most the largest int32.
 
     Raises:
-      ValueError: if stacked lacks a key, its shapes disagree, the shape of counts is not (K,), or a
-        count is negative.
+      ValueError: if stacked lacks a key, its shapes disagree, the shape of counts is not (K,), or
+        an entry of counts is negative.
 
     Example:
       >>> import jax.numpy as jnp

@@ -142,7 +142,7 @@ def _accumulation(accumulation: Any, find: Find) -> None:
         held = accumulation.get(part) if isinstance(accumulation, Mapping) else None
         found = arrays(held, keys)
         if found.keys() != set(keys):
-            find("accumulation", f"should have {part!r} with {', '.join(keys)}; start again")
+            find("accumulation", f"should have {part!r} with {', '.join(keys)}; end it first")
             continue
         for key, a in found.items():
             if not np.all(np.isfinite(np.asarray(a, np.float64))):

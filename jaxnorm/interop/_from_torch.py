@@ -229,7 +229,7 @@ def _check_parts(arrays: Arrays) -> None:
 
 
 def _detected_norms(arrays: Arrays) -> set[str]:
-    """Returns the modules with a running_mean, or with a weight of one axis."""
+    """Returns the modules with any of the running statistics, or with a weight of one axis."""
     return {
         module
         for module, leaf in map(split, arrays)
