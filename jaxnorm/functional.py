@@ -63,8 +63,8 @@ def batch_norm(
         constant under differentiation; scale and bias still have gradients.
       update_stats: whether to update the state with the moments of the batch. None updates it if
         x is normalized by the batch.
-      momentum: weight of the new batch in the running average, as in PyTorch. Defaults to 0.1. None
-        weighs all batches equally (cumulative average).
+      momentum: weight of the new batch in the running average, as in PyTorch; 1 - momentum is
+        Flax's momentum. Defaults to 0.1. None weighs all batches equally (cumulative average).
       epsilon: added to the variance, in units of x squared.
       channel_axis: the axis or axes that are not reduced over; "C" is the shape of x over them.
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.

@@ -52,7 +52,7 @@ BAD = {
     ),
     "misspelled parameter": (
         {"params": {"gamma": jnp.ones(3)}},
-        "params should be a dict of 'scale' and 'bias', but is ['gamma']",
+        "params should be a dict of 'scale' and 'bias', but is ['gamma']; write {'scale': weight,",
     ),
     "an array for params": (
         {"params": jnp.ones(3)},
@@ -66,7 +66,11 @@ BAD = {
     "half a state": (
         {"batch_stats": {"mean": STATE["mean"]}},
         "batch_stats should have the keys 'mean', 'var' and 'count', but is ['mean']; "
-        "init_batch_stats(num_features) creates a state",
+        "pass the state of one layer, or init_batch_stats(num_features) before training",
+    ),
+    "a state of PyTorch": (
+        {"batch_stats": {"running_mean": STATE["mean"], "running_var": STATE["var"]}},
+        "but is ['running_mean', 'running_var']; write interop.from_torch(state_dict)",
     ),
     "state without count": (
         {"batch_stats": {"mean": STATE["mean"], "var": STATE["var"]}},
@@ -96,7 +100,8 @@ BAD = {
     "mask of one rank less": ({"mask": np.ones((4, 5), bool)}, "write mask[..., None]"),
     "mask that does not broadcast": (
         {"mask": np.ones((4, 2, 1), bool)},
-        "mask should broadcast against x of shape (4, 5, 3), but has shape (4, 2, 1)",
+        "mask should broadcast against x of shape (4, 5, 3), but has shape (4, 2, 1); each of its "
+        "axes should have the size of that axis of x, or 1",
     ),
     "mask that is not bool": (
         {"mask": np.ones((4, 5, 1), np.int32)},

@@ -194,11 +194,10 @@ def test_names_of_other_libraries_are_answered_by_flax_s(module, layer, given, w
 
 
 def test_other_names_are_python_s_errors():
-    for name in ("no_argument", "axis"):
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-            jaxnorm.linen.GroupNorm(**{name: 1})
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-            made("GroupNorm", **{name: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_argument'"):
+        jaxnorm.linen.GroupNorm(no_argument=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_argument'"):
+        made("GroupNorm", no_argument=1)
 
 
 class OfLinen(jaxnorm.linen.BatchNorm):
@@ -241,9 +240,37 @@ def test_an_axis_of_a_layer_norm_is_both_of_its_axes(make):
         make(axis=1)
 
 
-def test_an_axis_of_a_group_norm_has_no_other_name():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
-        jaxnorm.linen.GroupNorm(axis=1)
+@pytest.mark.parametrize("name", ["axis", "channel_axis", "data_format"])
+@pytest.mark.parametrize("make", [jaxnorm.linen.GroupNorm, lambda **a: made("GroupNorm", **a)])
+def test_the_channels_of_a_group_norm_are_on_the_last_axis(make, name):
+    with pytest.raises(TypeError, match=rf"{name} should not .* write jnp.moveaxis\(x, 1, -1\)"):
+        make(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("shape", "channel_axis", "mask", "index"),
+    [
+        ((4, 5, 3), -1, (4, 5), "mask[..., None]"),
+        ((4, 5, 3), -1, (4,), "mask[..., None, None]"),
+        ((5, 5, 3), -1, (5, 5), "mask[..., None]"),
+        ((4, 6, 5, 3), -1, (6, 5), "mask[None, :, :, None]"),
+        ((4, 5, 5, 5), 1, (4, 5, 5), "mask[:, None]"),
+        ((4, 7, 7), 1, (4, 7), "mask[:, None]"),
+    ],
+)
+def test_the_index_for_a_mask_leaves_out_the_channels(shape, channel_axis, mask, index):
+    x, mask = jnp.ones(shape), jnp.ones(mask, bool)
+    with pytest.raises(ValueError, match=re.escape(f"write {index} [mask-rank]")):
+        jaxnorm.batch_norm(x, channel_axis=channel_axis, mask=mask)
+    jaxnorm.batch_norm(x, channel_axis=channel_axis, mask=eval(index))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"), [((4, 4, 3), (4,)), ((4, 5), (4, 5, 1)), ((4, 5), (7,))]
+)
+def test_a_mask_of_another_rank_without_a_single_index_gets_none(shape, mask):
+    with pytest.raises(ValueError, match="write it with all axes of x, and with size 1 along the"):
+        jaxnorm.batch_norm(jnp.ones(shape), mask=jnp.ones(mask, bool))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ the public function, with which errors begin, and `shape` and `ndim` are those o
 (of jax.export) passes every check that cannot be decided.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,13 +111,16 @@ def group_layout(
     return found, batch, num_groups
 
 
-def mask(function: str, mask: ArrayLike | None, shape: Shape) -> jax.Array | None:
+def mask(
+    function: str, mask: ArrayLike | None, shape: Shape, channels: Sequence[int] = ()
+) -> jax.Array | None:
     """Checks that the mask is bool, has the rank of x, and broadcasts against x.
 
     Args:
       function: the name of the public function.
       mask: the mask, or None.
       shape: the shape of x.
+      channels: the channel axes of x, which a mask of lower rank probably lacks.
     """
     if mask is None:
         return None
@@ -127,19 +131,37 @@ def mask(function: str, mask: ArrayLike | None, shape: Shape) -> jax.Array | Non
             f"write mask.astype(bool) [mask-not-bool]"
         )
     if mask.ndim != len(shape):
-        missing = len(shape) - mask.ndim
-        hint = f"; write mask[..., {', '.join(['None'] * missing)}]" if missing > 0 else ""
         raise ValueError(
             f"{function}: mask should have x's rank, because an (N,) mask on (N, C) with N = C "
-            f"would silently mask channels, but has shape {mask.shape} for x of shape "
-            f"{shape}{hint} [mask-rank]"
+            f"would silently mask channels, but has shape {mask.shape} for x of shape {shape}; "
+            f"write {_mask_with_all_axes(mask.shape, shape, channels)} [mask-rank]"
         )
     if not _broadcasts(mask.shape, shape):
         raise ValueError(
             f"{function}: mask should broadcast against x of shape {shape}, but has shape "
-            f"{mask.shape} [mask-shape]"
+            f"{mask.shape}; each of its axes should have the size of that axis of x, or 1 "
+            f"[mask-shape]"
         )
     return mask
+
+
+def _mask_with_all_axes(mask: Shape, shape: Shape, channels: Sequence[int]) -> str:
+    """Returns what to write for a mask of another rank: an index, if only one fits x."""
+    others = [a for a in range(len(shape)) if a not in channels]
+    fitting = [
+        axes
+        for axes in itertools.combinations(others, len(mask))
+        if _broadcasts(mask, [shape[a] for a in axes])
+    ]
+    if len(fitting) != 1:
+        return "it with all axes of x, and with size 1 along the channels"
+    (axes,), missing = fitting, len(shape) - len(mask)
+    if axes == tuple(range(len(mask))):
+        return f"mask[..., {', '.join(['None'] * missing)}]"
+    index = [":" if a in axes else "None" for a in range(len(shape))]
+    while index[-1] == ":":
+        index.pop()
+    return f"mask[{', '.join(index)}]"
 
 
 def params(
@@ -157,7 +179,8 @@ def params(
     if not isinstance(params, Mapping) or not {"scale", "bias"}.issuperset(params):
         found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(
-            f"{function}: params should be a dict of 'scale' and 'bias', but is {found}"
+            f"{function}: params should be a dict of 'scale' and 'bias', but is {found}; write "
+            f"{{'scale': weight, 'bias': bias}} for PyTorch's names"
         )
     values = (params.get("scale"), params.get("bias"))
     scale, bias = (None if a is None else jnp.asarray(a) for a in values)
@@ -196,6 +219,8 @@ def other_axis(function: str, channels: Shape, shape: Shape) -> str:
         write = f"axis={axis}"
     elif function in ("LayerNorm", "RMSNorm"):
         write = f"feature_axes={axis} and reduction_axes={axis}"
+    elif function in ("group_norm", "GroupNorm"):
+        write = f"channel_axis={axis} in the function, or jnp.moveaxis(x, {axis}, -1) for a layer"
     else:
         write = f"channel_axis={axis}, or in a layer axis={axis} or feature_axes={axis}"
     return f"; axis {axis} of x has that size; if it is the channel axis, write {write}"
@@ -249,6 +274,6 @@ def agrees(shape: Shape, wanted: Shape) -> bool:
     )
 
 
-def _broadcasts(shape: Shape, wanted: Shape) -> bool:
+def _broadcasts(shape: Shape, wanted: Sequence[Any]) -> bool:
     """Returns whether an array of x's rank broadcasts against x."""
     return all(n == 1 or agrees((n,), (m,)) for n, m in zip(shape, wanted, strict=True))

@@ -45,7 +45,7 @@ class MappedAxes:
         """
         if self.groups is None:
             return numbers
-        self._number_of_devices()
+        self._number_of_devices()  # raises an error if the axis is not bound
         largest: jax.Array = lax.pmax(numbers, self.axis_name)
         return largest
 

@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def reduced(self) -> tuple[int, ...]:
-        """The other axes, which batch and instance norm reduce over."""
+        """The axes that batch and instance norm reduce over; not used by layer and RMS norm."""
         return tuple(a for a in range(self.ndim) if a != self.batch and a not in self.channels)
 
     @property

@@ -75,11 +75,11 @@ def moments(
       mask: bool, with the rank of x and broadcasting against x. True marks the entries to include.
         The other entries, even if they are NaN or Inf, do not affect the moments or their
         gradients.
-      axis_name: the mapped axes (of shard_map, pmap or vmap) over which x is distributed. The sums
-        of the devices are added in one collective of the size of the moments (two on GPU). On other
-        platforms, each recomputation about the mean, of which there are at most two, needs one
-        more. With axis_index_groups, each collective has one row per group, and except on GPU one
-        more number is reduced before each recomputation.
+      axis_name: the mapped axes (of shard_map, pmap or vmap) over which x is distributed. On GPU,
+        the sums of the devices are added in two collectives of the size of the moments. On other
+        platforms, there is one such collective, and one for each recomputation about the mean, of
+        which there are at most two. With axis_index_groups, each collective has one row per group,
+        and the number of recomputations is reduced as well.
       axis_index_groups: lists of indices along axis_name; each group has moments of its own.
 
     Returns:
@@ -146,6 +146,10 @@ def shifted_moments(
 def _shifted_moments_jvp(
     reduction: Reduction, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, Moments]]:
+    """Computes the tangents for `moments`, and selects the differentiated formulation.
+
+    In a norm, `normalize` computes the tangents of the moments, and XLA removes those of this rule.
+    """
     x, mask, guess = primals
     x_dot = tangents[0]
     shift, moments = shifted_moments(reduction, x, mask, guess, True)
@@ -250,7 +254,7 @@ def check_moments(function: str, name: str, given: Any) -> None:
 
 def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:
     """Merges the moments of two disjoint sets of entries; `between` is as in `pool`."""
-    (a, b) = (jax.tree.map(widen, one, other) for one, other in ((a, b), (b, a)))
+    a, b = jax.tree.map(widen, a, b), jax.tree.map(widen, b, a)
     count = a.count + b.count
     n = jnp.maximum(count, 1)
     weight, d = b.count / n, b.mean - a.mean
@@ -285,7 +289,7 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
     """
     rows = dataclasses.replace(rows, count=sharded_like(rows.count, shifts))
     count = jnp.sum(rows.count, axis=0, keepdims=True)
-    # Any of the shifts, so that equal shifts have a difference of exactly 0.
+    # Any of the shifts would do. As it is one of them, equal shifts differ from it by exactly 0.
     shift = jnp.max(shifts, axis=0, keepdims=True, where=rows.count > 0, initial=-jnp.inf)
     shift = jnp.where(count > 0, shift, jnp.zeros_like(shift))
     means = (shifts - shift) + rows.mean

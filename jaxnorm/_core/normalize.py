@@ -31,9 +31,9 @@ def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
     """Computes d * r * w: d is x - mean, r has the shape of the moments, and w that of the scale.
 
     If r * w is smaller than x, it is computed first, so that only one product has the size of x.
-    Its transpose sums d * g over the reduced axes, where g is the cotangent of y, multiplies the
-    result by r, and sums over the remaining axes. Without the product between the two sums, XLA
-    would combine them and write out all products d * g.
+    The transpose of d * (r * w) sums d * g over the reduced axes, where g is the cotangent of y,
+    multiplies the result by r, and sums over the remaining axes. Without the product between the
+    two sums, XLA would combine them and write out all products d * g.
     """
     if w is None:
         return d * r

@@ -71,8 +71,8 @@ def moments_formulation(
     fuse. If this shift is far from the mean, a loop computes the moments again. On a TPU, the
     forward pass of batch norm takes 1.00 times flax.linen's cycles this way; in bfloat16, a shift
     from a part of x took 1.9 times. This loop is not used on a GPU, because the host would have to
-    check its condition in each layer. Convolutions are library calls on a GPU, so that sums cannot
-    be fused with the operation that writes x.
+    check its condition in each layer. Convolutions are library calls on a GPU, so that the sums
+    cannot be fused with the operation that writes x, and need a pass over x in any case.
 
     The guess, such as the running mean, is the first shift on TPU only: on a CPU, sums about a
     number per channel other than 0 take twice the time.
@@ -136,20 +136,20 @@ def _moments_about_guess(
     order: tuple[int, ...] | None = None,
     mean_as_shift: bool = False,
 ) -> ShiftedMoments:
-    """Computes the moments about the guess or 0, and again about the mean if it is far away.
+    """Computes the moments about the guess or 0.
 
     While the mean is far from the shift, at most twice, the moments are computed again about the
     mean, with the axes of x in the given order.
     """
     wide, wide_mask = widen(reduction.split_axis(x)), reduction.split_axis(mask)
-    number: jax.Array | None = None
+    first: jax.Array | None = None
     if guess is not None and use_guess:
-        number = guess.astype(wide.dtype)
-        number = jnp.where(jnp.isfinite(number), number, 0)
+        first = guess.astype(wide.dtype)
+        first = jnp.where(jnp.isfinite(first), first, 0)
     count, mean, var = reduction.moments_about(
-        number, wide, wide_mask, reduction.count(wide, wide_mask)
+        first, wide, wide_mask, reduction.count(wide, wide_mask)
     )
-    shift = jnp.zeros_like(mean) if number is None else number + jnp.zeros_like(mean)
+    shift = jnp.zeros_like(mean) if first is None else first + jnp.zeros_like(mean)
     if order is not None:
         reduction = reduction.transposed(order)
         mask = None if mask is None else jnp.transpose(mask, order)
@@ -325,7 +325,7 @@ def _barrier_on_cpu_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
-    """Computes w * t, whose transpose sums along an axis of x if t has size 1 there, and w has not.
+    """Computes w * t. Its gradient for t is a sum along the axis where t has size 1, and w has not.
 
     On CPU, w * t is then computed as a matrix product. Otherwise XLA for CPU would fuse the sum
     with the arithmetic around it and not vectorize the result: a layer norm's backward pass takes

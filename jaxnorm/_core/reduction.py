@@ -33,8 +33,9 @@ class Reduction:
       groups: an axis, and the number of groups that its neighboring entries form. The axis is not
         reduced: each of its entries gets the sum of its group.
       split: an axis of x, and the number of groups that it is split into before the sums. It
-        becomes two axes, and `axes` are numbered after the split. `shifted_moments` takes x before
-        the split, and all arrays of `normalize` are split (`split_axis`).
+        becomes two axes, and `axes` are numbered after the split. Group norm has `groups` if x has
+        other axes to reduce over, and otherwise `split`. `shifted_moments` takes x before the
+        split, and all arrays of `normalize` are split (`split_axis`).
       centered: whether the mean is subtracted; otherwise the mean is 0, and var is E[x^2].
       mapped_axes: the mapped axes over which the entries are distributed.
     """
@@ -134,11 +135,11 @@ class Reduction:
         return count, mean, jnp.maximum(var, 0)
 
     def part(self, x: jax.Array, one_in: int, at_least: int) -> jax.Array:
-        """Returns a part of the entries: at least one in `one_in`, and about `at_least` or more.
+        """Returns a part of the entries: at least 1 / `one_in` of them, and about `at_least`.
 
         The entries are taken with a stride along the inner axes. If there are none, they are taken
-        along the first axis, which comes last because it may be distributed over devices. Along the
-        last axis, whose entries are contiguous, the part consists of the first entries, at least a
+        along the first axis, which may be distributed over devices. If only the last axis is
+        reduced, whose entries are contiguous, the part consists of the first entries, at least a
         sixteenth. Axes that are known to be sharded, or whose size is symbolic (jax.export), are
         not reduced in size.
         """

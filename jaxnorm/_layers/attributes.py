@@ -61,7 +61,11 @@ def check_names(layer: type[Any], kwargs: Mapping[str, Any]) -> None:
     for other in sorted((JAXNORM_NAMES.keys() & kwargs.keys()) - accepted):
         wanted = [known for known in JAXNORM_NAMES[other] if known in accepted]
         if wanted == ["reduction_axes"]:  # of a group norm, where it does not name the channels
-            continue
+            raise TypeError(
+                f"{name}: {other} should not be given, because the layer requires the channels on "
+                f"the last axis; write jnp.moveaxis(x, 1, -1), or call "
+                f"jaxnorm.group_norm(..., channel_axis=1) [argument-name]"
+            )
         if wanted:
             raise TypeError(
                 f"{name}: {other} should be {' and '.join(wanted)}, because that is "
@@ -180,8 +184,8 @@ def number_of_groups(layer: Any, channels: int) -> int:
     if channels % divisor:
         raise ValueError(
             f"{type(layer).__name__}: {said} should divide the channels of x, because all groups "
-            f"are of one size, but is {divisor} for {channels} channels "
-            f"[groups-divide-channels]"
+            f"are of one size, but is {divisor} for {channels} channels; the channels are the last "
+            f"axis of x [groups-divide-channels]"
         )
     return divisor if said == "num_groups" else channels // divisor
 

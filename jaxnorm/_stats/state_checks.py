@@ -117,12 +117,13 @@ def _keys_missing(function: str, stats: Any) -> ValueError:
     wanted = f"{function}: batch_stats should have the keys 'mean', 'var' and 'count', but is"
     if isinstance(stats, Mapping) and {"mean", "var"} <= set(found):
         return ValueError(
-            f"{wanted} {found}; write {{**batch_stats, 'count': jnp.int32(0)}} for statistics "
-            f"without one [count-missing]"
+            f"{wanted} {found}; write {{**batch_stats, 'count': jnp.int32(0)}} for the state of "
+            f"one layer, or interop.from_flax(variables) for a whole model [count-missing]"
         )
-    return ValueError(
-        f"{wanted} {found}; init_batch_stats(num_features) creates a state [batch-stats-keys]"
-    )
+    write = "pass the state of one layer, or init_batch_stats(num_features) before training"
+    if "running_mean" in found:
+        write = "write interop.from_torch(state_dict) for statistics of PyTorch"
+    return ValueError(f"{wanted} {found}; {write} [batch-stats-keys]")
 
 
 def _whole_count(function: str, count: jax.Array) -> jax.Array:

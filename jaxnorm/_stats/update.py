@@ -41,8 +41,8 @@ def update_batch_stats(
 
     The momentum m is the weight of the new value, as in PyTorch, and the stored variance is
     unbiased. A channel keeps its state if it has fewer than two entries in the batch (with one row
-    per sample: in every sample) or, by default, if its moments are not finite. The count is
-    incremented if at least one channel is updated.
+    per sample, if every sample has fewer than two) or, by default, if its moments are not finite.
+    The count is incremented if at least one channel is updated.
 
     With momentum=None, all batches have the same weight: m = 1 / (count + 1), where count is the
     count of the input state. If any channel would be skipped, no channel is updated, because the
@@ -204,7 +204,8 @@ def update_running_stats(
 def _updated(stats: BatchStats, batch: Moments, update: Update, between: bool) -> BatchStats:
     """Updates a state with the moments of a batch; the result has the state's sharding."""
     batch = jax.tree.map(functools.partial(sharded_like, like=stats["mean"]), batch)
-    # A channel of fewer than two entries has no unbiased variance. Averages are unbiased already.
+    # A channel of fewer than two entries has no unbiased variance. Without `between`, the count is
+    # the number of samples, and var is unbiased already.
     changes = batch.count > (1 if between else 0)
     correction = batch.count / jnp.maximum(batch.count - 1, 1) if between else 1
     mean, var, count = batch.mean, batch.var * correction, stats["count"]

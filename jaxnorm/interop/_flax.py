@@ -28,7 +28,7 @@ def from_flax(variables: Mapping[str, Any], *, count: ArrayLike | None = None) -
       The variables with a count in every state. States that have a count keep it.
 
     Raises:
-      ValueError: if there are no running statistics.
+      ValueError: if there is no collection batch_stats, or it has no running statistics.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,7 +50,7 @@ def from_flax(variables: Mapping[str, Any], *, count: ArrayLike | None = None) -
             uncounted.append(path)
         return {**state, "count": np.asarray(0 if count is None else count, np.int32)}
 
-    batch_stats = map_states("from_flax", add, variables.get("batch_stats", {}))
+    batch_stats = map_states("from_flax", add, _collection("from_flax", variables))
     if uncounted:
         warnings.warn(
             f"from_flax: {', '.join(uncounted)} have no count, and get 0; with momentum=None the "
@@ -71,7 +71,7 @@ def to_flax(variables: Mapping[str, Any]) -> Tree:
       The variables, without counts and without the entries of `begin_accumulation`.
 
     Raises:
-      ValueError: if there are no running statistics.
+      ValueError: if there is no collection batch_stats, or it has no running statistics.
 
     Example:
       >>> import jaxnorm
@@ -89,5 +89,16 @@ def to_flax(variables: Mapping[str, Any]) -> Tree:
 
     return {
         **variables,
-        "batch_stats": map_states("to_flax", drop, variables.get("batch_stats", {})),
+        "batch_stats": map_states("to_flax", drop, _collection("to_flax", variables)),
     }
+
+
+def _collection(function: str, variables: Mapping[str, Any]) -> Any:
+    """Returns the collection of the running statistics."""
+    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
+        found = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            f"{function}: variables should have the collection 'batch_stats', but is {found}; "
+            f"write {function}({{'params': params, 'batch_stats': batch_stats}}) [no-states]"
+        )
+    return variables["batch_stats"]

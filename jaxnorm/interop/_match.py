@@ -22,6 +22,7 @@ from jaxnorm.interop._pairs import (
 )
 from jaxnorm.interop._table import table_lines
 from jaxnorm.interop._torch_calls import TorchCalls
+from jaxnorm.interop._torch_modules import named_modules
 from jaxnorm.interop._trees import Tree, split
 from jaxnorm.interop._verify import ModelPair
 
@@ -79,7 +80,8 @@ class Proposal:
         """Converts the arrays of the PyTorch model to variables of the Flax model.
 
         Returns:
-          {"params": ..., "batch_stats": ...}, as from `from_torch`.
+          {"params": ..., "batch_stats": ...}, as from `from_torch`. For an NNX model, `to_nnx`
+          converts them to the structure of its state.
 
         Raises:
           ValueError: if a module is unmatched, or the models are not known.
@@ -218,6 +220,7 @@ def match(
     References:
       torch.nn.Module.register_forward_pre_hook, PyTorch 2.13; jax.make_jaxpr, JAX 0.10.
     """
+    named_modules("match", module)  # raises an error if the models were exchanged
     args, torch_args = _arguments(example_input), _arguments(torch_input)
     complete_kinds = kernels_of(module, kinds=kinds).kinds
     converted = from_torch(module, convert=Kernels(complete_kinds))

@@ -12,8 +12,8 @@ def named_modules(function: str, module: Any) -> list[tuple[str, Any]]:
     if not hasattr(module, "named_modules") or isinstance(module, type):
         found = module.__name__ if isinstance(module, type) else type(module).__name__
         raise ValueError(
-            f"{function}: module should be a torch.nn.Module, but is {found}; write the model "
-            f"itself, because a state dict does not say of which classes its modules are"
+            f"{function}: module should be a torch.nn.Module, but is {found}; pass the PyTorch "
+            f"model itself, because a state dict does not say of which classes its modules are"
         )
     return list(module.named_modules(remove_duplicate=False))
 

@@ -90,7 +90,7 @@ def tracked_norm(original: Callable[..., Any]) -> Callable[..., Any]:
         if _uses_running_stats(function, batch_stats, tracking):
             state = state_checks.batch_stats(function, batch_stats, layout.shape(x))
             statistics = {key: state[key] for key in ("mean", "var")}
-            mask = checks.mask(function, options.mask, x.shape)
+            mask = checks.mask(function, options.mask, x.shape, layout.channels)
             # With the state, any axis except the channels can be the first.
             first = batch_axes or layout.reduced[:1]
             operator = _channel_operator("BatchNormalization", layout, first, x)
