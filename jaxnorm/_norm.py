@@ -132,7 +132,15 @@ class Tracking:
 def untracked_norm(
     x: jax.Array, params: Affine | None, layout: Layout, reduction: Reduction, options: Options
 ) -> jax.Array:
-    """Normalizes without running statistics; the parameters have the axes `layout.channels`."""
+    """Normalizes without running statistics; the parameters have the axes `layout.channels`.
+
+    Args:
+      x: the input, of a float dtype.
+      params: {"scale", "bias"}, either or both of which may be missing, or None.
+      layout: the axes of x that the parameters have.
+      reduction: the entries that share one mean.
+      options: the options of every norm, which are not checked yet.
+    """
     operands, options = _operands(x, params, layout, options), options.checked(x)
     shifted = _shifted_moments_jit(reduction, x, operands.mask)
     operands, reduction = operands.map(reduction.split_axis), reduction.after_split
@@ -152,6 +160,14 @@ def tracked_norm(
     The layout of batch norm has no batch axis, so that all samples are normalized together. With
     virtual batches, a new first axis, with one entry for each virtual batch, is the batch axis, and
     the update pools their moments.
+
+    Args:
+      x: the input, of a float dtype.
+      params: {"scale", "bias"}, either or both of which may be missing, or None.
+      batch_stats: the state, or None.
+      layout: the channel axes and the batch axis of x.
+      options: the options of every norm, which are not checked yet.
+      tracking: the options of the norms with running statistics, which are not checked yet.
     """
     function, options = options.function, options.checked(x)
     tracking = tracking.checked(function, batch_stats is not None)

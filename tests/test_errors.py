@@ -290,10 +290,15 @@ def test_the_parameter_of_another_shape_is_the_one_that_is_named(box):
 
 @pytest.mark.parametrize(
     ("kind", "write"),
-    [("LayerNorm", "feature_axes=1 and reduction_axes=1"), ("BatchNorm", "in a layer axis=1")],
+    [
+        ("LayerNorm", "feature_axes=1 and reduction_axes=1"),
+        ("BatchNorm", "in a layer axis=1"),
+        ("GroupNorm", r"jnp.moveaxis\(x, 1, -1\) for a layer"),
+    ],
 )
 def test_the_hint_of_another_axis_has_the_arguments_of_the_layer(kind, write):
-    layer = getattr(jaxnorm.linen, kind)(**{"use_running_average": True} if "B" in kind else {})
+    options = {"BatchNorm": {"use_running_average": True}, "GroupNorm": {"num_groups": 2}}
+    layer = getattr(jaxnorm.linen, kind)(**options.get(kind, {}))
     variables = layer.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match=f"axis 1 of x has that size; .* {write}"):
         layer.apply(variables, X.transpose(0, 3, 1, 2))

@@ -522,3 +522,11 @@ def test_outputs_that_cannot_be_compared():
 
     with pytest.raises(TypeError, match="returns str"):
         interop.match(Model(several=False), x, Words(4, 3), x_torch).verify()
+
+
+def test_exchanged_models_are_an_error_of_match():
+    model, module, x = nn.Dense(3), torch.nn.Linear(4, 3), np.ones((2, 4), np.float32)
+    with pytest.raises(
+        ValueError, match=r"^match: module should be a torch\.nn\.Module, but is Dense"
+    ):
+        interop.match(module, torch.from_numpy(x), model, x)

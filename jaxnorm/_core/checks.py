@@ -227,7 +227,14 @@ def other_axis(function: str, channels: Shape, shape: Shape) -> str:
 
 
 def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: int) -> None:
-    """Raises if each mean is that of exactly one entry."""
+    """Raises if each mean is that of exactly one entry.
+
+    Args:
+      function: the name of the public function.
+      shape: the shape of x, or of one virtual batch.
+      layout: the axes of x.
+      devices: the number of devices that share one mean.
+    """
     number = math.prod(shape[a] for a in layout.reduced) * devices
     if isinstance(number, int) and number == 1:
         kind = "value per channel" if layout.batch is None else "spatial element"
@@ -239,7 +246,13 @@ def more_than_one_value(function: str, shape: Shape, layout: Layout, devices: in
 
 
 def same_moments(function: str, a: Shape, b: Shape) -> None:
-    """Checks that two moments have the same shape."""
+    """Checks that two moments have the same shape.
+
+    Args:
+      function: the name of the public function.
+      a: the shape of the fields of the first moments.
+      b: the shape of the fields of the second moments.
+    """
     if not agrees(a, b):
         raise ValueError(
             f"{function}: a and b should be of one shape, because each entry belongs to one "
@@ -248,7 +261,15 @@ def same_moments(function: str, a: Shape, b: Shape) -> None:
 
 
 def virtual_batches(function: str, size: int, shape: Shape, layout: Layout, devices: int) -> int:
-    """Checks that the samples of each device divide into virtual batches."""
+    """Checks that the samples of each device divide into virtual batches.
+
+    Args:
+      function: the name of the public function.
+      size: the number of samples of a virtual batch.
+      shape: the shape of x.
+      layout: the axes of x.
+      devices: the number of shards of axis 0 of x.
+    """
     if layout.batch is None and 0 in layout.channels:
         raise ValueError(
             f"{function}: virtual_batch_size should come with samples on axis 0, but channel_axis "

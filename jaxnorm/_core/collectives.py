@@ -86,7 +86,13 @@ LOCAL = MappedAxes()
 def mapped_axes(
     function: str, axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[int]] | None
 ) -> MappedAxes:
-    """Checks the public arguments and returns the mapped axes."""
+    """Checks the public arguments and returns the mapped axes.
+
+    Args:
+      function: the name of the public function.
+      axis_name: the mapped axes, or None for this device only.
+      axis_index_groups: lists of indices along these axes, or None for a single group.
+    """
     if axis_index_groups is None:
         return MappedAxes(axis_name, function=function)
     groups = tuple(tuple(group) for group in axis_index_groups)
@@ -114,6 +120,10 @@ def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
 
     There the sharding is part of the array's type, and JAX does not combine arrays of different
     shardings.
+
+    Args:
+      a: the array to reshard.
+      like: an array of the same shape, whose sharding is wanted.
     """
     found, wanted = jax.typeof(a).sharding, jax.typeof(like).sharding
     mesh = found.mesh if wanted.mesh.empty else wanted.mesh

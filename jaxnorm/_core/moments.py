@@ -112,7 +112,12 @@ def moments(
 
 
 def unshift(shift: jax.Array, about_shift: Moments) -> Moments:
-    """Computes the moments of x from those of x - shift."""
+    """Computes the moments of x from those of x - shift.
+
+    Args:
+      shift: the shift, in the shape of the moments.
+      about_shift: the moments of x - shift.
+    """
     return dataclasses.replace(about_shift, mean=shift + about_shift.mean)
 
 
@@ -132,6 +137,13 @@ def shifted_moments(
     one number and the mean is large compared to the standard deviation. Norms over the last axis in
     half precision may use one number (`platforms._with_mean_as_shift`). The derivative rule passes
     `differentiated`, because on GPU another formulation is faster then.
+
+    Args:
+      reduction: the entries that share one mean.
+      x: the data, of any float dtype.
+      mask: bool, with the rank of x and broadcasting against x, or None.
+      guess: a guess of the mean, with the rank of x and size 1 on the reduced axes, or None.
+      differentiated: whether the moments are computed for a derivative.
     """
     if not reduction.centered:
         wide = widen(x)
@@ -176,6 +188,14 @@ def moments_dot(
 
     The shift is a constant, because the mean and the variance do not depend on it. In the arrays of
     the size of x, the axis of `Reduction.split` is already split.
+
+    Args:
+      reduction: the reduction of the moments, after the split.
+      x: the data.
+      mask: the mask, or None.
+      shift: the shift.
+      moments: the moments of x - shift.
+      x_dot: the tangent of x, in the shape of x.
     """
     x_dot = select(mask, widen(x_dot))
     n = jnp.maximum(moments.count, 1)
@@ -188,7 +208,14 @@ def moments_dot(
 
 
 def center(x: jax.Array, mask: jax.Array | None, shift: jax.Array, moments: Moments) -> jax.Array:
-    """Computes x - mean as (x - shift) - moments.mean, which is exact near the shift."""
+    """Computes x - mean as (x - shift) - moments.mean, which is exact near the shift.
+
+    Args:
+      x: the data, of any float dtype.
+      mask: bool, broadcasting against x, or None; x counts as 0 where it is False.
+      shift: the shift, with the rank of x.
+      moments: the moments of x - shift, with the rank of x.
+    """
     difference: jax.Array = (select(mask, widen(x, shift)) - shift) - moments.mean
     return difference
 
@@ -237,7 +264,13 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def check_moments(function: str, name: str, given: Any) -> None:
-    """Checks that an argument is Moments, and that its fields have float dtypes."""
+    """Checks that an argument is Moments, and that its fields have float dtypes.
+
+    Args:
+      function: the name of the public function, which errors begin with.
+      name: the name of the argument.
+      given: the value of the argument.
+    """
     if not isinstance(given, Moments):
         raise ValueError(
             f"{function}: {name} should be Moments, as `moments` returns them, but is "
@@ -253,7 +286,13 @@ def check_moments(function: str, name: str, given: Any) -> None:
 
 
 def merge(a: Moments, b: Moments, *, between: bool = True) -> Moments:
-    """Merges the moments of two disjoint sets of entries; `between` is as in `pool`."""
+    """Merges the moments of two disjoint sets of entries; `between` is as in `pool`.
+
+    Args:
+      a: moments with fields of any shape.
+      b: moments of the same shape; a or b may be empty, with count 0.
+      between: whether to include the variance between the means of a and b.
+    """
     a, b = jax.tree.map(widen, a, b), jax.tree.map(widen, b, a)
     count = a.count + b.count
     n = jnp.maximum(count, 1)
@@ -268,6 +307,11 @@ def interpolate(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
     In float32, the two weights usually do not add up to exactly 1. If an average is multiplied by
     their sum at every step, its error grows with the number of steps. A step from a towards b
     gives exactly a if both are equal, and exactly b if the weight is 1.
+
+    Args:
+      a: an array, whose weight is 1 - weight.
+      b: an array of the same shape, whose weight is `weight`.
+      weight: an array that broadcasts against a and b.
     """
     return jnp.where(weight < 0.5, a + weight * (b - a), b - (1 - weight) * (b - a))
 
@@ -286,6 +330,11 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
     The variance is that within the sets plus that between them (Chan, Golub & LeVeque, 1979).
     Without `between`, it is the mean of the variances of the rows, weighted by count. A row of
     count 0 has weight 0.
+
+    Args:
+      shifts: the shift of each set, of shape (K, ...).
+      rows: the moments of each set about its shift, with fields of shape (K, ...).
+      between: whether to include the variance between the means of the sets.
     """
     rows = dataclasses.replace(rows, count=sharded_like(rows.count, shifts))
     count = jnp.sum(rows.count, axis=0, keepdims=True)
@@ -304,7 +353,13 @@ def pool(shifts: jax.Array, rows: Moments, *, between: bool = True) -> tuple[jax
 def pool_devices(
     mapped_axes: MappedAxes, shift: jax.Array, moments: Moments
 ) -> tuple[jax.Array, Moments]:
-    """Pools the moments of the devices, in two collectives."""
+    """Pools the moments of the devices, in two collectives.
+
+    Args:
+      mapped_axes: the devices; without mapped axes, the arguments are returned.
+      shift: the shift of this device, in the shape of the moments.
+      moments: the moments of this device about its shift.
+    """
     if mapped_axes.axis_name is None:
         return shift, moments
     count, total = mapped_axes.sum(moments.count, moments.count * (shift + moments.mean))

@@ -34,6 +34,11 @@ def scaled(d: jax.Array, r: jax.Array, w: jax.Array | None) -> jax.Array:
     The transpose of d * (r * w) sums d * g over the reduced axes, where g is the cotangent of y,
     multiplies the result by r, and sums over the remaining axes. Without the product between the
     two sums, XLA would combine them and write out all products d * g.
+
+    Args:
+      d: x - mean.
+      r: 1 / sqrt(var + epsilon), with the rank of x and the shape of the moments.
+      w: the scale, with the rank of x, or None.
     """
     if w is None:
         return d * r
@@ -63,6 +68,17 @@ def normalize(
     Scale and bias have the rank of x. If the reduction is None, the shift and the moments are
     constants. Otherwise it is the reduction that the moments were computed with, after the split
     (`Reduction.after_split`).
+
+    Args:
+      dtype: the dtype of y.
+      reduction: the reduction of the moments, or None if they are constants.
+      x: the data, of any float dtype.
+      scale: the scale, or None.
+      bias: the bias, or None.
+      epsilon: a scalar, which is added to the variance.
+      mask: bool, with the rank of x and broadcasting against x, or None.
+      shift: the shift, with the rank of x.
+      moments: the moments of x - shift, with the rank of x.
     """
     # x_hat is d * r; `scaled` orders the products of d, r and scale.
     d, r = center(x, mask, shift, moments), rstd(moments.var, epsilon)
@@ -155,6 +171,15 @@ def renormalize(
 
     (x - mean) / sigma = x_hat r + d, with r = sigma_batch / sigma and d = (mean_batch - mean) /
     sigma; both are constants for the derivative (Ioffe, Batch Renormalization, 2017).
+
+    Args:
+      scale: the scale, with the rank of x, or None.
+      bias: the bias, with the rank of x, or None.
+      measured: the shift and the moments of the batch.
+      mean: the running mean, with the rank of x.
+      var: the running variance, with the rank of x.
+      epsilon: a scalar, which is added to both variances.
+      limits: r_max and d_max.
     """
     (shift, moments), inverse = measured, rstd(var, epsilon)
     r = inverse * jnp.sqrt(moments.var + epsilon.astype(moments.var.dtype))

@@ -47,6 +47,10 @@ def choose(default: Callable[..., Any], **platforms: Callable[..., Any]) -> Call
 
     Call the result only where JAX does not linearize it: in a function with a custom derivative
     rule, or in the rule itself. Otherwise JAX would keep the residuals of every branch.
+
+    Args:
+      default: the function for all other platforms.
+      **platforms: the functions for single platforms: cpu, tpu, cuda or rocm.
     """
     forced = _FORCED.get()
     if forced is not None:
@@ -76,6 +80,11 @@ def moments_formulation(
 
     The guess, such as the running mean, is the first shift on TPU only: on a CPU, sums about a
     number per channel other than 0 take twice the time.
+
+    Args:
+      reduction: the entries that share one mean.
+      x: the data, before the split.
+      differentiated: whether the moments are computed for a derivative.
     """
     # Norms over the last axis in half precision need one number; see _with_mean_as_shift.
     rows, half = reduction.axes == (reduction.split_axis(x).ndim - 1,), x.dtype.itemsize < 4
@@ -330,6 +339,11 @@ def multiply_along(w: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
     On CPU, w * t is then computed as a matrix product. Otherwise XLA for CPU would fuse the sum
     with the arithmetic around it and not vectorize the result: a layer norm's backward pass takes
     two to thirty times as long.
+
+    Args:
+      w: the scale, with the rank of x, or a scalar.
+      t: an array with the rank of x.
+      x: the array whose shape the product broadcasts to.
     """
     summed = [a for a in range(t.ndim) if t.shape[a] != x.shape[a]]
     if len(summed) != 1 or (w.ndim and w.shape[summed[0]] != w.size):

@@ -183,6 +183,13 @@ def update_running_stats(
     the rows are parts of one batch and are pooled, including the variance between them. Without it
     (instance norm), the rows are those of the samples and are averaged. A state that accumulates is
     updated from its start, by all batches since then.
+
+    Args:
+      batch_stats: the state, as `state_checks.batch_stats` returns it.
+      rows: the moments, with fields of shape (K, *channels).
+      update: the momentum, and whether to skip channels that are not finite.
+      between: whether the rows are parts of one batch; otherwise they are samples.
+      mapped_axes: the devices that hold more rows of the same update.
     """
     stats, rows = lax.stop_gradient((batch_stats, rows))
     batch = _pooled(rows, mapped_axes) if between else _averaged(rows, mapped_axes)
